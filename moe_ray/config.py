@@ -1,0 +1,220 @@
+"""The configuration: one tree of frozen models from flags, environment, YAML and defaults, in that order of precedence.
+
+The environment is read here and nowhere else: `MOE_RAY_ENGINE__MAX_NUM_SEQS=32` sets `engine.max_num_seqs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from moe_ray.errors import ConfigError
+
+ENV_PREFIX: Final = "MOE_RAY_"
+DEMO_MODEL: Final = "demo"
+Transport = Literal["auto", "grpc", "ray", "local"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+_GIB: Final = 1024**3
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelOptions(_Section):
+    """Which model, and how it is computed."""
+
+    path: str = DEMO_MODEL
+    """A directory, a Hugging Face repo id, or `demo`: the demo model, built on first use."""
+    revision: str | None = None
+    served_name: str | None = None
+    """The name that clients use; default: the last part of `path`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's, or float32 on a CPU that has no bfloat16 instructions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus output; default: the model's, cut to what the KV cache holds."""
+
+
+class EngineSection(_Section):
+    """Continuous batching and the KV cache of one trunk."""
+
+    block_size: int = Field(default=16, ge=1, le=256)
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Default: a fifth of the free memory on CPU (at most 4 GiB), most of the free memory on a GPU."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    max_waiting: int = Field(default=1024, ge=1)
+    enable_prefix_caching: bool = True
+    micro_batches: int = Field(default=1, ge=1, le=8)
+
+
+class ActorOptions(_Section):
+    """What Ray reserves for one actor. CPU shares are small: they place actors, they do not limit them."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: Mapping[str, float] = {}
+    num_replicas: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+    """Compute threads of the process (CPU)."""
+
+
+class ExpertsSection(ActorOptions):
+    """The expert actors and the calls to them."""
+
+    overrides: Mapping[int, Mapping[str, Any]] = {}
+    """Expert number → keys of this section that differ for it, e.g. {3: {num_replicas: 2}}."""
+    deadline_s: float = Field(default=60.0, gt=0)
+    """How long a call waits for a live replica before its requests fail with 503."""
+    call_timeout_s: float = Field(default=30.0, gt=0)
+    refresh_s: float = Field(default=2.0, gt=0)
+
+    def of(self, expert: int) -> ActorOptions:
+        """The actor options of one expert. Raises `ConfigError` on an unknown key in its override."""
+        base = {name: getattr(self, name) for name in ActorOptions.model_fields}
+        try:
+            return ActorOptions(**{**base, **self.overrides.get(expert, {})})
+        except ValidationError as error:
+            raise ConfigError(explain(error, f"experts.overrides.{expert}.")) from None
+
+
+class GatewaySection(_Section):
+    """The HTTP side."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_ongoing_requests: int = Field(default=512, ge=1)
+    """Requests in flight per gateway; beyond that Serve answers 503."""
+    retry_after_s: int = Field(default=1, ge=1)
+
+
+class TlsSection(_Section):
+    """PEM files for mutual TLS on expert and trunk ports."""
+
+    certificate: str
+    key: str
+    ca: str
+
+
+class Config(BaseSettings):
+    """The whole configuration of one served model."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__", nested_model_default_partial_update=True
+    )
+
+    model: ModelOptions = ModelOptions()
+    engine: EngineSection = EngineSection()
+    trunk: ActorOptions = ActorOptions()
+    experts: ExpertsSection = ExpertsSection()
+    gateway: GatewaySection = GatewaySection()
+    transport: Transport = "auto"
+    cluster_token: str | None = None
+    """Expert and trunk ports refuse who does not show it; default: derived from Ray's own token where there is one."""
+    tls: TlsSection | None = None
+    cache_dir: Path = Path("~/.cache/moe-ray")
+    """Where the demo model is kept; default: $XDG_CACHE_HOME/moe-ray."""
+    log_level: LogLevel = "info"
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+    @property
+    def served_name(self) -> str:
+        return self.model.served_name or Path(self.model.path).name
+
+
+def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Config:
+    """Merge flags (a nested mapping; None values are absent), environment, `file` (YAML) and defaults.
+
+    Raises `ConfigError` naming the key and what is allowed.
+    """
+
+    class _FromFile(Config):
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], init_settings: Any, env_settings: Any, **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            yaml = YamlConfigSettingsSource(settings_cls, yaml_file=file)
+            return init_settings, env_settings, yaml
+
+    if file is not None and not file.is_file():
+        raise ConfigError(f"{file}: configuration file not found")
+    given = _without_none(flags or {})
+    if not any("cache_dir" in source for source in (given,)) and "MOE_RAY_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        given = {**given, "cache_dir": Path(cache) / "moe-ray"}
+    try:
+        merged = _FromFile(**given)
+        return Config.model_construct(**{name: getattr(merged, name) for name in Config.model_fields})
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+    except ValueError as error:  # YAML that cannot be parsed, a list where a mapping belongs
+        raise ConfigError(f"{file or 'configuration'}: {error}") from None
+
+
+def cluster_token(config: Config) -> str | None:
+    """The token that guards expert and trunk ports.
+
+    The configured one, or one derived from Ray's authentication token (the same on every node of a Ray cluster that
+    uses token authentication), or None where there is neither.
+    """
+    if config.cluster_token:
+        return config.cluster_token
+    secret = os.environ.get("RAY_AUTH_TOKEN", "")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not secret and os.environ.get("RAY_AUTH_MODE", "token") == "token" and path.is_file():
+        secret = path.read_text(encoding="utf-8").strip()
+    if not secret:
+        return None
+    return hmac.new(secret.encode(), b"moe_ray expert and trunk ports", hashlib.sha256).hexdigest()
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """One line per fault of a validation error: the key, what is wrong, what is allowed."""
+    lines = []
+    for fault in error.errors():
+        key = prefix + ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown configuration key `{key}`")
+        else:
+            lines.append(f"`{key}`: {fault['msg']}, got {fault['input']!r}")
+    return "; ".join(lines)
+
+
+def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            value = _without_none(value)
+            if not value:
+                continue
+        if value is not None:
+            out[key] = value
+    return out

@@ -1,0 +1,156 @@
+"""Chooses the next token of every sequence in a batch at once.
+
+Sampling is a pure function of (logits, parameters, seed, position): the noise is counter-based (a hash of seed and
+position), never a generator's state. So a stream replayed elsewhere, in another batch, or after preemption draws the
+very tokens it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from moe_ray.core import SamplingParams, Sequence, TokenLogprobs
+
+_MASK = (1 << 64) - 1
+TOP_CANDIDATES = 1024
+"""Truncation looks at this many most likely tokens first and at the whole vocabulary only where they do not suffice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome of one step, in the order of the sequences."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on (seed, position) alone.
+
+    SplitMix64 (Steele, Lea & Flood 2014), its counter advanced by `position`, finalised twice.
+    """
+    return (_mix(_mix((seed + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK) ^ seed) >> 11) * 2.0**-53
+
+
+def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int] = frozenset()) -> Sampled:
+    """Choose one token per sequence. logits [S, V] float32, row i for sequences[i]; not modified.
+
+    In order: penalties, logit_bias and min_tokens mask, temperature, top_k, top_p, min_p (transformers' order).
+    """
+    params = [seq.request.sampling for seq in sequences]
+    adjusted = _adjust(logits, sequences, params, eos_token_ids)
+    chosen = adjusted.argmax(dim=-1)
+    random = [i for i, p in enumerate(params) if not p.greedy]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        noise = [uniform(params[i].seed or 0, len(sequences[i].token_ids)) for i in random]
+        chosen[rows] = _draw(adjusted[rows], [params[i] for i in random], noise)
+    token_ids = chosen.tolist()
+    return Sampled(token_ids, _logprobs(logits, token_ids, params))
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _adjust(
+    logits: torch.Tensor, sequences: Seq[Sequence], params: list[SamplingParams], eos_token_ids: frozenset[int]
+) -> torch.Tensor:
+    """Return logits with penalties, biases and masks applied; the same tensor if no sequence asks for any."""
+    penalised = [
+        i
+        for i, p in enumerate(params)
+        if p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+    ]
+    biased = [i for i, p in enumerate(params) if p.logit_bias]
+    masked = [i for i, p in enumerate(params) if sequences[i].num_output < p.min_tokens]
+    if not (penalised or biased or masked):
+        return logits
+    out, device, vocab = logits.clone(), logits.device, logits.shape[-1]
+    if penalised:
+        rows = torch.tensor(penalised, device=device)
+        picked = [params[i] for i in penalised]
+        seen = _counts([sequences[i].token_ids for i in penalised], vocab, device) > 0
+        counts = _counts([sequences[i].output_token_ids for i in penalised], vocab, device)
+        repetition = _column([p.repetition_penalty for p in picked], device)
+        values = out[rows]
+        values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+        values -= _column([p.frequency_penalty for p in picked], device) * counts
+        values -= _column([p.presence_penalty for p in picked], device) * (counts > 0)
+        out[rows] = values
+    for i in biased:
+        ids = torch.tensor(list(params[i].logit_bias), device=device)
+        out[i, ids] += torch.tensor(list(params[i].logit_bias.values()), device=device, dtype=out.dtype)
+    for i in masked:
+        stops = [*params[i].stop_token_ids, *(() if params[i].ignore_eos else eos_token_ids)]
+        out[i, torch.tensor(stops, dtype=torch.long, device=device)] = -torch.inf
+    return out
+
+
+def _counts(token_ids: list[list[int]], vocab: int, device: torch.device) -> torch.Tensor:
+    """How often each token stands in each list, [R, V] float32."""
+    longest = max(map(len, token_ids), default=0)
+    # Padding goes to an extra column that is cut off.
+    padded = torch.tensor([ids + [vocab] * (longest - len(ids)) for ids in token_ids], dtype=torch.long, device=device)
+    counts = torch.zeros((len(token_ids), vocab + 1), device=device)
+    return counts.scatter_add_(1, padded, torch.ones_like(padded, dtype=counts.dtype))[:, :vocab]
+
+
+def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: list[float]) -> torch.Tensor:
+    """Draw one token per row by inverting its truncated distribution at `noise`. logits [R, V]; returns [R]."""
+    device, vocab = logits.device, logits.shape[-1]
+    logits = logits / _column([p.temperature for p in params], device)
+    truncated = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params)
+    if not truncated:
+        return _invert(logits.softmax(-1), noise)
+    top_k = torch.tensor([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], device=device)[:, None]
+    top_p = _column([p.top_p for p in params], device)
+    min_p = _column([p.min_p for p in params], device)
+    log_total = logits.logsumexp(-1, keepdim=True)
+    for size in (min(TOP_CANDIDATES, vocab), vocab):
+        values, ids = logits.topk(size, dim=-1)  # most likely first
+        probabilities = (values - log_total).exp()
+        rank = torch.arange(size, device=device)[None]
+        keep = rank < top_k
+        # top_p counts the mass that top_k left; a token stays if the mass before it has not reached p.
+        mass = torch.where(keep, probabilities, 0.0)
+        total = torch.where(top_k < vocab, mass.sum(-1, keepdim=True), 1.0)
+        keep &= mass.cumsum(-1) - mass < top_p * total
+        keep &= probabilities >= min_p * probabilities[:, :1]
+        if size == vocab or bool((((top_k <= size) | (top_k == vocab)) & ((top_k <= size) | ~keep[:, -1:])).all()):
+            break
+    return ids.gather(1, _invert(torch.where(keep, probabilities, 0.0), noise)[:, None])[:, 0]
+
+
+def _invert(weights: torch.Tensor, noise: list[float]) -> torch.Tensor:
+    """Index at which each row's cumulative weight passes noise * total. weights [R, N] non-negative; returns [R]."""
+    cumulative = weights.double().cumsum(-1)
+    target = _column(noise, weights.device).double() * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Rounding may put the target on the total itself: then the last token with any weight is meant.
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).float().argmax(-1)
+    return torch.minimum(index, last)
+
+
+def _logprobs(logits: torch.Tensor, token_ids: list[int], params: list[SamplingParams]) -> list[TokenLogprobs | None]:
+    out: list[TokenLogprobs | None] = [None] * len(params)
+    wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
+    if not wanted:
+        return out
+    table = logits[torch.tensor(wanted, device=logits.device)].log_softmax(-1)
+    most = max(params[i].logprobs or 0 for i in wanted)
+    values, ids = table.topk(max(most, 1), dim=-1)
+    for row, i in enumerate(wanted):
+        count = params[i].logprobs or 0
+        top = tuple(zip(ids[row, :count].tolist(), values[row, :count].tolist(), strict=True))
+        out[i] = TokenLogprobs(token_ids[i], float(table[row, token_ids[i]]), top)
+    return out
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]

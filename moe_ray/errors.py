@@ -1,0 +1,66 @@
+"""Every error that moe_ray raises on purpose: one tree, mapped to status codes once, at the HTTP/gRPC edge."""
+
+from __future__ import annotations
+
+
+class MoeRayError(Exception):
+    """Base of all moe_ray errors; the message is written for the person who can act on it."""
+
+
+class ConfigError(MoeRayError):
+    """A flag, an environment variable or a key of the configuration is wrong; names it and what is allowed."""
+
+
+class CheckpointError(MoeRayError):
+    """A checkpoint is missing, truncated, misshapen or of a refused format; names the file and the tensor."""
+
+
+class InvalidRequest(MoeRayError):
+    """A request breaks a rule of the API (HTTP 400); `param` is the request's field, where one is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, str | None]]:
+        return type(self), (str(self), self.param)
+
+
+class ModelNotFound(MoeRayError):
+    """The request names a model that is not served here (HTTP 404)."""
+
+
+class Overloaded(MoeRayError):
+    """A bounded queue is full (HTTP 429 with Retry-After)."""
+
+
+class NotReady(MoeRayError):
+    """The trunk or an expert is not up yet, or is gone (HTTP 503)."""
+
+
+class ExpertUnavailable(NotReady):
+    """No replica of an expert answered before the deadline (HTTP 503); names layer and expert."""
+
+
+class TransportError(MoeRayError):
+    """Base of what can go wrong between a trunk and an expert replica."""
+
+
+class LinkBroken(TransportError):
+    """The connection to a replica is gone or never came up; calls in flight on it are lost and may be sent again."""
+
+
+class LinkTimeout(TransportError):
+    """A replica did not answer a call in time; the call may be sent again elsewhere."""
+
+
+class ProtocolError(TransportError):
+    """A message on a link is malformed (unknown call, wrong shape, wrong dtype, NaN): it is refused, never used."""
+
+
+class ExpertFailed(TransportError):
+    """The replica received the call and could not compute it; carries the replica's own message."""
+
+
+class EngineError(MoeRayError):
+    """The engine stopped on an internal fault (HTTP 500)."""

@@ -1,0 +1,155 @@
+"""Keeps a live link to every expert replica that discovery knows of."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from moe_ray.core import ExpertKey, ReplicaInfo, ReplicaLoad
+from moe_ray.errors import LinkBroken, MoeRayError
+from moe_ray.transport.base import Link
+
+logger = logging.getLogger(__name__)
+
+Discover = Callable[[], Sequence[ReplicaInfo]]
+"""Asks who is there. Raises `NotReady` when it cannot be known now: then what is known is kept."""
+Connect = Callable[[ReplicaInfo], Link]
+"""Opens a link. Raises `LinkBroken`."""
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica as the pool sees it. `outstanding_rows` and `load` belong to the pool's thread."""
+
+    info: ReplicaInfo
+    link: Link
+    outstanding_rows: int = 0
+    calls: int = 0
+    load: ReplicaLoad = field(default_factory=ReplicaLoad)
+    retiring: bool = False
+    """Gone from discovery while its link still lives: takes no new calls, closed when it has none outstanding."""
+
+
+Table = dict[ExpertKey, tuple[Replica, ...]]
+
+
+class Directory:
+    """The table (layer, expert) → live replicas, renewed by a thread of its own.
+
+    The table is replaced, never changed, so that readers need no lock. It is renewed every `refresh_s` and at once
+    after `report_broken`; while `discover` fails, what is known stays.
+    """
+
+    def __init__(self, discover: Discover, connect: Connect, refresh_s: float = 2.0) -> None:
+        self._discover, self._connect, self._refresh_s = discover, connect, refresh_s
+        self._replicas: dict[str, Replica] = {}
+        self._backoff: dict[str, tuple[float, float]] = {}  # replica id → (not before, delay)
+        self._changed = threading.Condition()
+        self._table: Table = {}
+        self._version = 0
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="expert-directory", daemon=True)
+
+    def start(self) -> None:
+        """Renew once on the calling thread, then keep renewing in the background."""
+        self.refresh()
+        self._thread.start()
+
+    @property
+    def table(self) -> Table:
+        return self._table
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of the table."""
+        return self._version
+
+    def wait_change(self, version: int, timeout_s: float) -> bool:
+        """Wait until the table differs from `version`; False after `timeout_s` or when the directory is closed."""
+        with self._changed:
+            changed = self._changed.wait_for(lambda: self._version != version or self._closed, timeout_s)
+        return changed and not self._closed
+
+    def report_broken(self, replica: Replica) -> None:
+        """Close a replica's link, take it out of the table and look for a new one at once."""
+        replica.link.close()
+        self._publish()
+        self._wake.set()
+
+    def refresh(self) -> None:
+        """Ask discovery, connect to who is new or was lost, retire who is gone."""
+        try:
+            found = {info.replica_id: info for info in self._discover()}
+        except MoeRayError as error:
+            logger.debug("discovery is away, keeping %d replicas: %s", len(self._replicas), error)
+            found = {replica_id: replica.info for replica_id, replica in self._replicas.items()}
+        for replica_id, replica in list(self._replicas.items()):
+            replica.retiring = replica_id not in found
+            if replica.retiring and (replica.link.broken or not replica.outstanding_rows):
+                replica.link.close()
+                del self._replicas[replica_id]
+        for replica_id, info in found.items():
+            known = self._replicas.get(replica_id)
+            if known is None or known.link.broken:
+                self._open(replica_id, info)
+        self._publish()
+
+    def close(self) -> None:
+        """Stop renewing and close every link."""
+        self._closed = True
+        self._wake.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        for replica in self._replicas.values():
+            replica.link.close()
+
+    def _open(self, replica_id: str, info: ReplicaInfo) -> None:
+        now = time.monotonic()
+        not_before, delay = self._backoff.get(replica_id, (0.0, 0.0))
+        if now < not_before:
+            return
+        try:
+            link = self._connect(info)
+        except LinkBroken as error:
+            delay = min(2 * delay or 0.25, 5.0)
+            self._backoff[replica_id] = (now + delay, delay)
+            logger.warning("cannot reach expert replica %s: %s", replica_id, error)
+            return
+        self._backoff.pop(replica_id, None)
+        self._replicas[replica_id] = Replica(info, link)
+        logger.info("linked to expert replica %s", replica_id)
+
+    def _publish(self) -> None:
+        table: dict[ExpertKey, list[Replica]] = {}
+        for replica in list(self._replicas.values()):
+            if not replica.link.broken and not replica.retiring:
+                for key in replica.info.keys:
+                    table.setdefault(key, []).append(replica)
+        fresh = {key: tuple(replicas) for key, replicas in table.items()}
+        with self._changed:
+            if fresh != self._table:
+                self._table = fresh
+                self._version += 1
+                self._changed.notify_all()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.wait(self._pause())
+            self._wake.clear()
+            if self._closed:
+                return
+            try:
+                self.refresh()
+            except Exception:  # this thread must outlive any surprise: without it no link is ever renewed
+                logger.exception("renewing the expert directory failed")
+
+    def _pause(self) -> float:
+        # While something is missing, look often: somebody is waiting for it.
+        lost = any(replica.link.broken for replica in list(self._replicas.values()))
+        return min(self._refresh_s, 0.25) if lost or self._backoff or not self._replicas else self._refresh_s

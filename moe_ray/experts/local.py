@@ -1,0 +1,55 @@
+"""All experts in this process: what `LLM` and `--transport local` use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from moe_ray.core import ReplicaInfo
+from moe_ray.experts.discovery import Directory
+from moe_ray.experts.pool import ExpertPool
+from moe_ray.experts.worker import ExpertWorker
+from moe_ray.model.checkpoint import Checkpoint, Progress
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.transport.local import LocalLink
+
+
+def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
+    """Every (layer, expert) of a model."""
+    return frozenset((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
+
+
+def local_pool(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int], Progress] | None = None,
+) -> ExpertPool:
+    """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
+
+    `progress(expert)` gives the progress callback of one expert.
+    """
+    config = checkpoint.config
+    workers: dict[str, ExpertWorker] = {}
+    infos = []
+    for expert in range(config.num_local_experts):
+        keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
+        ffn = ExpertFFN.load(checkpoint, keys, dtype, device, progress(expert) if progress else None)
+        replica_id = f"Expert{expert}#local"
+        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, dtype, device)
+        infos.append(
+            ReplicaInfo(
+                replica_id=replica_id,
+                node_id="local",
+                pid=os.getpid(),
+                keys=keys,
+                hidden_size=config.hidden_size,
+                dtype=str(dtype).removeprefix("torch."),
+                addresses={"local": replica_id},
+            )
+        )
+    directory = Directory(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward))
+    directory.refresh()  # nothing here changes, so no thread is started
+    return ExpertPool(directory, model_keys(config.num_hidden_layers, config.num_local_experts))

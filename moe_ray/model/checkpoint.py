@@ -1,0 +1,178 @@
+"""Reads a Mixtral-format safetensors checkpoint by name, so that every process reads only its own tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from moe_ray.errors import CheckpointError
+from moe_ray.model.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+DTYPE_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes to read) of one process."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that the model needs: its name and the shape it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+def trunk_specs(config: ModelConfig) -> Iterator[TensorSpec]:
+    """The tensors of the trunk: embeddings, attention, norms, router gates and head."""
+    c = config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    yield TensorSpec("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+    for layer in range(c.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        yield TensorSpec(prefix + "input_layernorm.weight", (c.hidden_size,))
+        yield TensorSpec(prefix + "self_attn.q_proj.weight", (q, c.hidden_size))
+        yield TensorSpec(prefix + "self_attn.k_proj.weight", (kv, c.hidden_size))
+        yield TensorSpec(prefix + "self_attn.v_proj.weight", (kv, c.hidden_size))
+        yield TensorSpec(prefix + "self_attn.o_proj.weight", (c.hidden_size, q))
+        yield TensorSpec(prefix + "post_attention_layernorm.weight", (c.hidden_size,))
+        yield TensorSpec(prefix + "block_sparse_moe.gate.weight", (c.num_local_experts, c.hidden_size))
+    yield TensorSpec("model.norm.weight", (c.hidden_size,))
+    if not c.tie_word_embeddings:
+        yield TensorSpec("lm_head.weight", (c.vocab_size, c.hidden_size))
+
+
+def expert_specs(config: ModelConfig, layer: int, expert: int) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """w1 (gate), w3 (up) and w2 (down) of one expert in one layer."""
+    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+    inner, outer = config.intermediate_size, config.hidden_size
+    return (
+        TensorSpec(prefix + "w1.weight", (inner, outer)),
+        TensorSpec(prefix + "w3.weight", (inner, outer)),
+        TensorSpec(prefix + "w2.weight", (outer, inner)),
+    )
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """An opened checkpoint directory. Not thread-safe. `bytes_read` counts what `read` has taken from it."""
+
+    directory: Path
+    config: ModelConfig
+    files: dict[str, str]
+    """Tensor name → file name."""
+    bytes_read: int = 0
+    _handles: dict[str, object] = field(default_factory=dict)
+
+    @staticmethod
+    def open(directory: Path) -> Checkpoint:
+        """Open `directory`, reading config.json and the index only. Raises `CheckpointError`."""
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: not a directory")
+        config = ModelConfig.load(directory)
+        if (directory / INDEX).exists():
+            files = _read_index(directory / INDEX)
+            for name in sorted(set(files.values())):
+                if not (directory / name).is_file():
+                    raise CheckpointError(f"{directory / name}: named in {INDEX} but missing")
+        elif (directory / SINGLE).exists():
+            checkpoint = Checkpoint(directory, config, {})
+            files = dict.fromkeys(checkpoint._keys(SINGLE), SINGLE)
+        else:
+            raise CheckpointError(_nothing_found(directory))
+        return Checkpoint(directory, config, files)
+
+    def check(self, specs: Iterator[TensorSpec]) -> int:
+        """Check that every tensor of `specs` exists with its shape and a float dtype; return their bytes on disk.
+
+        Reads the files' headers only. Raises `CheckpointError` naming file and tensor.
+        """
+        return sum(spec.numel * DTYPE_BYTES[self._dtype(spec)] for spec in specs)
+
+    def read(self, spec: TensorSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return one tensor in memory of its own (never a view of the file). Raises `CheckpointError`."""
+        from safetensors import SafetensorError
+
+        stored = self._dtype(spec)
+        try:
+            tensor = self._handle(self.files[spec.name]).get_tensor(spec.name)  # type: ignore[attr-defined]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
+        self.bytes_read += spec.numel * DTYPE_BYTES[stored]
+        return tensor.to(device=device, dtype=dtype, copy=True)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._handles.clear()
+
+    def _dtype(self, spec: TensorSpec) -> str:
+        from safetensors import SafetensorError
+
+        if spec.name not in self.files:
+            raise CheckpointError(f"{self.directory}: tensor {spec.name} is missing from the checkpoint")
+        try:
+            header = self._handle(self.files[spec.name]).get_slice(spec.name)  # type: ignore[attr-defined]
+        except SafetensorError:
+            raise CheckpointError(f"{self._where(spec)}: named in {INDEX} but not in the file") from None
+        shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
+        if shape != spec.shape:
+            raise CheckpointError(f"{self._where(spec)}: shape {list(shape)}, config.json implies {list(spec.shape)}")
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(f"{self._where(spec)}: dtype {dtype}, supported: {', '.join(DTYPE_BYTES)}")
+        return dtype
+
+    def _where(self, spec: TensorSpec) -> str:
+        return f"{self.directory / self.files[spec.name]}: tensor {spec.name}"
+
+    def _keys(self, file: str) -> list[str]:
+        return list(self._handle(file).keys())  # type: ignore[attr-defined]
+
+    def _handle(self, file: str) -> object:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(str(self.directory / file), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.directory / file}: not a whole safetensors file ({error}); download or copy it again"
+                ) from None
+        return self._handles[file]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no readable weight_map ({error!r})") from None
+    if not isinstance(files, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in files.items()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    for name in set(files.values()):
+        if not name.endswith(".safetensors") or "/" in name or "\\" in name:
+            raise CheckpointError(f"{path}: weight_map names {name!r}; only *.safetensors files beside it are read")
+    return files
+
+
+def _nothing_found(directory: Path) -> str:
+    pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
+    if pickles:
+        return (
+            f"{directory / pickles[0]}: pickle checkpoints can run code when read and are refused; convert it to "
+            f"safetensors (transformers: model.save_pretrained)"
+        )
+    return f"{directory}: neither {INDEX} nor {SINGLE} found"

@@ -1,0 +1,132 @@
+"""The shape of a Mixtral-format model, read from `config.json` (Hugging Face's names throughout)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moe_ray.errors import CheckpointError
+
+HIDDEN_ACTS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+DTYPES: Final = ("float32", "bfloat16", "float16")
+ROPE_TYPES: Final = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape and constants of one Mixtral-format model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    rope_type: str
+    rope_theta: float
+    dtype: str
+    raw: Mapping[str, Any]
+    """The whole config.json, for what only one reader needs (RoPE scaling factors, token ids)."""
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements of K and V that one token keeps, over all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @staticmethod
+    def load(directory: Path) -> ModelConfig:
+        """Read `directory/config.json`. Raises `CheckpointError` naming the file and the key."""
+        path = directory / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+        return ModelConfig.from_dict(raw, str(path))
+
+    @staticmethod
+    def from_dict(raw: Any, source: str = "config.json") -> ModelConfig:
+        """Build from a parsed config.json. Raises `CheckpointError` naming `source` and the key."""
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{source}: expected a JSON object, found {type(raw).__name__}")
+        if raw.get("model_type") != "mixtral":
+            raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}, only 'mixtral' is supported")
+        if quantization := raw.get("quantization_config"):
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(f"{source}: quantised checkpoints ({method}) are not supported, use float weights")
+        read = _Reader(raw, source)
+        hidden, heads = read.positive_int("hidden_size"), read.positive_int("num_attention_heads")
+        kv_heads = read.positive_int("num_key_value_heads", heads)
+        experts, top_k = read.positive_int("num_local_experts", 8), read.positive_int("num_experts_per_tok", 2)
+        rope_type, rope_theta = _rope(raw, source)
+        config = ModelConfig(
+            vocab_size=read.positive_int("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=read.positive_int("intermediate_size"),
+            num_hidden_layers=read.positive_int("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=read.positive_int("head_dim", hidden // heads),
+            num_local_experts=experts,
+            num_experts_per_tok=top_k,
+            max_position_embeddings=read.positive_int("max_position_embeddings", 131072),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
+            hidden_act=read.one_of("hidden_act", HIDDEN_ACTS, "silu"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            sliding_window=read.positive_int("sliding_window") if raw.get("sliding_window") else None,
+            rope_type=rope_type,
+            rope_theta=rope_theta,
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+            raw=raw,
+        )
+        if heads % kv_heads:
+            raise CheckpointError(f"{source}: num_attention_heads {heads} is not a multiple of {kv_heads} kv heads")
+        if top_k > experts:
+            raise CheckpointError(f"{source}: num_experts_per_tok {top_k} exceeds num_local_experts {experts}")
+        if config.head_dim % 2:
+            raise CheckpointError(f"{source}: head_dim {config.head_dim} must be even for rotary embeddings")
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    raw: Mapping[str, Any]
+    source: str
+
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.source}: `{key}` must be a positive integer, found {value!r}")
+        return value
+
+    def one_of(self, key: str, allowed: tuple[str, ...], default: str) -> str:
+        value = self.raw.get(key, default)
+        if value not in allowed:
+            raise CheckpointError(f"{self.source}: `{key}` is {value!r}, supported: {', '.join(allowed)}")
+        return str(value)
+
+
+def _rope(raw: Mapping[str, Any], source: str) -> tuple[str, float]:
+    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling at the top level.
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{source}: `rope_parameters` must be an object, found {scaling!r}")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(f"{source}: rope_type {kind!r} is not supported, supported: {', '.join(ROPE_TYPES)}")
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 1e6
+    return str(kind), float(theta)
