@@ -150,7 +150,7 @@ class LLM:
 
 
 def _decode(detokenizer: IncrementalDetokenizer, event: TokenEvent) -> tuple[str, TokenEvent]:
-    visible = [t for t in event.token_ids if t != event.stop_token_id]
+    visible = event.token_ids if event.stop_token_id is None else event.token_ids[:-1]
     delta = detokenizer.push(visible)
     if detokenizer.stopped_on is not None:
         return delta, replace(event, finish_reason="stop")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from moe_ray.model.model_config import ModelConfig
@@ -16,8 +19,12 @@ class KVCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (config.num_hidden_layers, 2, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a padded gather reads slots nobody wrote, and NaN times a zero weight is NaN.
-        # On Linux the pages stay unbacked until they are written.
-        self._store = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            # calloc'ed, unlike torch.zeros: pages get memory when they are first written.
+            count = math.prod(shape) * dtype.itemsize
+            self._store = torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+        else:
+            self._store = torch.zeros(shape, dtype=dtype, device=device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [num_slots, kv_heads, head_dim]."""

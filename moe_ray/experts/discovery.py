@@ -43,8 +43,12 @@ class Directory:
     after `report_broken`; while `discover` fails, what is known stays.
     """
 
-    def __init__(self, discover: Discover, connect: Connect, refresh_s: float = 2.0) -> None:
+    def __init__(
+        self, discover: Discover, connect: Connect, keys: frozenset[ExpertKey], refresh_s: float = 2.0
+    ) -> None:
+        """`keys` are the (layer, expert) pairs that the model needs."""
         self._discover, self._connect, self._refresh_s = discover, connect, refresh_s
+        self._keys = keys
         self._replicas: dict[str, Replica] = {}
         self._backoff: dict[str, tuple[float, float]] = {}  # replica id → (not before, delay)
         self._changed = threading.Condition()
@@ -55,8 +59,7 @@ class Directory:
         self._thread = threading.Thread(target=self._run, name="expert-directory", daemon=True)
 
     def start(self) -> None:
-        """Renew once on the calling thread, then keep renewing in the background."""
-        self.refresh()
+        """Begin renewing in the background; `missing` is empty once everybody is linked."""
         self._thread.start()
 
     @property
@@ -67,6 +70,10 @@ class Directory:
     def version(self) -> int:
         """Grows with every change of the table."""
         return self._version
+
+    def missing(self) -> list[int]:
+        """Experts that have no live replica for some layer, ascending."""
+        return sorted({expert for layer, expert in self._keys if (layer, expert) not in self._table})
 
     def wait_change(self, version: int, timeout_s: float) -> bool:
         """Wait until the table differs from `version`; False after `timeout_s` or when the directory is closed."""
@@ -151,5 +158,5 @@ class Directory:
 
     def _pause(self) -> float:
         # While something is missing, look often: somebody is waiting for it.
-        lost = any(replica.link.broken for replica in list(self._replicas.values()))
-        return min(self._refresh_s, 0.25) if lost or self._backoff or not self._replicas else self._refresh_s
+        urgent = self.missing() or any(replica.link.broken for replica in list(self._replicas.values()))
+        return min(self._refresh_s, 0.25) if urgent else self._refresh_s

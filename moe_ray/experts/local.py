@@ -50,6 +50,7 @@ def local_pool(
                 addresses={"local": replica_id},
             )
         )
-    directory = Directory(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward))
+    keys = model_keys(config.num_hidden_layers, config.num_local_experts)
+    directory = Directory(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward), keys)
     directory.refresh()  # nothing here changes, so no thread is started
-    return ExpertPool(directory, model_keys(config.num_hidden_layers, config.num_local_experts))
+    return ExpertPool(directory)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_ray.core import ExpertCall, ExpertKey, ExpertReply
+from moe_ray.core import ExpertCall, ExpertReply
 from moe_ray.errors import ExpertUnavailable, LinkBroken, LinkTimeout, TransportError
 from moe_ray.experts.discovery import Directory, Replica
 from moe_ray.transport.base import PendingReply
@@ -46,17 +46,15 @@ class _InFlight:
 class ExpertPool:
     """All experts of one model, wherever they live. `submit` and `gather` belong to one thread."""
 
-    def __init__(self, directory: Directory, keys: frozenset[ExpertKey], options: PoolOptions | None = None) -> None:
-        """`keys` are the (layer, expert) pairs that the model needs."""
-        self._directory, self._keys = directory, keys
+    def __init__(self, directory: Directory, options: PoolOptions | None = None) -> None:
+        self._directory = directory
         self._options = options or PoolOptions()
         self.retries = 0
         """Calls that were sent again."""
 
     def missing(self) -> list[int]:
         """Experts that have no live replica for some layer, ascending."""
-        table = self._directory.table
-        return sorted({expert for layer, expert in self._keys if (layer, expert) not in table})
+        return self._directory.missing()
 
     def replicas(self) -> list[Replica]:
         """The live replicas, by id."""

@@ -94,7 +94,7 @@ def check_reply(call: ExpertCall, reply: ExpertReply) -> ExpertReply:
         )
     # One reduction instead of isfinite().all(): a sum is NaN or infinite if any element is. Summing in
     # float32 cannot overflow for values a float16 or bfloat16 network can produce.
-    if not math.isfinite(float(reply.rows.sum(dtype=_sum_dtype(call)))):
+    if not math.isfinite(float(reply.rows.detach().sum(dtype=_sum_dtype(call)))):
         raise ProtocolError(f"reply to layer {call.layer} expert {call.expert} is not finite (NaN or Inf)")
     return reply
 

@@ -1,0 +1,199 @@
+"""The `moe-ray` command: parses flags, calls the rooms, prints; errors are one line, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moe_ray import __version__
+from moe_ray.errors import MoeRayError
+
+app = typer.Typer(
+    name="moe-ray",
+    help="Serve Mixtral-format mixture-of-experts models, pulled apart: one trunk, every expert its own Ray actor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(help="Make Mixtral-format checkpoints out of other models.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+console = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A directory, a Hugging Face repo id, or `demo`.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with the tree of moe_ray.config.Config; flags win over it.")
+]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output.", show_default="the model's")]
+LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
+Url = Annotated[str, typer.Option(help="Base URL of a running server.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A directory, a Hugging Face repo id, or `demo`.", show_default="demo")
+    ] = None,
+    config: ConfigFile = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.", min=1, max=65535)] = 8000,
+    transport: Annotated[str | None, typer.Option(help="auto, grpc, ray or local.", show_default="auto")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed together.", show_default="64")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens per step.", show_default="512")] = None,
+    kv_cache_gib: Annotated[float | None, typer.Option(help="Memory of the KV cache.", show_default="from free memory")] = None,
+    micro_batches: Annotated[int | None, typer.Option(help="Ping-pong micro-batches per step.", show_default="1")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")] = None,
+    address: Annotated[str | None, typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here")] = None,
+    ingress: Annotated[str, typer.Option(help="python: Serve's own proxy. haproxy: faster, but it binds all interfaces.")] = "python",
+    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard and state API (`ray list actors`, `serve status`).")] = True,
+    log_level: LogLevel = None,
+) -> None:
+    """Start trunk, experts and gateway, and serve until Ctrl-C."""
+    from moe_ray.config import load_config
+    from moe_ray.serve.launch import LaunchOptions, run
+
+    flags = {
+        "model": {"path": model, "dtype": dtype, "device": device, "max_model_len": max_model_len, "served_name": served_model_name},
+        "engine": {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "kv_cache_gib": kv_cache_gib,
+            "micro_batches": micro_batches,
+        },
+        "transport": transport,
+        "log_level": log_level,
+    }
+    run(load_config(flags, config), LaunchOptions(host, port, address, ingress, dashboard), console)
+
+
+@app.command()
+def chat(
+    url: Url = DEFAULT_URL,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model name.", show_default="the served one")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 512,
+) -> None:
+    """Talk to a running server in this terminal."""
+    from moe_ray.repl import chat_loop
+
+    chat_loop(url, model, system, temperature, max_tokens, console)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to complete, or `-` for standard input.")],
+    model: Model = "demo",
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: MaxModelLen = None,
+) -> None:
+    """Complete one prompt in this process, without Ray, streaming to standard output."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.core import SamplingParams
+    from moe_ray.llm import LLM
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with loading_bars(console) as progress:
+        llm = LLM(model, dtype=dtype, max_model_len=max_model_len, progress=progress, **({"model": {"device": device}} if device else {}))
+    source: Any = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
+    for delta in llm.stream(source, sampling):
+        print(delta, end="", flush=True)
+    print()
+
+
+@app.command()
+def plan(
+    model: Model = "demo",
+    config: ConfigFile = None,
+    dtype: Dtype = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Size of each card in GiB: says what fits.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what each actor would hold and read, and the KV cache: before anything is started."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.config import load_config
+    from moe_ray.hub import resolve_model
+    from moe_ray.report import plan_json, print_plan, planned
+
+    settings = load_config({"model": {"path": model, "dtype": dtype}}, config)
+    with loading_bars(console) as progress:
+        directory = resolve_model(settings, progress)
+    made = planned(settings, directory)
+    if json_output:
+        print(plan_json(made, gpu_memory))
+    else:
+        print_plan(Console(highlight=False), made, gpu_memory)
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Option(help="Ray cluster: `auto` or host:port.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show every actor of the running application: where it is, its state, memory and load."""
+    from moe_ray.serve.status import collect, print_status
+
+    snapshot = collect(address)
+    if json_output:
+        import json
+
+        print(json.dumps(snapshot, indent=1))
+    else:
+        print_status(Console(highlight=False), snapshot)
+
+
+@convert_app.command()
+def upcycle(
+    source: Annotated[Path, typer.Argument(help="A GGUF file or a directory of a dense Llama-architecture model.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
+    experts: Annotated[int, typer.Option(min=2)] = 8,
+    top_k: Annotated[int, typer.Option(min=1)] = 2,
+    noise: Annotated[float, typer.Option(help="Noise per expert, as a fraction of each matrix's spread.")] = 0.02,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Turn a dense model into a mixture of experts by sparse upcycling (arXiv:2212.05055)."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.model.upcycle import UpcycleConfig
+    from moe_ray.model.upcycle import upcycle as run_upcycle
+
+    options = UpcycleConfig(num_experts=experts, top_k=top_k, noise=noise, seed=seed, dtype=dtype)
+    with loading_bars(console) as progress:
+        run_upcycle(source, out, options, progress)
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Run the command line; a known error is printed as one line and ends with status 1."""
+    try:
+        app()
+    except MoeRayError as error:
+        console.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

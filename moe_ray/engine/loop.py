@@ -1,0 +1,120 @@
+"""Runs an engine on a thread of its own: thread-safe requests in, one list of events per step and listener out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_ray.core import EngineStats, Request, TokenEvent
+from moe_ray.engine.engine import Engine
+from moe_ray.errors import EngineError, MoeRayError
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[list[TokenEvent]], None]
+"""Takes everything that one step produced for one listener. Called on the engine's thread: must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Inbox:
+    submits: list[tuple[Request, Sink]]
+    aborts: list[str]
+    gone: list[Sink]
+
+
+class EngineLoop:
+    """Owns the engine. All methods are thread-safe."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sink_of: dict[str, Sink] = {}
+        self._condition = threading.Condition()
+        self._inbox = _Inbox([], [], [])
+        self._closed = False
+        self.failure: Exception | None = None
+        """What stopped the engine, once something has."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request; its events, errors included, go to `sink`."""
+        with self._condition:
+            self._inbox.submits.append((request, sink))
+            self._condition.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; no event follows once the engine has seen this."""
+        with self._condition:
+            self._inbox.aborts.append(request_id)
+            self._condition.notify()
+
+    def drop(self, sink: Sink) -> None:
+        """Drop every request of a listener that is gone."""
+        with self._condition:
+            self._inbox.gone.append(sink)
+            self._condition.notify()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Stop after the current step; live requests end in `EngineError`. Idempotent."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        self._thread.join(timeout=60)
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._hand_out(self._engine.step())
+            self._fail_all(EngineError("the trunk is shutting down"))
+        except Exception as error:
+            logger.exception("the engine stopped")
+            self.failure = error
+            self._fail_all(EngineError(f"the engine stopped: {type(error).__name__}"))
+
+    def _take_in(self) -> bool:
+        """Wait for work and take in what was asked; False when closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._closed or self._engine.has_work or self._has_mail())
+            inbox, self._inbox = self._inbox, _Inbox([], [], [])
+            if self._closed:
+                for request, sink in inbox.submits:
+                    self._sink_of[request.request_id] = sink
+                return False
+        for request, sink in inbox.submits:
+            try:
+                self._engine.submit(request)
+                self._sink_of[request.request_id] = sink
+            except MoeRayError as error:
+                sink([TokenEvent(request.request_id, error=error)])
+        gone = {id(sink) for sink in inbox.gone}
+        left = [request_id for request_id, sink in self._sink_of.items() if id(sink) in gone] if gone else []
+        for request_id in inbox.aborts + left:
+            self._engine.abort(request_id)
+            self._sink_of.pop(request_id, None)
+        return True
+
+    def _has_mail(self) -> bool:
+        return bool(self._inbox.submits or self._inbox.aborts or self._inbox.gone)
+
+    def _hand_out(self, events: list[TokenEvent]) -> None:
+        by_sink: dict[int, tuple[Sink, list[TokenEvent]]] = {}
+        for event in events:
+            sink = self._sink_of[event.request_id]
+            by_sink.setdefault(id(sink), (sink, []))[1].append(event)
+            if event.last:
+                del self._sink_of[event.request_id]
+        for sink, own in by_sink.values():
+            sink(own)
+
+    def _fail_all(self, error: MoeRayError) -> None:
+        with self._condition:
+            self._closed = True
+            waiting, self._inbox = self._inbox.submits, _Inbox([], [], [])
+        for request, sink in waiting:
+            self._sink_of[request.request_id] = sink
+        self._hand_out([TokenEvent(request_id, error=error) for request_id in list(self._sink_of)])

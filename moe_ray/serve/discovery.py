@@ -1,0 +1,61 @@
+"""Asks Ray Serve's replicas who they are, over their deployments' handles. Control plane only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from moe_ray.core import ReplicaInfo, TrunkInfo
+from moe_ray.errors import NotReady
+
+BROADCAST_TIMEOUT_S = 5.0
+_AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
+"""What a handle raises while its controller or its replicas are away."""
+
+
+def discover_experts(handles: Sequence[DeploymentHandle]) -> Callable[[], list[ReplicaInfo]]:
+    """Return a function that lists the replicas of all `handles`; for use outside event loops.
+
+    It raises `NotReady` only when no deployment answers: one without replicas must not hide the others.
+    """
+
+    def ask() -> list[ReplicaInfo]:
+        found: list[ReplicaInfo] = []
+        failures: list[str] = []
+        responses = []
+        for handle in handles:
+            try:
+                responses.append(handle.broadcast("endpoint"))
+            except _AWAY as error:
+                failures.append(f"{handle.deployment_name}: {error}")
+        for response in responses:
+            try:
+                results = response.results(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+            except _AWAY as error:
+                failures.append(str(error))
+            else:
+                found += [result for result in results if isinstance(result, ReplicaInfo)]
+        if len(failures) == len(handles):
+            raise NotReady(f"no expert deployment answers: {failures[0]}")
+        return found
+
+    return ask
+
+
+def discover_trunks(handle: DeploymentHandle) -> Callable[[], Any]:
+    """Return a coroutine function that lists the trunks behind `handle`. It raises `NotReady` when none answers."""
+
+    async def ask() -> list[TrunkInfo]:
+        try:
+            results = await handle.broadcast("endpoint").results_async(
+                timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True
+            )
+        except _AWAY as error:
+            raise NotReady(f"no trunk answers: {error}") from error
+        return [result for result in results if isinstance(result, TrunkInfo)]
+
+    return ask

@@ -1,0 +1,102 @@
+"""The Serve deployment of one expert: loads its tensors, opens its ports, says who it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray import serve
+
+from moe_ray import telemetry
+from moe_ray.config import Config
+from moe_ray.core import ReplicaInfo
+from moe_ray.engine.build import numerics
+from moe_ray.experts.worker import ExpertWorker
+from moe_ray.hub import resolve_model
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.serve.links import link_options
+from moe_ray.serve.progress import reporter
+from moe_ray.transport.base import ExpertServer
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertReplica:
+    """One actor holding one expert over all layers."""
+
+    def __init__(self, config: Config, expert: int) -> None:
+        """Load and listen. Raises `CheckpointError`, `ConfigError`."""
+        telemetry.configure(config.log_level)
+        started, name = time.perf_counter(), serve.get_replica_context().deployment
+        torch.set_num_threads(config.experts.of(expert).threads)
+        checkpoint = Checkpoint.open(resolve_model(config))
+        model = checkpoint.config
+        how = numerics(config, model)
+        keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
+        ffn = ExpertFFN.load(checkpoint, keys, how.dtype, how.device, reporter(name))
+        checkpoint.close()
+        self._worker = ExpertWorker(ffn, model.hidden_size, how.dtype, how.device)
+        self._servers = self._listen(config)
+        context = ray.get_runtime_context()
+        self._info = ReplicaInfo(
+            replica_id=serve.get_replica_context().replica_id.to_full_id_str(),
+            node_id=context.get_node_id(),
+            pid=os.getpid(),
+            keys=keys,
+            hidden_size=model.hidden_size,
+            dtype=str(how.dtype).removeprefix("torch."),
+            addresses={carrier: server.address for carrier, server in self._servers.items()},
+        )
+        logger.info(
+            "%s: read %d bytes (its own tensors only) in %.1f s, %s on %s, listening on %s",
+            name,
+            checkpoint.bytes_read,
+            time.perf_counter() - started,
+            self._info.dtype,
+            how.device,
+            ", ".join(f"{carrier} {address}" for carrier, address in self._info.addresses.items()),
+        )
+        self._bytes_read = checkpoint.bytes_read
+
+    def _listen(self, config: Config) -> dict[str, ExpertServer]:
+        servers: dict[str, ExpertServer] = {}
+        if config.transport in ("auto", "grpc"):
+            from moe_ray.transport.grpc import GrpcExpertServer
+
+            host = ray.util.get_node_ip_address()
+            servers["grpc"] = GrpcExpertServer(self._worker.forward, host, options=link_options(config))
+        if config.transport in ("auto", "ray"):
+            from moe_ray.transport.ray import RayExpertServer
+
+            servers["ray"] = RayExpertServer(self._worker.forward)
+        return servers
+
+    async def endpoint(self) -> ReplicaInfo:
+        """Who this replica is and where it listens."""
+        return self._info
+
+    async def status(self) -> dict[str, Any]:
+        """Place, memory and load of this process."""
+        stats = self._worker.stats()
+        return {
+            **telemetry.process_status(psutil.Process()),
+            "replica_id": self._info.replica_id,
+            "node_id": self._info.node_id,
+            "addresses": dict(self._info.addresses),
+            "bytes_read": self._bytes_read,
+            "weight_bytes": stats.weight_bytes,
+            "calls": stats.calls,
+            "rows": stats.rows,
+            "busy_s": stats.busy_s,
+            "queued_rows": stats.queued_rows,
+        }
+
+    def __del__(self) -> None:
+        for server in getattr(self, "_servers", {}).values():
+            server.close()

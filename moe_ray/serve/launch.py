@@ -1,0 +1,213 @@
+"""`moe-ray serve`: starts or joins Ray, deploys the application, shows it loading, and takes it all down again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+from rich.console import Console
+
+from moe_ray.bars import loading_bars
+from moe_ray.config import Config
+from moe_ray.errors import ConfigError, MoeRayError, NotReady
+from moe_ray.hub import resolve_model
+from moe_ray.report import Planned, planned, print_plan
+from moe_ray.serve.app import APP_NAME, build_app
+from moe_ray.serve.progress import NAME, NAMESPACE, LoadingBoard
+
+INGRESSES = ("python", "haproxy")
+READY_TIMEOUT_S = 120.0
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Of a Ray that we start ourselves: tokens and rows do not pass through it, except over the `ray` carrier."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """Where the server listens and which Ray it runs on."""
+
+    host: str
+    port: int
+    address: str | None
+    """None: start Ray in this machine and end it afterwards."""
+    ingress: str
+    dashboard: bool
+
+
+class DeployFailed(MoeRayError):
+    """An actor could not be started; the message is the actor's own."""
+
+
+def run(config: Config, options: LaunchOptions, console: Console) -> None:
+    """Serve until SIGINT or SIGTERM, then end everything that this call started.
+
+    Raises `CheckpointError` or `ConfigError` before anything is started, `DeployFailed` if an actor does not come up.
+    """
+    started = time.monotonic()
+    if options.ingress not in INGRESSES:
+        raise ConfigError(f"ingress {options.ingress!r} is not one of {', '.join(INGRESSES)}")
+    with loading_bars(console) as progress:
+        directory = resolve_model(config, progress)
+    plan = planned(config, directory)  # reads every header: a broken checkpoint is told before anything is started
+    print_plan(console, plan, None)
+    if options.address is None:
+        _check_port(options.host, options.port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with console.status("starting Ray" if options.address is None else f"joining Ray at {options.address}"):
+            _start_ray(options, config)
+        # Ray takes SIGTERM for itself while it starts.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _deploy(config, options, plan, console)
+        _greet(config, options, console, time.monotonic() - started)
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        console.print("stopping …")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _stop(options)
+    console.print("stopped")
+
+
+def _start_ray(options: LaunchOptions, config: Config) -> None:
+    logging.getLogger("ray.serve").setLevel(config.log_level.upper() if config.log_level == "debug" else logging.WARNING)
+    quiet: dict[str, Any] = {"log_to_driver": config.log_level == "debug", "logging_level": logging.ERROR}
+    if options.address is not None:
+        try:
+            ray.init(address=options.address, namespace=NAMESPACE, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"cannot join Ray at {options.address!r}: {str(error).splitlines()[0]}") from None
+        return
+    # Read by the Ray processes that we start, and inherited by all workers.
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else every level of actors runs 15 steps lower
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if options.ingress == "haproxy":
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=options.dashboard,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",  # one machine: whatever --host says, only the HTTP port is for others
+        **quiet,
+    )
+
+
+def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Console) -> None:
+    log_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        proxy_location="HeadOnly" if options.address is None else "EveryNode",
+        http_options=HTTPOptions(host=options.host, port=options.port),
+        logging_config=log_config,
+    )
+    board = LoadingBoard.options(name=NAME, get_if_exists=True).remote()
+    failure: list[BaseException] = []
+
+    def deploy() -> None:
+        try:
+            serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=log_config)
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=deploy, name="deploy", daemon=True)
+    thread.start()
+    with loading_bars(console) as progress:
+        for actor, total in plan.bytes_to_read.items():
+            progress(actor, 0, total)
+        while thread.is_alive():
+            for actor, (done, total) in ray.get(board.rows.remote()).items():
+                progress(actor, done, total)
+            _raise_if_failed(failure)
+            thread.join(timeout=0.2)
+        for actor, (done, total) in ray.get(board.rows.remote()).items():
+            progress(actor, done, total)
+    ray.kill(board)
+    _raise_if_failed(failure)
+    with console.status("linking trunk and experts"):
+        _wait_ready(f"http://{_reachable(options)}/health")
+
+
+def _raise_if_failed(failure: list[BaseException]) -> None:
+    state = serve.status().applications.get(APP_NAME)
+    if state is not None and state.status == ApplicationStatus.DEPLOY_FAILED:
+        messages = [d.message for d in state.deployments.values() if d.status.value == "DEPLOY_FAILED"]
+        raise DeployFailed(_root_cause((messages or [state.message])[0]))
+    if failure:
+        raise DeployFailed(_root_cause(str(failure[0])))
+
+
+def _root_cause(message: str) -> str:
+    """The last line of a remote traceback that names an error; the whole message if none does."""
+    lines = [line.strip() for line in message.splitlines() if "Error" in line or "moe_ray.errors" in line]
+    return lines[-1] if lines else message.strip()
+
+
+def _wait_ready(url: str) -> None:
+    deadline, missing = time.monotonic() + READY_TIMEOUT_S, ["Gateway"]
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            try:
+                missing = json.loads(error.read()).get("missing", missing)
+            except ValueError:
+                pass  # Serve's own 404 or 503 while its routes are being set up
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise NotReady(f"not ready after {READY_TIMEOUT_S:g} s; still missing: {', '.join(missing)}")
+
+
+def _greet(config: Config, options: LaunchOptions, console: Console, seconds: float) -> None:
+    url = f"http://{_reachable(options)}"
+    body = {"model": config.served_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    console.print(f"\n[bold green]ready[/] in {seconds:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)\n")
+    console.print(
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n",
+        soft_wrap=True,
+        markup=False,
+    )
+    if options.address is None:
+        console.print("  talk to it: moe-ray chat      look at it: moe-ray status")
+        if options.dashboard:
+            console.print("  Ray's own tools: RAY_AUTH_MODE=token ray list actors, RAY_AUTH_MODE=token serve status\n")
+
+
+def _stop(options: LaunchOptions) -> None:
+    if not ray.is_initialized():
+        return
+    if options.address is None:
+        serve.shutdown()
+    else:
+        serve.delete(APP_NAME)
+    ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+
+
+def _reachable(options: LaunchOptions) -> str:
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+    return f"{host}:{options.port}"

@@ -1,0 +1,107 @@
+"""Requests and token events between gateway and trunk, as protobuf messages of protos/moe_ray.proto."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from moe_ray import errors
+from moe_ray.core import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
+from moe_ray.pb import moe_ray_pb2 as pb
+
+_FINISH_REASONS = ("stop", "length", "abort")
+
+
+def pack_request(request: Request) -> pb.Submit:
+    """Request → message."""
+    s = request.sampling
+    sampling = pb.SamplingParams(
+        max_tokens=s.max_tokens,
+        min_tokens=s.min_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        presence_penalty=s.presence_penalty,
+        frequency_penalty=s.frequency_penalty,
+        logit_bias=dict(s.logit_bias),
+        seed=s.seed or 0,
+        stop_token_ids=s.stop_token_ids,
+        ignore_eos=s.ignore_eos,
+        logprobs=s.logprobs,
+    )
+    return pb.Submit(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        sampling=sampling,
+    )
+
+
+def unpack_request(message: pb.Submit) -> Request:
+    """Message → request. Raises `InvalidRequest` for a parameter out of range. Stop strings stay with the gateway."""
+    s = message.sampling
+    sampling = SamplingParams(
+        max_tokens=s.max_tokens if s.HasField("max_tokens") else None,
+        min_tokens=s.min_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        presence_penalty=s.presence_penalty,
+        frequency_penalty=s.frequency_penalty,
+        logit_bias=dict(s.logit_bias),
+        seed=s.seed,
+        stop_token_ids=tuple(s.stop_token_ids),
+        ignore_eos=s.ignore_eos,
+        logprobs=s.logprobs if s.HasField("logprobs") else None,
+    )
+    return Request(message.request_id, tuple(message.prompt_token_ids), sampling, tuple(message.output_token_ids))
+
+
+def pack_event(event: TokenEvent) -> pb.TokenEvent:
+    """Event → message."""
+    message = pb.TokenEvent(
+        request_id=event.request_id,
+        token_ids=event.token_ids,
+        finish_reason=event.finish_reason or "",
+        stop_token_id=event.stop_token_id,
+        num_cached_tokens=event.num_cached_tokens,
+    )
+    for entry in event.logprobs:
+        message.logprobs.add(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top_token_ids=[token for token, _ in entry.top],
+            top_logprobs=[value for _, value in entry.top],
+        )
+    if event.error is not None:
+        message.error_type, message.error_message = type(event.error).__name__, str(event.error)
+    return message
+
+
+def unpack_event(message: pb.TokenEvent) -> TokenEvent:
+    """Message → event. Raises `ProtocolError` on a finish reason that does not exist."""
+    if message.finish_reason and message.finish_reason not in _FINISH_REASONS:
+        raise ProtocolError(f"trunk sent finish reason {message.finish_reason!r}")
+    return TokenEvent(
+        request_id=message.request_id,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(
+            TokenLogprobs(e.token_id, e.logprob, tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)))
+            for e in message.logprobs
+        ),
+        finish_reason=cast(FinishReason, message.finish_reason) if message.finish_reason else None,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        num_cached_tokens=message.num_cached_tokens,
+        error=_error(message) if message.error_type else None,
+    )
+
+
+def _error(message: pb.TokenEvent) -> MoeRayError:
+    kind = getattr(errors, message.error_type, None)
+    if not (isinstance(kind, type) and issubclass(kind, MoeRayError)):
+        kind = errors.EngineError
+    return InvalidRequest(message.error_message) if kind is InvalidRequest else kind(message.error_message)

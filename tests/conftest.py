@@ -1,0 +1,67 @@
+"""What all tests share: the demo model, a small random Mixtral, one Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before ray is imported anywhere: its workers inherit these.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The real demo model, built into the user's cache if it is not there yet (about half a minute)."""
+    from moe_ray.config import load_config
+    from moe_ray.hub import resolve_model
+
+    return resolve_model(load_config())
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 4-layer Mixtral in float32 with a vocabulary of 512 ids and no tokenizer."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=512,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,  # large enough that greedy decoding does not repeat itself
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    directory = tmp_path_factory.mktemp("random-mixtral")
+    MixtralForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray for the whole session, on loopback only."""
+    import ray
+    from ray import serve
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=True,
+        log_to_driver=False,
+        object_store_memory=256 * 2**20,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    serve.shutdown()
+    ray.shutdown()
