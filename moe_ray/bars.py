@@ -30,7 +30,9 @@ def loading_bars(console: Console) -> Iterator[Report]:
         def report(what: str, done: int, total: int) -> None:
             if what not in bars:
                 bars[what] = progress.add_task(what, total=max(total, 1), amount="")
-            progress.update(bars[what], completed=done if total else 1, total=max(total, 1), amount=_amount(done, total))
+            progress.update(
+                bars[what], completed=done if total else 1, total=max(total, 1), amount=_amount(done, total)
+            )
 
         yield report
 

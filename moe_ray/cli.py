@@ -41,7 +41,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 @app.command()
 def serve(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A directory, a Hugging Face repo id, or `demo`.", show_default="demo")
+        str | None,
+        typer.Option("--model", "-m", help="A directory, a Hugging Face repo id, or `demo`.", show_default="demo"),
     ] = None,
     config: ConfigFile = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
@@ -52,12 +53,25 @@ def serve(
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed together.", show_default="64")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens per step.", show_default="512")] = None,
-    kv_cache_gib: Annotated[float | None, typer.Option(help="Memory of the KV cache.", show_default="from free memory")] = None,
-    micro_batches: Annotated[int | None, typer.Option(help="Ping-pong micro-batches per step.", show_default="1")] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")] = None,
-    address: Annotated[str | None, typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here")] = None,
-    ingress: Annotated[str, typer.Option(help="python: Serve's own proxy. haproxy: faster, but it binds all interfaces.")] = "python",
-    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard and state API (`ray list actors`, `serve status`).")] = True,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory of the KV cache.", show_default="from free memory")
+    ] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(help="Ping-pong micro-batches per step.", show_default="1")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here"),
+    ] = None,
+    ingress: Annotated[
+        str, typer.Option(help="python: Serve's own proxy. haproxy: faster, but it binds all interfaces.")
+    ] = "python",
+    dashboard: Annotated[
+        bool, typer.Option(help="Ray's dashboard and state API (`ray list actors`, `serve status`).")
+    ] = True,
     log_level: LogLevel = None,
 ) -> None:
     """Start trunk, experts and gateway, and serve until Ctrl-C."""
@@ -65,7 +79,13 @@ def serve(
     from moe_ray.serve.launch import LaunchOptions, run
 
     flags = {
-        "model": {"path": model, "dtype": dtype, "device": device, "max_model_len": max_model_len, "served_name": served_model_name},
+        "model": {
+            "path": model,
+            "dtype": dtype,
+            "device": device,
+            "max_model_len": max_model_len,
+            "served_name": served_model_name,
+        },
         "engine": {
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
@@ -81,7 +101,9 @@ def serve(
 @app.command()
 def chat(
     url: Url = DEFAULT_URL,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Model name.", show_default="the served one")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model name.", show_default="the served one")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Temperature = 0.7,
     max_tokens: MaxTokens = 512,
@@ -113,7 +135,13 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with loading_bars(console) as progress:
-        llm = LLM(model, dtype=dtype, max_model_len=max_model_len, progress=progress, **({"model": {"device": device}} if device else {}))
+        llm = LLM(
+            model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            progress=progress,
+            **({"model": {"device": device}} if device else {}),
+        )
     source: Any = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
     for delta in llm.stream(source, sampling):
         print(delta, end="", flush=True)
@@ -132,7 +160,7 @@ def plan(
     from moe_ray.bars import loading_bars
     from moe_ray.config import load_config
     from moe_ray.hub import resolve_model
-    from moe_ray.report import plan_json, print_plan, planned
+    from moe_ray.report import plan_json, planned, print_plan
 
     settings = load_config({"model": {"path": model, "dtype": dtype}}, config)
     with loading_bars(console) as progress:

@@ -107,13 +107,19 @@ class TlsSection(_Section):
     certificate: str
     key: str
     ca: str
+    server_name: str | None = None
+    """The name in the certificates, where peers are addressed by IP."""
 
 
 class Config(BaseSettings):
     """The whole configuration of one served model."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__", nested_model_default_partial_update=True
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
     )
 
     model: ModelOptions = ModelOptions()
@@ -125,7 +131,7 @@ class Config(BaseSettings):
     cluster_token: str | None = None
     """Expert and trunk ports refuse who does not show it; default: derived from Ray's own token where there is one."""
     tls: TlsSection | None = None
-    cache_dir: Path = Path("~/.cache/moe-ray")
+    cache_dir: Path = Field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moe-ray")
     """Where the demo model is kept; default: $XDG_CACHE_HOME/moe-ray."""
     log_level: LogLevel = "info"
 
@@ -166,12 +172,8 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
 
     if file is not None and not file.is_file():
         raise ConfigError(f"{file}: configuration file not found")
-    given = _without_none(flags or {})
-    if not any("cache_dir" in source for source in (given,)) and "MOE_RAY_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        given = {**given, "cache_dir": Path(cache) / "moe-ray"}
     try:
-        merged = _FromFile(**given)
+        merged = _FromFile(**_without_none(flags or {}))
         return Config.model_construct(**{name: getattr(merged, name) for name in Config.model_fields})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None

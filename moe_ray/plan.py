@@ -52,9 +52,7 @@ def make_plan(model: ModelConfig, dtype: str) -> Plan:
     """Plan `model` in `dtype`: one trunk, one actor per expert over all layers."""
     size = DTYPE_BYTES[dtype]
     trunk = sum(spec.numel for spec in trunk_specs(model))
-    expert = sum(
-        spec.numel for layer in range(model.num_hidden_layers) for spec in expert_specs(model, layer, 0)
-    )
+    expert = sum(spec.numel for layer in range(model.num_hidden_layers) for spec in expert_specs(model, layer, 0))
     actors = [ActorPlan("Trunk", trunk, trunk * size)]
     actors += [ActorPlan(f"Expert{e}", expert, expert * size) for e in range(model.num_local_experts)]
     return Plan(dtype, tuple(actors), model.kv_elements_per_token * size, model.max_position_embeddings)

@@ -68,7 +68,12 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> Non
     fits = plan.fits(int(gpu_gib * GIB)) if gpu_gib is not None else []
     for i, actor in enumerate(plan.actors):
         reads = planned.bytes_to_read.get(actor.name)
-        row = [actor.name, f"{actor.parameters / 1e6:,.1f} M", _size(actor.weight_bytes), "-" if reads is None else _size(reads)]
+        row = [
+            actor.name,
+            f"{actor.parameters / 1e6:,.1f} M",
+            _size(actor.weight_bytes),
+            "-" if reads is None else _size(reads),
+        ]
         if fits:
             _, ok, tokens = fits[i]
             row.append(("fits" + (f", {tokens:,} KV tokens" if tokens else "")) if ok else "does not fit")

@@ -73,12 +73,18 @@ def num_blocks(config: Config, model: ModelConfig, how: Numerics) -> int:
 def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
     """The longest sequence: as asked for, or the model's, cut to the cache. Raises `ConfigError` if too much is asked."""
     capacity, asked = blocks * config.engine.block_size, config.model.max_model_len
+    if capacity < 2:
+        raise ConfigError(f"the KV cache holds {capacity} tokens; raise engine.kv_cache_gib")
     if asked is None:
         return min(model.max_position_embeddings, capacity)
     if asked > model.max_position_embeddings:
-        raise ConfigError(f"max_model_len {asked} exceeds the model's max_position_embeddings {model.max_position_embeddings}")
+        raise ConfigError(
+            f"max_model_len {asked} exceeds the model's max_position_embeddings {model.max_position_embeddings}"
+        )
     if asked > capacity:
-        raise ConfigError(f"max_model_len {asked} exceeds the {capacity} tokens of the KV cache; raise engine.kv_cache_gib")
+        raise ConfigError(
+            f"max_model_len {asked} exceeds the {capacity} tokens of the KV cache; raise engine.kv_cache_gib"
+        )
     return asked
 
 

@@ -67,8 +67,12 @@ class Engine:
                 f"which leaves no room to generate",
                 "prompt",
             )
+        most = request.sampling.max_tokens
+        if most is not None and len(request.output_token_ids) >= most:
+            raise InvalidRequest(f"all max_tokens ({most}) were generated already", "output_token_ids")
         for param, ids in (
             ("prompt", request.prompt_token_ids),
+            ("output_token_ids", request.output_token_ids),
             ("logit_bias", tuple(request.sampling.logit_bias)),
             ("stop_token_ids", request.sampling.stop_token_ids),
         ):
@@ -108,7 +112,8 @@ class Engine:
         sampled = sample(logits, sampling, self.options.eos_token_ids)
         self._steps += 1
         self._generated_tokens += len(sampling)
-        self._prompt_tokens += batch.num_tokens - len(sampling)
+        # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
+        self._prompt_tokens += batch.num_tokens - sum(seq.num_output > 0 for seq in sampling)
         events = []
         results = self._scheduler.update(batch, sampled.token_ids)
         for (seq, reason, stop_token), logprobs in zip(results, sampled.logprobs, strict=True):

@@ -33,16 +33,22 @@ class EngineLoop:
         self._condition = threading.Condition()
         self._inbox = _Inbox([], [], [])
         self._closed = False
+        self._ended: MoeRayError | None = None
+        """What every request is told once the thread serves none any more."""
         self.failure: Exception | None = None
         """What stopped the engine, once something has."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request; its events, errors included, go to `sink`."""
+        """Queue a request; its events, errors included, go to `sink` (on this thread once the engine has ended)."""
         with self._condition:
-            self._inbox.submits.append((request, sink))
-            self._condition.notify()
+            ended = self._ended
+            if ended is None:
+                self._inbox.submits.append((request, sink))
+                self._condition.notify()
+        if ended is not None:
+            sink([TokenEvent(request.request_id, error=ended)])
 
     def abort(self, request_id: str) -> None:
         """Drop a request; no event follows once the engine has seen this."""
@@ -113,7 +119,7 @@ class EngineLoop:
 
     def _fail_all(self, error: MoeRayError) -> None:
         with self._condition:
-            self._closed = True
+            self._closed, self._ended = True, error
             waiting, self._inbox = self._inbox.submits, _Inbox([], [], [])
         for request, sink in waiting:
             self._sink_of[request.request_id] = sink

@@ -25,7 +25,9 @@ class SchedulerLimits:
 class Scheduler:
     """Owns every live sequence and its blocks; first come, first served. One thread."""
 
-    def __init__(self, limits: SchedulerLimits, allocator: BlockAllocator, eos_token_ids: frozenset[int], max_model_len: int) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, allocator: BlockAllocator, eos_token_ids: frozenset[int], max_model_len: int
+    ) -> None:
         self.limits, self.allocator = limits, allocator
         self._eos, self._max_model_len = eos_token_ids, max_model_len
         self.waiting: deque[Sequence] = deque()

@@ -38,6 +38,8 @@ _INST_TEMPLATE = (
 _INST_AS_TEXT = _INST_TEMPLATE.format(open=" [INST] ", close=" [/INST]")
 _INST_AS_CONTROL = _INST_TEMPLATE.format(open="[INST] ", close="[/INST]")
 
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 _RESERVED_TEMPLATE_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
     "messages"
 }
@@ -61,6 +63,8 @@ class Tokenizer:
         """Ids the model has embeddings for: config.json's count, else the tokenizer's."""
         self.bos_token_id: int | None = self._hf.bos_token_id
         self.eos_token_ids: frozenset[int] = _eos_token_ids(self._dir, config, self._hf.eos_token_id)
+        self.sampling_defaults: dict[str, float] = _sampling_defaults(self._dir)
+        """What generation_config.json recommends where a request says nothing: temperature, top_k, top_p, …"""
         self.token_bytes: Callable[[int], bytes] = lru_cache(maxsize=None)(self._token_bytes)
         """UTF-8 bytes that a token stands for; part of a character for byte-level and byte-fallback tokens."""
         self.chat_template: Any = self._hf.chat_template or self._inst_template()
@@ -295,6 +299,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content
+
+
+def _sampling_defaults(checkpoint: Path) -> dict[str, float]:
+    recommended = _read_json(checkpoint / "generation_config.json")
+    return {name: recommended[name] for name in _SAMPLING_DEFAULTS if recommended.get(name) is not None}
 
 
 def _eos_token_ids(checkpoint: Path, config: dict[str, Any], own: int | None) -> frozenset[int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from moe_ray.core import ExpertKey, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import LinkBroken, MoeRayError
+from moe_ray.errors import MoeRayError
 from moe_ray.transport.base import Link
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 Discover = Callable[[], Sequence[ReplicaInfo]]
 """Asks who is there. Raises `NotReady` when it cannot be known now: then what is known is kept."""
 Connect = Callable[[ReplicaInfo], Link]
-"""Opens a link. Raises `LinkBroken`."""
+"""Opens a link. Raises `LinkBroken`, or `ConfigError` when the replica offers no carrier that may be used."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,8 +101,13 @@ class Directory:
                 del self._replicas[replica_id]
         for replica_id, info in found.items():
             known = self._replicas.get(replica_id)
+            if known is not None and known.info.addresses != info.addresses:
+                known.link.close()  # it restarted under its name: what is in flight on the old link is sent again
+                self._backoff.pop(replica_id, None)
             if known is None or known.link.broken:
                 self._open(replica_id, info)
+            else:
+                known.info = info  # a replica may hold more keys than when the link was opened
         self._publish()
 
     def close(self) -> None:
@@ -123,7 +128,9 @@ class Directory:
             return
         try:
             link = self._connect(info)
-        except LinkBroken as error:
+        except (
+            MoeRayError
+        ) as error:  # LinkBroken, or ConfigError: one that cannot be linked must not hold up the others
             delay = min(2 * delay or 0.25, 5.0)
             self._backoff[replica_id] = (now + delay, delay)
             logger.warning("cannot reach expert replica %s: %s", replica_id, error)

@@ -63,7 +63,14 @@ class ExpertPool:
 
     def submit(self, calls: list[ExpertCall]) -> Scattered:
         """Put the calls on their way, each to one replica, without waiting."""
-        return Scattered(self, [self._send(call, ()) for call in calls])
+        scattered = Scattered(self, [])
+        try:
+            for call in calls:
+                scattered.flights.append(self._send(call, ()))
+        except BaseException:
+            scattered.abandon()
+            raise
+        return scattered
 
     def close(self) -> None:
         """Close every link."""
@@ -81,6 +88,9 @@ class ExpertPool:
             self._settle(call, replica)
             self._lost(replica, error)
             return _InFlight(call, None, None)
+        except BaseException:  # a call that no carrier could carry
+            self._settle(call, replica)
+            raise
 
     def wait(self, flight: _InFlight) -> torch.Tensor:
         """Return the rows of one call, sending it again as often as patience allows."""
@@ -139,16 +149,16 @@ class Scattered:
     """The calls of one layer under way; `gather` brings their rows home, once."""
 
     def __init__(self, pool: ExpertPool, flights: list[_InFlight]) -> None:
-        self._pool, self._flights = pool, flights
+        self._pool, self.flights = pool, flights
 
     def gather(self) -> list[torch.Tensor]:
         """Wait for every reply; rows [T_e, D] in the order of the calls. Raises `ExpertUnavailable`."""
         rows = []
-        while self._flights:
-            rows.append(self._pool.wait(self._flights.pop(0)))
+        while self.flights:
+            rows.append(self._pool.wait(self.flights.pop(0)))
         return rows
 
     def abandon(self) -> None:
         """Forget the calls not gathered yet; their replies are dropped when they come. Idempotent."""
-        while self._flights:
-            self._pool.drop(self._flights.pop())
+        while self.flights:
+            self._pool.drop(self.flights.pop())

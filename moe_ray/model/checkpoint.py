@@ -86,10 +86,7 @@ class Checkpoint:
             raise CheckpointError(f"{directory}: not a directory")
         config = ModelConfig.load(directory)
         if (directory / INDEX).exists():
-            files = _read_index(directory / INDEX)
-            for name in sorted(set(files.values())):
-                if not (directory / name).is_file():
-                    raise CheckpointError(f"{directory / name}: named in {INDEX} but missing")
+            files = _read_index(directory / INDEX)  # files are opened when a tensor of theirs is wanted, not before
         elif (directory / SINGLE).exists():
             checkpoint = Checkpoint(directory, config, {})
             files = dict.fromkeys(checkpoint._keys(SINGLE), SINGLE)
@@ -125,6 +122,8 @@ class Checkpoint:
 
         if spec.name not in self.files:
             raise CheckpointError(f"{self.directory}: tensor {spec.name} is missing from the checkpoint")
+        if not (self.directory / self.files[spec.name]).is_file():
+            raise CheckpointError(f"{self._where(spec)}: the file is named in {INDEX} but missing")
         try:
             header = self._handle(self.files[spec.name]).get_slice(spec.name)  # type: ignore[attr-defined]
         except SafetensorError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,11 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+            raise CheckpointError(
+                f"{path}: not found; a Mixtral-format checkpoint directory has a config.json"
+            ) from None
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
         return ModelConfig.from_dict(raw, str(path))
 
     @staticmethod
@@ -68,7 +71,7 @@ class ModelConfig:
             raise CheckpointError(f"{source}: quantised checkpoints ({method}) are not supported, use float weights")
         read = _Reader(raw, source)
         hidden, heads = read.positive_int("hidden_size"), read.positive_int("num_attention_heads")
-        kv_heads = read.positive_int("num_key_value_heads", heads)
+        kv_heads = read.positive_int("num_key_value_heads", heads if "num_key_value_heads" in raw else 8)
         experts, top_k = read.positive_int("num_local_experts", 8), read.positive_int("num_experts_per_tok", 2)
         rope_type, rope_theta = _rope(raw, source)
         config = ModelConfig(
@@ -82,7 +85,7 @@ class ModelConfig:
             num_local_experts=experts,
             num_experts_per_tok=top_k,
             max_position_embeddings=read.positive_int("max_position_embeddings", 131072),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
+            rms_norm_eps=read.positive_float("rms_norm_eps", 1e-5),
             hidden_act=read.one_of("hidden_act", HIDDEN_ACTS, "silu"),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             sliding_window=read.positive_int("sliding_window") if raw.get("sliding_window") else None,
@@ -113,6 +116,14 @@ class _Reader:
             raise CheckpointError(f"{self.source}: `{key}` must be a positive integer, found {value!r}")
         return value
 
+    def positive_float(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise CheckpointError(f"{self.source}: `{key}` must be a positive number, found {value!r}")
+        return float(value)
+
     def one_of(self, key: str, allowed: tuple[str, ...], default: str) -> str:
         value = self.raw.get(key, default)
         if value not in allowed:
@@ -128,5 +139,5 @@ def _rope(raw: Mapping[str, Any], source: str) -> tuple[str, float]:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise CheckpointError(f"{source}: rope_type {kind!r} is not supported, supported: {', '.join(ROPE_TYPES)}")
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 1e6
-    return str(kind), float(theta)
+    holder = scaling if scaling.get("rope_theta") is not None else raw
+    return str(kind), _Reader(holder, source).positive_float("rope_theta", 1e6)

@@ -41,7 +41,9 @@ class TrunkLayer:
         """Return hidden [T, D] plus its self-attention."""
         c = self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        qkv = F.linear(rms_norm(hidden, self.input_norm, c.rms_norm_eps), self.qkv).view(-1, heads + 2 * kv_heads, c.head_dim)
+        qkv = F.linear(rms_norm(hidden, self.input_norm, c.rms_norm_eps), self.qkv).view(
+            -1, heads + 2 * kv_heads, c.head_dim
+        )
         rotated = apply_rope(qkv[:, : heads + kv_heads], cos_sin)
         attended = attend(plan, rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :], cache)
         return hidden + F.linear(attended.flatten(1), self.out)
@@ -139,7 +141,9 @@ class Trunk:
             finally:
                 dispatched.pending.abandon()  # nothing, unless this pass is being given up
         last = [end - 1 for end, sampled in zip(batch.query_start[1:], batch.sample, strict=True) if sampled]
-        rows = rms_norm(hidden[torch.tensor(last, dtype=torch.long, device=self.device)], self._norm, self.config.rms_norm_eps)
+        rows = rms_norm(
+            hidden[torch.tensor(last, dtype=torch.long, device=self.device)], self._norm, self.config.rms_norm_eps
+        )
         return F.linear(rows, self._head).float()
 
 

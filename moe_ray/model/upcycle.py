@@ -6,10 +6,10 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -64,6 +64,8 @@ class UpcycleConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     shard_bytes: int = 500_000_000
     max_document_tokens: int = 256
+    generation: Mapping[str, float | bool] = field(default_factory=dict)
+    """Sampling defaults for generation_config.json, e.g. {"do_sample": True, "temperature": 0.2}."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, rule: str) -> None:
@@ -112,7 +114,8 @@ def upcycle(
         report = _write_weights(model, tokenizer, work, config, progress)
         _write_json(work / "config.json", mixtral_config(model.config, config))
         special = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(work / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+        generation = {name: token for name, token in special.items() if token is not None}
+        _write_json(work / "generation_config.json", generation | dict(config.generation))
         _write_json(work / ROUTING_FILE, {"config": asdict(config), **asdict(report)})
     return report
 

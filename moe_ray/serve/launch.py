@@ -85,7 +85,9 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
 
 
 def _start_ray(options: LaunchOptions, config: Config) -> None:
-    logging.getLogger("ray.serve").setLevel(config.log_level.upper() if config.log_level == "debug" else logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(
+        config.log_level.upper() if config.log_level == "debug" else logging.WARNING
+    )
     quiet: dict[str, Any] = {"log_to_driver": config.log_level == "debug", "logging_level": logging.ERROR}
     if options.address is not None:
         try:
@@ -176,7 +178,8 @@ def _wait_ready(url: str) -> None:
 
 def _greet(config: Config, options: LaunchOptions, console: Console, seconds: float) -> None:
     url = f"http://{_reachable(options)}"
-    body = {"model": config.served_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": config.served_name, "messages": question, "temperature": 0}
     console.print(f"\n[bold green]ready[/] in {seconds:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)\n")
     console.print(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n",
@@ -192,10 +195,8 @@ def _greet(config: Config, options: LaunchOptions, console: Console, seconds: fl
 def _stop(options: LaunchOptions) -> None:
     if not ray.is_initialized():
         return
-    if options.address is None:
-        serve.shutdown()
-    else:
-        serve.delete(APP_NAME)
+    # Our own Ray ends with this process, Serve's controller and proxy with it.
+    serve.delete(APP_NAME)
     ray.shutdown()
 
 

@@ -6,12 +6,12 @@ import grpc.aio
 
 from moe_ray.config import Config, cluster_token
 from moe_ray.transport.base import LinkOptions, TlsFiles
-from moe_ray.transport.grpc import _read_pem, channel_options
+from moe_ray.transport.grpc import channel_options, read_pem
 
 
 def link_options(config: Config) -> LinkOptions:
     """Token and TLS of one cluster."""
-    tls = TlsFiles(config.tls.certificate, config.tls.key, config.tls.ca) if config.tls else None
+    tls = TlsFiles(**config.tls.model_dump()) if config.tls else None
     return LinkOptions(token=cluster_token(config), tls=tls)
 
 
@@ -20,6 +20,6 @@ def open_aio_channel(address: str, options: LinkOptions) -> grpc.aio.Channel:
     settings = channel_options(options)
     if options.tls is None:
         return grpc.aio.insecure_channel(address, options=settings)
-    certificate, key, ca = _read_pem(options.tls)
+    certificate, key, ca = read_pem(options.tls)
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
     return grpc.aio.secure_channel(address, credentials, options=settings)

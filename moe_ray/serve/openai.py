@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
@@ -48,7 +48,8 @@ class GenerationRequest(BaseModel):
     stop_token_ids: tuple[StrictInt, ...] = ()
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # taken over by SamplingParams as they are, where given: its defaults hold, so these are never read
+    # taken over by SamplingParams as they are, where given; else the checkpoint's generation_config.json counts (as
+    # for vLLM), then SamplingParams' defaults: these here are never read
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -210,7 +211,8 @@ def to_requests(body: Body, tokenizer: Tokenizer, max_model_len: int, request_id
         limit = _max_tokens(body, len(prompt), max_model_len, field)
         for i in range(body.n):
             index = len(requests)
-            params = _sampling(body, limit, seed + i if seed + i <= MAX_SEED else seed + i - MAX_SEED - 1)
+            own_seed = seed + i if seed + i <= MAX_SEED else seed + i - MAX_SEED - 1
+            params = _sampling(body, limit, own_seed, tokenizer.sampling_defaults)
             requests.append((index, Request(f"{request_id}-{index}", tuple(prompt), params)))
     return requests
 
@@ -311,7 +313,7 @@ def _max_tokens(body: Body, num_prompt: int, max_model_len: int, field: str) -> 
     )
 
 
-def _sampling(body: Body, max_tokens: int, seed: int) -> SamplingParams:
+def _sampling(body: Body, max_tokens: int, seed: int, defaults: Mapping[str, float]) -> SamplingParams:
     logprobs = body.logprobs if isinstance(body, CompletionRequest) else (body.top_logprobs if body.logprobs else None)
     taken: dict[str, Any] = {name: getattr(body, name) for name in _TAKEN_OVER if name in body.model_fields_set}
     return SamplingParams(
@@ -320,7 +322,7 @@ def _sampling(body: Body, max_tokens: int, seed: int) -> SamplingParams:
         stop=(body.stop,) if isinstance(body.stop, str) else body.stop,
         stop_token_ids=body.stop_token_ids,
         logprobs=logprobs,
-        **taken,
+        **{**defaults, **taken},
     )
 
 

@@ -59,7 +59,9 @@ def print_status(console: Console, snapshot: dict[str, Any]) -> None:
     for deployment in snapshot["deployments"]:
         states = ", ".join(f"{n} {state.lower()}" for state, n in deployment["replica_states"].items())
         if not deployment["actors"]:
-            table.add_row(deployment["name"], states or deployment["status"].lower(), "", "", "", "", "", deployment["message"])
+            table.add_row(
+                deployment["name"], states or deployment["status"].lower(), "", "", "", "", "", deployment["message"]
+            )
         for actor in deployment["actors"]:
             table.add_row(
                 deployment["name"],

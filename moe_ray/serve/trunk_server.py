@@ -15,7 +15,7 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.serve.trunk_wire import pack_event, unpack_request
 from moe_ray.transport.base import LinkOptions
-from moe_ray.transport.grpc import _StreamThreads as StreamThreads, TokenInterceptor, join_address, listen, server_options
+from moe_ray.transport.grpc import StreamThreads, TokenInterceptor, join_address, listen, server_options
 
 MAX_GATEWAYS = 64
 
@@ -44,9 +44,7 @@ class _Servicer(pb_grpc.TrunkServicer):
     def __init__(self, loop: EngineLoop, missing: Callable[[], list[int]]) -> None:
         self._loop, self._missing = loop, missing
 
-    def Generate(
-        self, requests: Iterator[pb.TrunkRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.StepEvents]:
+    def Generate(self, requests: Iterator[pb.TrunkRequest], context: grpc.ServicerContext) -> Iterator[pb.StepEvents]:
         events: queue.SimpleQueue[list[TokenEvent] | None] = queue.SimpleQueue()
         sink = events.put
         reader = threading.Thread(

@@ -1,0 +1,108 @@
+"""What the gateway answers, from request body to response, without Ray: text in, text out, sessions in between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from moe_ray.engine.tokenizer import Tokenizer
+from moe_ray.serve.openai import Body, check_model, error_body, to_requests
+from moe_ray.serve.openai_stream import Responder
+from moe_ray.serve.sessions import Session, Sessions
+
+logger = logging.getLogger(__name__)
+
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+LONG_BODY = 16_384
+"""Bodies longer than this many bytes are tokenized on another thread, so that running streams do not stall."""
+TRUNK_TIMEOUT_S = 5.0
+"""How long a request waits for a first trunk before it is told 503."""
+
+
+class Service:
+    """OpenAI's API over one model. Runs on the loop of its `Sessions`."""
+
+    def __init__(self, served_name: str, tokenizer: Tokenizer, sessions: Sessions) -> None:
+        self._served_name, self._tokenizer, self._sessions = served_name, tokenizer, sessions
+        self._created = int(time.time())
+
+    async def health(self) -> Response:
+        """200 once a trunk and every expert are up, else 503 naming what is missing."""
+        statuses = await self._sessions.status()
+        if any(status.ready for status in statuses):
+            return JSONResponse({"status": "ok"})
+        missing = sorted({name for status in statuses for name in status.missing}) or ["Trunk"]
+        return JSONResponse({"status": "not ready", "missing": missing}, 503)
+
+    def models(self) -> dict[str, Any]:
+        """The served model, in OpenAI's list format."""
+        return {"object": "list", "data": [self._card()]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The card of one model. Raises `ModelNotFound`."""
+        check_model(name, {self._served_name})
+        return self._card()
+
+    async def answer(self, raw: bytes, parse: Callable[[bytes], Body], prefix: str) -> Response:
+        """Answer one completion or chat request; `prefix` begins its id. Raises errors of moe_ray.errors."""
+        body = parse(raw)
+        check_model(body.model, {self._served_name})
+        response_id = prefix + uuid.uuid4().hex
+        trunk = await self._sessions.ensure_trunk(TRUNK_TIMEOUT_S)
+        arguments = (body, self._tokenizer, trunk.max_model_len, response_id)
+        requests = await asyncio.to_thread(to_requests, *arguments) if len(raw) > LONG_BODY else to_requests(*arguments)
+        session = self._sessions.open(requests)
+        responder = Responder(
+            body, requests, self._tokenizer, response_id=response_id, model=self._served_name, on_stop=session.stop
+        )
+        if not body.stream:
+            with contextlib.closing(session):
+                return JSONResponse(await responder.full(session.events()))
+        chunks = responder.stream(session.events())
+        try:
+            first = await anext(chunks)  # a request that the trunk refuses can still become an HTTP status here
+        except BaseException:
+            session.close()
+            raise
+        return StreamingResponse(_stream(first, chunks, session), media_type="text/event-stream", headers=SSE_HEADERS)
+
+    def _card(self) -> dict[str, Any]:
+        trunks = self._sessions.trunks
+        return {
+            "id": self._served_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "moe_ray",
+            "root": self._served_name,
+            "parent": None,
+            "max_model_len": trunks[0].max_model_len if trunks else None,
+        }
+
+
+def error_response(error: Exception) -> Response:
+    """The response to a request that failed; an unforeseen error is logged and told without its internals."""
+    status, body, headers = error_body(error)
+    if status == 500:
+        logger.error("request failed", exc_info=error)
+    return JSONResponse(body, status, headers)
+
+
+def no_route(method: str, path: str, status: int) -> Response:
+    """The response to a path or method that does not exist."""
+    error = {"message": f"no route {method} {path}", "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": error}, status)
+
+
+async def _stream(first: str, chunks: AsyncIterator[str], session: Session) -> AsyncIterator[str]:
+    """Yield the rest of a response; when the client goes away its sequences end."""
+    with contextlib.closing(session):
+        yield first
+        async for chunk in chunks:
+            yield chunk

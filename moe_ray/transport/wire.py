@@ -1,0 +1,189 @@
+"""Pure functions between `ExpertCall`/`ExpertReply` and their messages. Whatever is malformed raises `ProtocolError`.
+
+Tensors travel as raw bytes, row-major, little-endian (as on every CPU that torch runs on). Sending copies a tensor once
+(twice from a CUDA device); receiving copies once, so that received tensors are writable CPU tensors of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaLoad
+from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.pb import moe_ray_pb2 as pb
+
+MAX_TENSOR_BYTES = 1 << 30
+"""Rows of one message; protobuf itself ends at 2 GiB. 64 Ki rows of a Mixtral in bf16 are half of it."""
+_MAX_UINT32 = 2**32 - 1
+
+_DTYPES: Mapping[str, tuple[torch.dtype, pb.DType]] = {
+    "float32": (torch.float32, pb.FLOAT32),
+    "bfloat16": (torch.bfloat16, pb.BFLOAT16),
+    "float16": (torch.float16, pb.FLOAT16),
+}
+_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
+_TO_PB = dict(_DTYPES.values())
+_FROM_PB = {code: dtype for dtype, code in _DTYPES.values()}
+
+
+def check_rows(rows: torch.Tensor, field: str) -> None:
+    """Raise `ProtocolError` naming `field` unless `rows` is a [T, D] tensor that a message can carry."""
+    if rows.dtype not in _NAMES:
+        raise ProtocolError(f"{field} is {rows.dtype}, not one of {', '.join(_DTYPES)}")
+    if rows.dim() != 2 or 0 in rows.shape:
+        raise ProtocolError(f"{field} has shape {list(rows.shape)}, expected [T, D] with T and D at least 1")
+    if rows.numel() * rows.itemsize > MAX_TENSOR_BYTES:
+        raise ProtocolError(f"{field} has {rows.numel() * rows.itemsize} bytes, more than {MAX_TENSOR_BYTES}")
+
+
+def check_call(call: ExpertCall) -> None:
+    """Raise `ProtocolError` naming the field unless every carrier can carry `call`."""
+    check_rows(call.rows, "rows")
+    if call.weights.dtype != torch.float32 or call.weights.shape != call.rows.shape[:1]:
+        raise ProtocolError(
+            f"weights is {call.weights.dtype} {list(call.weights.shape)}, expected torch.float32 [{len(call.rows)}]"
+        )
+    for name, value in (("layer", call.layer), ("expert", call.expert)):
+        if not 0 <= value <= _MAX_UINT32:
+            raise ProtocolError(f"{name} is {value}, expected 0..{_MAX_UINT32}")
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of `tensor` as uint8 [n]; no copy if it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+
+
+def call_header(call: ExpertCall) -> pb.ExpertCallHeader:
+    """Check `call` and describe it."""
+    check_call(call)
+    num_rows, hidden_size = call.rows.shape
+    return pb.ExpertCallHeader(
+        call_id=call.call_id,
+        layer=call.layer,
+        expert=call.expert,
+        num_rows=num_rows,
+        hidden_size=hidden_size,
+        dtype=_TO_PB[call.rows.dtype],
+    )
+
+
+def pack_call(call: ExpertCall) -> pb.ExpertCall:
+    """Check `call` and copy it into a message."""
+    return pb.ExpertCall(header=call_header(call), rows=raw(call.rows).tobytes(), weights=raw(call.weights).tobytes())
+
+
+def unpack_call(message: pb.ExpertCall) -> ExpertCall:
+    """Check `message` and copy it into tensors."""
+    return read_call(message.header, message.rows, message.weights)
+
+
+def read_call(header: pb.ExpertCallHeader, rows: bytes, weights: bytes) -> ExpertCall:
+    """Check a header against its tensors' bytes, which are copied."""
+    tensor = _read_rows(header.dtype, header.num_rows, header.hidden_size, rows)
+    if len(weights) != 4 * header.num_rows:
+        raise ProtocolError(
+            f"weights has {len(weights)} bytes, expected {4 * header.num_rows} for {header.num_rows} rows"
+        )
+    return ExpertCall(
+        layer=header.layer,
+        expert=header.expert,
+        rows=tensor,
+        weights=torch.frombuffer(bytearray(weights), dtype=torch.float32),
+        call_id=header.call_id,
+    )
+
+
+def reply_header(reply: ExpertReply) -> pb.ExpertReplyHeader:
+    """Check `reply` and describe it."""
+    check_rows(reply.rows, "rows")
+    num_rows, hidden_size = reply.rows.shape
+    return pb.ExpertReplyHeader(
+        call_id=reply.call_id,
+        status=pb.OK,
+        num_rows=num_rows,
+        hidden_size=hidden_size,
+        dtype=_TO_PB[reply.rows.dtype],
+        queued_rows=reply.load.queued_rows,
+        compute_us=reply.load.compute_us,
+        queue_us=reply.load.queue_us,
+    )
+
+
+def pack_reply(reply: ExpertReply) -> pb.ExpertReply:
+    """Check `reply` and copy it into a message."""
+    return pb.ExpertReply(header=reply_header(reply), rows=raw(reply.rows).tobytes())
+
+
+def pack_error(call_id: int, error: ExpertFailed | ProtocolError) -> pb.ExpertReply:
+    """The reply to a call that failed (`ExpertFailed`) or was refused (`ProtocolError`)."""
+    status = pb.REFUSED if isinstance(error, ProtocolError) else pb.FAILED
+    return pb.ExpertReply(header=pb.ExpertReplyHeader(call_id=call_id, status=status, error=str(error)))
+
+
+def unpack_reply(message: pb.ExpertReply) -> ExpertReply:
+    """Check `message` and copy it into tensors."""
+    return read_reply(message.header, message.rows)
+
+
+def read_reply(header: pb.ExpertReplyHeader, rows: bytes) -> ExpertReply:
+    """Check a header against its tensor's bytes, which are copied.
+
+    A reply that reports an error raises it: `ExpertFailed` for FAILED, `ProtocolError` for REFUSED.
+    """
+    if header.status != pb.OK:
+        raise error_of(header.status, header.error)
+    tensor = _read_rows(header.dtype, header.num_rows, header.hidden_size, rows)
+    load = ReplicaLoad(header.queued_rows, header.compute_us, header.queue_us)
+    return ExpertReply(call_id=header.call_id, rows=tensor, load=load)
+
+
+def error_of(status: int, message: str) -> ExpertFailed | ProtocolError:
+    """The error that a reply's status stands for; an unknown status is itself a `ProtocolError`."""
+    if status == pb.FAILED:
+        return ExpertFailed(message)
+    if status == pb.REFUSED:
+        return ProtocolError(f"call refused: {message}")
+    return ProtocolError(f"header.status is {status}, which is not a CallStatus")
+
+
+def to_numpy(rows: torch.Tensor) -> tuple[str, np.ndarray]:
+    """The dtype's name and `rows` as a numpy array; 16-bit floats as int16, for numpy knows no bfloat16. No copy."""
+    array = rows.detach().cpu().contiguous()
+    return _NAMES[rows.dtype], (array if array.dtype == torch.float32 else array.view(torch.int16)).numpy()
+
+
+def from_numpy(dtype: str, array: np.ndarray, field: str) -> torch.Tensor:
+    """Check and copy what `to_numpy` made. Raises `ProtocolError` naming `field`."""
+    if dtype not in _DTYPES:
+        raise ProtocolError(f"{field} is {dtype!r}, not one of {', '.join(_DTYPES)}")
+    expected = np.dtype(np.float32 if dtype == "float32" else np.int16)
+    if not isinstance(array, np.ndarray) or array.dtype != expected:
+        raise ProtocolError(f"{field} is not a numpy array of {expected}")
+    rows = torch.from_numpy(array.copy()).view(_DTYPES[dtype][0])
+    check_rows(rows, field)
+    return rows
+
+
+def _read_rows(dtype: pb.DType, num_rows: int, hidden_size: int, data: bytes) -> torch.Tensor:
+    if dtype not in _FROM_PB:
+        raise ProtocolError(f"header.dtype is {dtype}, not one of {', '.join(_DTYPES)}")
+    if num_rows < 1:
+        raise ProtocolError("header.num_rows is 0, expected at least 1")
+    if hidden_size < 1:
+        raise ProtocolError("header.hidden_size is 0, expected at least 1")
+    torch_dtype = _FROM_PB[dtype]
+    size = num_rows * hidden_size * torch_dtype.itemsize
+    if size > MAX_TENSOR_BYTES:
+        raise ProtocolError(
+            f"header.num_rows x header.hidden_size is {num_rows} x {hidden_size}: {size} bytes, "
+            f"more than {MAX_TENSOR_BYTES}"
+        )
+    if len(data) != size:
+        raise ProtocolError(
+            f"rows has {len(data)} bytes, expected {size} for {torch_dtype} [{num_rows}, {hidden_size}]"
+        )
+    # bytearray: the one copy. A tensor over the message's own bytes would be read-only behind torch's back.
+    return torch.frombuffer(bytearray(data), dtype=torch_dtype).view(num_rows, hidden_size)

@@ -1,0 +1,87 @@
+"""An expert for the transport tests: `rows * weights`, or the fault that the call's expert number asks for.
+
+Runs in a thread, as a process (`python echo_expert.py [token]`: prints its address, ends with its stdin) and in a Ray
+actor or Serve replica.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.transport.base import ExpertServer, LinkOptions
+
+ECHO, SLOW, FAILS, REFUSES, BUG, WRONG_SHAPE, NAN, WRONG_DTYPE, WRONG_ID, NO_TENSOR = range(10)
+TOKEN = "the-cluster-token"
+
+
+def weighted(call: ExpertCall) -> torch.Tensor:
+    return call.rows * call.weights[:, None].to(call.rows.dtype)
+
+
+def behave(call: ExpertCall) -> ExpertReply:
+    """The handler. SLOW takes `layer` milliseconds."""
+    load = ReplicaLoad(queued_rows=call.layer, compute_us=11, queue_us=7)
+    rows = weighted(call)
+    if call.expert == SLOW:
+        time.sleep(call.layer / 1000)
+    elif call.expert == FAILS:
+        raise ExpertFailed("out of luck")
+    elif call.expert == REFUSES:
+        raise ProtocolError("key (0, 3) is not held here")
+    elif call.expert == BUG:
+        raise ZeroDivisionError("a bug in the handler")
+    elif call.expert == WRONG_SHAPE:
+        rows = torch.cat([rows, rows])
+    elif call.expert == NAN:
+        rows[-1, -1] = float("nan")
+    elif call.expert == WRONG_DTYPE:
+        rows = rows.to(torch.bfloat16 if rows.dtype == torch.float16 else torch.float16)
+    elif call.expert == WRONG_ID:
+        return ExpertReply(call.call_id + 1, rows, load)
+    elif call.expert == NO_TENSOR:
+        rows = rows.to(torch.float64)
+    return ExpertReply(call.call_id, rows, load)
+
+
+def info(addresses: Mapping[str, str]) -> ReplicaInfo:
+    return ReplicaInfo(
+        replica_id="echo-1",
+        node_id="node",
+        pid=os.getpid(),
+        keys=frozenset({(0, 0)}),
+        hidden_size=8,
+        dtype="float32",
+        addresses=addresses,
+    )
+
+
+class EchoActor:
+    """A Ray actor or Serve deployment around `behave`."""
+
+    def __init__(self) -> None:
+        from moe_ray.transport.ray import RayExpertServer
+
+        self.server: ExpertServer = RayExpertServer(behave)
+
+    def endpoint(self) -> tuple[str, int]:
+        return self.server.address, os.getpid()
+
+    def close(self) -> None:
+        self.server.close()
+        self.server.close()
+
+
+if __name__ == "__main__":
+    from moe_ray.transport.grpc import GrpcExpertServer
+
+    torch.set_num_threads(1)
+    server = GrpcExpertServer(behave, options=LinkOptions(token=sys.argv[1] if len(sys.argv) > 1 else None))
+    print(server.address, flush=True)
+    sys.stdin.read()
