@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,8 @@ LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or erro
 Url = Annotated[str, typer.Option(help="Base URL of a running server.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+
+UpcycleDtype = Literal["bfloat16", "float16", "float32"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -76,6 +78,10 @@ def serve(
 ) -> None:
     """Start trunk, experts and gateway, and serve until Ctrl-C."""
     from moe_ray.config import load_config
+    from moe_ray.serve.local_ray import prepare_local_ray
+
+    if address is None:
+        prepare_local_ray()
     from moe_ray.serve.launch import LaunchOptions, run
 
     flags = {
@@ -174,7 +180,9 @@ def plan(
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="Ray cluster: `auto` or host:port.")] = "auto",
+    address: Annotated[
+        str, typer.Option(help="Ray cluster: host:port as `moe-ray serve` prints it, or `auto`.")
+    ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show every actor of the running application: where it is, its state, memory and load."""
@@ -197,7 +205,7 @@ def upcycle(
     top_k: Annotated[int, typer.Option(min=1)] = 2,
     noise: Annotated[float, typer.Option(help="Noise per expert, as a fraction of each matrix's spread.")] = 0.02,
     seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[UpcycleDtype, typer.Option(help="Of the written weights.")] = "bfloat16",
 ) -> None:
     """Turn a dense model into a mixture of experts by sparse upcycling (arXiv:2212.05055)."""
     from moe_ray.bars import loading_bars

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
+    SettingsError,
 )
 
 from moe_ray.errors import ConfigError
@@ -167,18 +169,18 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
         def settings_customise_sources(  # type: ignore[override]
             cls, settings_cls: type[BaseSettings], init_settings: Any, env_settings: Any, **_: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            yaml = YamlConfigSettingsSource(settings_cls, yaml_file=file)
-            return init_settings, env_settings, yaml
+            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
-    if file is not None and not file.is_file():
-        raise ConfigError(f"{file}: configuration file not found")
+    from_file = _read_yaml(file) if file is not None else {}
     try:
         merged = _FromFile(**_without_none(flags or {}))
+        for expert in merged.experts.overrides:
+            merged.experts.of(expert)  # now, rather than when that expert is started
         return Config.model_construct(**{name: getattr(merged, name) for name in Config.model_fields})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
-    except ValueError as error:  # YAML that cannot be parsed, a list where a mapping belongs
-        raise ConfigError(f"{file or 'configuration'}: {error}") from None
+    except SettingsError as error:  # an environment variable of a nested key that is no JSON
+        raise ConfigError(f"environment ({ENV_PREFIX}...): {error}") from None
 
 
 def cluster_token(config: Config) -> str | None:
@@ -208,6 +210,20 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         else:
             lines.append(f"`{key}`: {fault['msg']}, got {fault['input']!r}")
     return "; ".join(lines)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: configuration file not found") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not readable as YAML ({error})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{file}: must hold keys of the configuration, not {type(content).__name__}")
+    return content
 
 
 def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:

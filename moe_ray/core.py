@@ -1,4 +1,4 @@
-"""The nouns of moe_ray, each defined once and used by every process. Plain data: no ray, no grpc, torch only in types."""
+"""The nouns of moe_ray, each defined once, used by every process. Plain data: no ray, no grpc, torch only in types."""
 
 from __future__ import annotations
 

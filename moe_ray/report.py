@@ -58,8 +58,9 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> Non
     console.print(
         f"[bold]{planned.model_name}[/]  {sum(a.parameters for a in plan.actors) / 1e9:.2f} B parameters, "
         f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, top {model.num_experts_per_tok}, "
-        f"{plan.dtype}, {_size(plan.total_bytes)} in all  ({planned.directory})"
+        f"{plan.dtype}, {_size(plan.total_bytes)} in all"
     )
+    console.print(str(planned.directory), style="dim", markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("actor", "parameters", "weights", "reads from disk"):
         table.add_column(column, justify="left" if column == "actor" else "right")

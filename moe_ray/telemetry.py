@@ -23,7 +23,12 @@ def configure(level: str) -> None:
 def process_status(process: psutil.Process) -> dict[str, Any]:
     """Pid, resident and proportional memory in bytes, CPU seconds."""
     memory, cpu = process.memory_info(), process.cpu_times()
-    status = {"pid": process.pid, "rss_bytes": memory.rss, "cpu_s": cpu.user + cpu.system, "nice": os.nice(0)}
+    status: dict[str, Any] = {
+        "pid": process.pid,
+        "rss_bytes": memory.rss,
+        "cpu_s": cpu.user + cpu.system,
+        "nice": os.nice(0),
+    }
     try:
         status["pss_bytes"] = process.memory_full_info().pss
     except (psutil.AccessDenied, AttributeError):  # not Linux, or a hardened container

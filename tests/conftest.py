@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Before ray is imported anywhere: its workers inherit these.
-os.environ.setdefault("RAY_worker_niceness", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+from moe_ray.serve.local_ray import prepare_local_ray
+
+prepare_local_ray()  # before ray is imported anywhere
 
 
 @pytest.fixture(scope="session")

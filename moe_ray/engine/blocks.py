@@ -11,7 +11,7 @@ ROOT_KEY = b""
 
 
 def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Key of a full block: a 16-byte BLAKE2b over its parent's key and its tokens, so equal keys mean equal prefixes."""
+    """Key of a full block: 16 bytes of BLAKE2b over its parent's key and its tokens; equal keys mean equal prefixes."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
@@ -66,7 +66,7 @@ class BlockAllocator:
         return blocks
 
     def register(self, block: int, key: bytes) -> None:
-        """Make a held, full and computed block findable by `key`. A key that another block has already is left there."""
+        """Make a held, full and computed block findable by `key`, unless another block has that key already."""
         assert self._refs[block] > 0
         if self._key[block] is None and key not in self._block_of:
             self._key[block] = key

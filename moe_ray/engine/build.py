@@ -71,7 +71,7 @@ def num_blocks(config: Config, model: ModelConfig, how: Numerics) -> int:
 
 
 def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
-    """The longest sequence: as asked for, or the model's, cut to the cache. Raises `ConfigError` if too much is asked."""
+    """The longest sequence: as asked for, or the model's, cut to the cache. Raises `ConfigError` if it does not fit."""
     capacity, asked = blocks * config.engine.block_size, config.model.max_model_len
     if capacity < 2:
         raise ConfigError(f"the KV cache holds {capacity} tokens; raise engine.kv_cache_gib")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +21,7 @@ class EngineOptions:
 
     num_blocks: int
     block_size: int = 16
-    limits: SchedulerLimits = SchedulerLimits()
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     max_model_len: int = 4096
     micro_batches: int = 1
     eos_token_ids: frozenset[int] = frozenset()

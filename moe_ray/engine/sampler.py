@@ -102,29 +102,56 @@ def _counts(token_ids: list[list[int]], vocab: int, device: torch.device) -> tor
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: list[float]) -> torch.Tensor:
-    """Draw one token per row by inverting its truncated distribution at `noise`. logits [R, V]; returns [R]."""
+    """Draw one token per row by inverting its (truncated) distribution at `noise`. logits [R, V]; returns [R].
+
+    Each row takes the path that it would take alone: the order in which a distribution is inverted decides the token.
+    """
     device, vocab = logits.device, logits.shape[-1]
     logits = logits / _column([p.temperature for p in params], device)
-    truncated = any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params)
-    if not truncated:
-        return _invert(logits.softmax(-1), noise)
+    chosen = torch.empty(len(params), dtype=torch.long, device=device)
+    cut = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
+    left = [i for i, is_cut in enumerate(cut) if not is_cut]
+    if left:
+        rows = torch.tensor(left, device=device)
+        chosen[rows] = _invert(logits[rows].softmax(-1), [noise[i] for i in left])
+    left = [i for i, is_cut in enumerate(cut) if is_cut]
+    for size in sorted({min(TOP_CANDIDATES, vocab), vocab}):
+        if not left:
+            break
+        rows = torch.tensor(left, device=device)
+        ids, weights, enough = _truncate(logits[rows], [params[i] for i in left], size)
+        drawn = _invert(weights, [noise[i] for i in left])
+        chosen[rows[enough]] = ids.gather(1, drawn[:, None])[:, 0][enough]
+        left = rows[~enough].tolist()
+    return chosen
+
+
+def _truncate(
+    logits: torch.Tensor, params: list[SamplingParams], size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Apply top_k, top_p and min_p to the `size` most likely tokens of each row of logits [R, V].
+
+    Returns their ids, most likely first and equals by id [R, size], their weights, 0 where cut off [R, size], and
+    whether tokens beyond `size` are certain to be cut off [R].
+    """
+    device, vocab = logits.device, logits.shape[-1]
     top_k = torch.tensor([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], device=device)[:, None]
     top_p = _column([p.top_p for p in params], device)
     min_p = _column([p.min_p for p in params], device)
     log_total = logits.logsumexp(-1, keepdim=True)
-    for size in (min(TOP_CANDIDATES, vocab), vocab):
-        values, ids = logits.topk(size, dim=-1)  # most likely first
-        probabilities = (values - log_total).exp()
-        rank = torch.arange(size, device=device)[None]
-        keep = rank < top_k
-        # top_p counts the mass that top_k left; a token stays if the mass before it has not reached p.
-        mass = torch.where(keep, probabilities, 0.0)
-        total = torch.where(top_k < vocab, mass.sum(-1, keepdim=True), 1.0)
-        keep &= mass.cumsum(-1) - mass < top_p * total
-        keep &= probabilities >= min_p * probabilities[:, :1]
-        if size == vocab or bool((((top_k <= size) | (top_k == vocab)) & ((top_k <= size) | ~keep[:, -1:])).all()):
-            break
-    return ids.gather(1, _invert(torch.where(keep, probabilities, 0.0), noise)[:, None])[:, 0]
+    # Equal logits are common in bfloat16, and topk leaves their order open: ascending ids, then a stable sort, fix it.
+    ids = logits.topk(size, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids, probabilities = ids.gather(1, order), (values - log_total).exp()
+    keep = torch.arange(size, device=device)[None] < top_k
+    # top_p counts the mass that top_k left; a token stays if the mass before it has not reached p.
+    mass = torch.where(keep, probabilities, 0.0)
+    total = torch.where(top_k < vocab, mass.sum(-1, keepdim=True), 1.0)
+    keep &= (mass.cumsum(-1) - mass < top_p * total) | (top_p >= 1.0)
+    keep &= probabilities >= min_p * probabilities[:, :1]
+    # A top_k beyond `size` needs all its tokens for `total`; without top_k the last one looked at must be cut off.
+    enough = (top_k <= size) | ((top_k == vocab) & ~keep[:, -1:])
+    return ids, torch.where(keep, probabilities, 0.0), enough[:, 0]
 
 
 def _invert(weights: torch.Tensor, noise: list[float]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Decides what each engine step computes: continuous batching, chunked prefill, prefix caching, preemption. No torch."""
+"""Decides what each step computes: continuous batching, chunked prefill, prefix caching, preemption. No torch."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Checkpoint:
         if not (self.directory / self.files[spec.name]).is_file():
             raise CheckpointError(f"{self._where(spec)}: the file is named in {INDEX} but missing")
         try:
-            header = self._handle(self.files[spec.name]).get_slice(spec.name)  # type: ignore[attr-defined]
+            header = self._handle(self.files[spec.name], self._where(spec)).get_slice(spec.name)  # type: ignore[attr-defined]
         except SafetensorError:
             raise CheckpointError(f"{self._where(spec)}: named in {INDEX} but not in the file") from None
         shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
@@ -141,15 +141,16 @@ class Checkpoint:
     def _keys(self, file: str) -> list[str]:
         return list(self._handle(file).keys())  # type: ignore[attr-defined]
 
-    def _handle(self, file: str) -> object:
+    def _handle(self, file: str, where: str | None = None) -> object:
         from safetensors import SafetensorError, safe_open
 
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(str(self.directory / file), framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
+                where = where or str(self.directory / file)
                 raise CheckpointError(
-                    f"{self.directory / file}: not a whole safetensors file ({error}); download or copy it again"
+                    f"{where}: not a whole safetensors file ({error}); download or copy it again"
                 ) from None
         return self._handles[file]
 

@@ -29,7 +29,9 @@ def rope_table(config: ModelConfig, max_len: int, dtype: torch.dtype, device: to
         from transformers import MixtralConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[config.rope_type](MixtralConfig.from_dict(dict(config.raw)), "cpu")
+        # head_dim is spelled out: transformers' yarn takes a null for a number.
+        theirs = MixtralConfig.from_dict({**config.raw, "head_dim": config.head_dim})
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[config.rope_type](theirs, "cpu")
     freqs = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq)
     angles = torch.cat((freqs, freqs), dim=-1)
     return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=1).to(device=device, dtype=dtype)

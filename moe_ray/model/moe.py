@@ -15,7 +15,7 @@ class PendingCalls(Protocol):
     """Calls under way to their experts."""
 
     def gather(self) -> list[torch.Tensor]:
-        """Wait for every reply; the rows [T_e, D] of each call, in the order of the calls. Raises `ExpertUnavailable`."""
+        """Wait for every reply; rows [T_e, D] in the order of the calls. Raises `ExpertUnavailable`."""
         ...
 
     def abandon(self) -> None:

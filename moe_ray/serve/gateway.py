@@ -5,6 +5,8 @@
 # anew), nothing is defined below the class, and what the routes do lives in another module.
 
 import fastapi
+import psutil
+import ray
 from fastapi.responses import Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -52,6 +54,11 @@ class Gateway:
         sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
         sessions.start()
         self._service = Service(config.served_name, Tokenizer(resolve_model(config)), sessions)
+
+    async def status(self) -> dict:
+        """Place and memory of this process; asked over Serve, not HTTP."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return {**telemetry.process_status(psutil.Process()), "node_id": node_id}
 
     @app.get("/health")
     async def health(self) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,9 +28,11 @@ from moe_ray.errors import ConfigError, MoeRayError, NotReady
 from moe_ray.hub import resolve_model
 from moe_ray.report import Planned, planned, print_plan
 from moe_ray.serve.app import APP_NAME, build_app
+from moe_ray.serve.local_ray import reach
 from moe_ray.serve.progress import NAME, NAMESPACE, LoadingBoard
 
 INGRESSES = ("python", "haproxy")
+DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a Ray that we start ourselves: tokens and rows do not pass through it, except over the `ray` carrier."""
@@ -68,11 +71,11 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with console.status("starting Ray" if options.address is None else f"joining Ray at {options.address}"):
-            _start_ray(options, config)
+            dashboard = _start_ray(options, config)
         # Ray takes SIGTERM for itself while it starts.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _deploy(config, options, plan, console)
-        _greet(config, options, console, time.monotonic() - started)
+        _greet(config, options, dashboard, console, time.monotonic() - started)
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -84,23 +87,21 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     console.print("stopped")
 
 
-def _start_ray(options: LaunchOptions, config: Config) -> None:
+def _start_ray(options: LaunchOptions, config: Config) -> str:
+    """Return host:port of Ray's dashboard, "" where it has none."""
     logging.getLogger("ray.serve").setLevel(
         config.log_level.upper() if config.log_level == "debug" else logging.WARNING
     )
     quiet: dict[str, Any] = {"log_to_driver": config.log_level == "debug", "logging_level": logging.ERROR}
     if options.address is not None:
         try:
-            ray.init(address=options.address, namespace=NAMESPACE, **quiet)
+            joined = ray.init(address=reach(options.address), namespace=NAMESPACE, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot join Ray at {options.address!r}: {str(error).splitlines()[0]}") from None
-        return
-    # Read by the Ray processes that we start, and inherited by all workers.
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else every level of actors runs 15 steps lower
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        return joined.dashboard_url or ""
     if options.ingress == "haproxy":
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    ray.init(
+    context = ray.init(
         address="local",
         namespace=NAMESPACE,
         include_dashboard=options.dashboard,
@@ -108,6 +109,7 @@ def _start_ray(options: LaunchOptions, config: Config) -> None:
         _node_ip_address="127.0.0.1",  # one machine: whatever --host says, only the HTTP port is for others
         **quiet,
     )
+    return context.dashboard_url or ""
 
 
 def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Console) -> None:
@@ -117,13 +119,13 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
         http_options=HTTPOptions(host=options.host, port=options.port),
         logging_config=log_config,
     )
-    board = LoadingBoard.options(name=NAME, get_if_exists=True).remote()
+    board: Any = ray.remote(num_cpus=0)(LoadingBoard).options(name=NAME, get_if_exists=True).remote()
     failure: list[BaseException] = []
 
     def deploy() -> None:
         try:
             serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=log_config)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised on the main thread
             failure.append(error)
 
     thread = threading.Thread(target=deploy, name="deploy", daemon=True)
@@ -166,17 +168,15 @@ def _wait_ready(url: str) -> None:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            try:
+            with contextlib.suppress(ValueError):  # Serve's own 404 or 503 while its routes are being set up
                 missing = json.loads(error.read()).get("missing", missing)
-            except ValueError:
-                pass  # Serve's own 404 or 503 while its routes are being set up
         except OSError:
-            pass
+            pass  # not listening yet
         time.sleep(0.1)
     raise NotReady(f"not ready after {READY_TIMEOUT_S:g} s; still missing: {', '.join(missing)}")
 
 
-def _greet(config: Config, options: LaunchOptions, console: Console, seconds: float) -> None:
+def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Console, seconds: float) -> None:
     url = f"http://{_reachable(options)}"
     question = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"model": config.served_name, "messages": question, "temperature": 0}
@@ -186,10 +186,16 @@ def _greet(config: Config, options: LaunchOptions, console: Console, seconds: fl
         soft_wrap=True,
         markup=False,
     )
-    if options.address is None:
-        console.print("  talk to it: moe-ray chat      look at it: moe-ray status")
-        if options.dashboard:
-            console.print("  Ray's own tools: RAY_AUTH_MODE=token ray list actors, RAY_AUTH_MODE=token serve status\n")
+    commands = [
+        ("talk to it", "moe-ray chat" + ("" if options.port == DEFAULT_PORT else f" --url {url}")),
+        ("look at it", f"moe-ray status --address {ray.get_runtime_context().gcs_address}"),
+    ]
+    if dashboard:
+        commands.append(("Ray's view", f"RAY_AUTH_MODE=token ray list actors --address http://{dashboard}"))
+        commands.append(("", f"RAY_AUTH_MODE=token serve status --address http://{dashboard}"))
+    for what, command in commands:
+        console.print(f"  {what:<12}{command}", markup=False, soft_wrap=True)
+    console.print()
 
 
 def _stop(options: LaunchOptions) -> None:

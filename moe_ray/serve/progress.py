@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import ray
 
@@ -13,9 +12,8 @@ from moe_ray.model.checkpoint import Progress
 NAME, NAMESPACE = "moe_ray_loading", "moe_ray"
 
 
-@ray.remote(num_cpus=0)
 class LoadingBoard:
-    """Keeps the last (bytes read, bytes to read) of every actor that loads; `moe-ray serve` draws it as bars."""
+    """A Ray actor: keeps the last (bytes read, bytes to read) of every actor that loads; `moe-ray serve` draws it as bars."""
 
     def __init__(self) -> None:
         self._rows: dict[str, tuple[int, int]] = {}
@@ -45,6 +43,3 @@ def reporter(who: str, every_s: float = 0.2) -> Progress:
         board.report.remote(who, done, total)
 
     return report
-
-
-Reporter = Callable[[str], Progress]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private.services import find_gcs_addresses
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from rich.console import Console
@@ -14,30 +16,31 @@ from rich.table import Table
 
 from moe_ray.errors import NotReady
 from moe_ray.serve.app import APP_NAME
+from moe_ray.serve.local_ray import reach
+from moe_ray.serve.progress import NAMESPACE
 
 TIMEOUT_S = 5.0
 
 
 def collect(address: str = "auto") -> dict[str, Any]:
-    """Return {application, deployments: [{name, status, replicas, actors: [...]}]}. Raises `NotReady`."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address, namespace="moe_ray", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise NotReady(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from None
-    application = serve.status().applications.get(APP_NAME)
+    """Return {application, deployments: [{name, status, message, replica_states, actors: [...]}]}.
+
+    `auto` looks at $RAY_ADDRESS, else at every cluster of this machine, for one that runs the application. Raises
+    `NotReady` where there is none.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    application = _find(address)
     if application is None:
-        raise NotReady(f"the Ray cluster runs no application {APP_NAME!r}; start it with `moe-ray serve`")
+        where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
+        raise NotReady(f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`")
     deployments = []
     for name, state in sorted(application.deployments.items(), key=lambda item: _order(item[0])):
         actors: list[Any] = []
-        if name != "Gateway":
-            try:
-                handle = serve.get_deployment_handle(name, APP_NAME)
-                actors = handle.broadcast("status").results(timeout_s=TIMEOUT_S, return_exceptions=True)
-            except (RayServeException, RayError, TimeoutError):
-                actors = []
+        try:
+            handle = serve.get_deployment_handle(name, APP_NAME)
+            actors = handle.broadcast("status").results(timeout_s=TIMEOUT_S, return_exceptions=True)
+        except (RayServeException, RayError, TimeoutError):
+            actors = []
         deployments.append(
             {
                 "name": name,
@@ -50,27 +53,48 @@ def collect(address: str = "auto") -> dict[str, Any]:
     return {"application": application.status.value, "deployments": deployments}
 
 
+def _find(address: str) -> Any:
+    """Connect to the cluster that runs the application and return its status; None where it does not run."""
+    if ray.is_initialized():
+        return serve.status().applications.get(APP_NAME)
+    candidates = [address]
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        candidates = sorted(find_gcs_addresses()) or candidates
+    for candidate in candidates:
+        try:
+            ray.init(address=reach(candidate), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if candidate == candidates[-1]:
+                raise NotReady(f"no Ray cluster at {candidate!r}: {str(error).splitlines()[0]}") from None
+            continue
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None:
+            return application
+        ray.shutdown()
+    return None
+
+
 def print_status(console: Console, snapshot: dict[str, Any]) -> None:
-    """Print a snapshot of `collect` as a table."""
-    console.print(f"application [bold]{APP_NAME}[/]: {snapshot['application']}")
+    """Print a snapshot of `collect` as a table that fits 80 columns."""
+    nodes = {actor["node_id"] for deployment in snapshot["deployments"] for actor in deployment["actors"]}
+    console.print(f"application [bold]{APP_NAME}[/]: {snapshot['application']}, {len(nodes)} node(s)")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("actor", "state", "node", "pid", "RSS", "PSS", "weights", "load"):
-        table.add_column(column, justify="right" if column in ("pid", "RSS", "PSS", "weights") else "left")
+    for column in ("actor", "state", *(["node"] if len(nodes) > 1 else []), "pid", "memory", "weights", "load"):
+        table.add_column(column, justify="right" if column in ("pid", "memory", "weights") else "left")
     for deployment in snapshot["deployments"]:
         states = ", ".join(f"{n} {state.lower()}" for state, n in deployment["replica_states"].items())
+        states = states or deployment["status"].lower()
+        node = [""] if len(nodes) > 1 else []
         if not deployment["actors"]:
-            table.add_row(
-                deployment["name"], states or deployment["status"].lower(), "", "", "", "", "", deployment["message"]
-            )
+            table.add_row(deployment["name"], states, *node, "", "", "", deployment["message"])
         for actor in deployment["actors"]:
             table.add_row(
                 deployment["name"],
                 states,
-                actor["node_id"][:8],
+                *([actor["node_id"][:8]] if node else []),
                 str(actor["pid"]),
-                _mib(actor["rss_bytes"]),
-                _mib(actor["pss_bytes"]),
-                _mib(actor.get("weight_bytes") or actor["bytes_read"]),
+                _mib(actor["pss_bytes"] or actor["rss_bytes"]),
+                _mib(actor.get("weight_bytes") or actor.get("bytes_read")),
                 _load(actor),
             )
     console.print(table)
@@ -78,13 +102,18 @@ def print_status(console: Console, snapshot: dict[str, Any]) -> None:
 
 def _load(actor: dict[str, Any]) -> str:
     if "rows" in actor:
-        return f"{actor['calls']:,} calls, {actor['rows']:,} rows, busy {actor['busy_s']:.1f} s, {actor['queued_rows']} queued"
-    missing = f", missing {', '.join(actor['missing'])}" if actor["missing"] else ""
-    used = actor["kv_blocks_total"] - actor["kv_blocks_free"]
-    return (
-        f"{actor['num_running']} running, {actor['num_waiting']} waiting, KV {used}/{actor['kv_blocks_total']} blocks, "
-        f"{actor['generated_tokens']:,} tokens out{missing}"
-    )
+        queued = f", {actor['queued_rows']:,} queued" if actor["queued_rows"] else ""
+        return f"{actor['rows']:,} rows, busy {actor['busy_s']:.1f} s{queued}"
+    if "kv_blocks_total" not in actor:
+        return ""
+    used = 1 - actor["kv_blocks_free"] / actor["kv_blocks_total"]
+    lines = [
+        f"{actor['num_running']} running, {actor['num_waiting']} waiting",
+        f"KV {used:.0%}, {actor['generated_tokens']:,} tokens out",
+    ]
+    if actor["missing"]:
+        lines.append(f"missing {', '.join(actor['missing'])}")
+    return "\n".join(lines)
 
 
 def _mib(count: int | None) -> str:

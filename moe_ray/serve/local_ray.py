@@ -1,0 +1,38 @@
+"""What a Ray that we start ourselves is told through the environment. Imports nothing: it runs before `import ray`."""
+
+from __future__ import annotations
+
+import os
+
+_SETTINGS = {
+    # Else Ray replaces 127.0.0.1 by the machine's own address, and half of its ports listen on every interface.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else every level of actors runs 15 steps lower
+}
+
+
+def prepare_local_ray() -> None:
+    """Make the Ray that this process will start listen on loopback only; its processes inherit the settings.
+
+    Call it before ray is imported, and only where Ray is started here, not joined. What the user has set stays.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def reach(address: str) -> str:
+    """Return `address` after preparing `ray.init` of this process to join it; call it right before.
+
+    For a Ray on this machine two defaults of Ray are undone: that it replaces a loopback address by the machine's own,
+    and that it shows the user's token only to clusters it found by itself.
+    """
+    from ray._private import ray_constants
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.services import find_gcs_addresses
+
+    here = address in find_gcs_addresses()
+    ray_constants.ENABLE_RAY_CLUSTER = not (here and address.startswith("127."))
+    if here:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return address

@@ -1,0 +1,430 @@
+"""The pool and its directory over real gRPC links: who is chosen, who answers when somebody dies, and what is said."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.errors import ConfigError, ExpertFailed, ExpertUnavailable, NotReady, ProtocolError, TransportError
+from moe_ray.experts.discovery import Directory, Replica
+from moe_ray.experts.pool import ExpertPool, PoolOptions, choose
+from moe_ray.transport.base import Link
+from moe_ray.transport.grpc import GrpcExpertServer, GrpcLink
+from moe_ray.transport.local import LocalLink
+
+WIDTH, EXPERT, KEY = 8, 3, (0, 3)
+
+
+def call(rows: int = 2, expert: int = EXPERT, layer: int = 0) -> ExpertCall:
+    return ExpertCall(layer, expert, torch.arange(rows * WIDTH).view(rows, WIDTH).float(), torch.full((rows,), 0.5))
+
+
+def expected(asked: ExpertCall) -> torch.Tensor:
+    return asked.rows * 0.5
+
+
+@dataclass(eq=False)
+class Server:
+    """A real gRPC expert in this process whose behaviour a test can change."""
+
+    name: str
+    keys: frozenset[tuple[int, int]] = frozenset({KEY})
+    error: TransportError | None = None
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.listen()
+
+    def listen(self) -> None:
+        self.server = GrpcExpertServer(self.handle)
+
+    def handle(self, asked: ExpertCall) -> ExpertReply:
+        self.calls += 1
+        self.entered.release()
+        assert self.gate.wait(30)
+        if self.error is not None:
+            raise self.error
+        return ExpertReply(asked.call_id, asked.rows * asked.weights[:, None], ReplicaLoad(queued_rows=self.calls))
+
+    def info(self) -> ReplicaInfo:
+        return ReplicaInfo(self.name, "node", 1, self.keys, WIDTH, "float32", {"grpc": self.server.address})
+
+    def die(self) -> None:
+        """End at once; a call being computed is lost."""
+        self.server.close()
+        self.gate.set()
+
+
+class World:
+    """Servers, what discovery says of them, and everything to be closed in the end."""
+
+    def __init__(self) -> None:
+        self.servers: list[Server] = []
+        self.found: list[Server] = []
+        self.away = False
+        self.links: list[Link] = []
+        self.directories: list[Directory] = []
+
+    def server(self, name: str, **how: object) -> Server:
+        server = Server(name, **how)  # type: ignore[arg-type]
+        self.servers.append(server)
+        self.found.append(server)
+        return server
+
+    def discover(self) -> list[ReplicaInfo]:
+        if self.away:
+            raise NotReady("the controller is away")
+        return [server.info() for server in self.found]
+
+    def connect(self, info: ReplicaInfo) -> Link:
+        link = GrpcLink(info)
+        self.links.append(link)
+        return link
+
+    def directory(self, refresh_s: float = 0.05, start: bool = True) -> Directory:
+        directory = Directory(self.discover, self.connect, frozenset({KEY}), refresh_s)
+        self.directories.append(directory)
+        directory.refresh()
+        if start:
+            directory.start()
+        return directory
+
+    def pool(self, deadline_s: float = 20.0, call_timeout_s: float = 10.0, start: bool = True) -> ExpertPool:
+        return ExpertPool(self.directory(start=start), PoolOptions(deadline_s, call_timeout_s))
+
+    def close(self) -> None:
+        for directory in self.directories:
+            directory.close()
+        for server in self.servers:
+            server.gate.set()
+            server.die()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
+    assert all(link.broken for link in world.links), "a link outlived its directory"
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it never came to pass"
+        time.sleep(0.005)
+
+
+def idle(pool: ExpertPool) -> bool:
+    return all(replica.outstanding_rows == 0 for replica in pool.replicas())
+
+
+def fake(name: str, outstanding: int, calls: int = 0, broken: bool = False) -> Replica:
+    link = LocalLink(
+        ReplicaInfo(name, "n", 1, frozenset({KEY}), WIDTH, "float32", {}), lambda c: ExpertReply(0, c.rows)
+    )
+    if broken:
+        link.close()
+    return Replica(link.info, link, outstanding, calls)
+
+
+def test_choose_is_the_least_outstanding_then_the_least_used() -> None:
+    a, b, c, d = fake("a", 7), fake("b", 2, calls=9), fake("c", 2, calls=3), fake("d", 0, broken=True)
+    assert choose([a, b, c, d]) is c
+    assert choose([a, b, c, d], {"c"}) is b
+    assert choose([a, b, c, d], {"b", "c"}) is a
+    assert choose([a, b, c, d], {"a", "b", "c"}) is None
+    assert choose([d]) is None
+    assert choose([]) is None
+    for replica in (a, b, c):
+        replica.link.close()
+
+
+def test_rows_come_home_in_the_order_of_the_calls(world: World) -> None:
+    world.server("a", keys=frozenset((0, e) for e in range(8)))
+    pool = world.pool()
+    calls = [call(rows=e + 1, expert=e) for e in range(8)]
+    rows = pool.submit(calls).gather()
+    assert all(torch.equal(got, expected(asked)) for got, asked in zip(rows, calls, strict=True))
+    assert idle(pool)
+    assert pool.replicas()[0].load.queued_rows == 8, "the reply's load is noted"
+
+
+def test_calls_spread_over_replicas_by_outstanding_rows(world: World) -> None:
+    servers = [world.server(name) for name in "abc"]
+    pool = world.pool()
+    for server in servers:
+        server.gate.clear()
+    scattered = pool.submit([call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
+    assert sorted(r.outstanding_rows for r in pool.replicas()) == [2, 2, 5]
+    for server in servers:
+        server.gate.set()
+    scattered.gather()
+    assert idle(pool)
+    assert sorted(server.calls for server in servers) == [1, 2, 2]
+    assert pool.retries == 0
+
+
+def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
+    dying, other = world.server("a"), world.server("b")
+    pool = world.pool()
+    dying.gate.clear()
+    asked = call()
+    scattered = pool.submit([asked, call()])
+    assert dying.entered.acquire(timeout=10)
+    world.found.remove(dying)
+    killer = threading.Thread(target=dying.die)
+    killer.start()
+    rows = scattered.gather()
+    dying.gate.set()
+    killer.join()
+    assert [torch.equal(got, expected(asked)) for got in rows] == [True, True]
+    assert (dying.calls, other.calls) == (1, 2)
+    assert pool.retries == 1
+    eventually(lambda: [r.info.replica_id for r in pool.replicas()] == ["b"])
+    assert idle(pool)
+
+
+def test_without_a_replica_the_call_waits_for_one(world: World) -> None:
+    pool = world.pool()
+    assert pool.missing() == [EXPERT]
+    scattered = pool.submit([call()])
+    timer = threading.Timer(0.3, lambda: world.server("late"))
+    timer.start()
+    started = time.monotonic()
+    (rows,) = scattered.gather()
+    timer.join()
+    assert torch.equal(rows, expected(call()))
+    assert 0.2 < time.monotonic() - started < 10
+    assert pool.missing() == []
+
+
+def test_the_deadline_names_expert_and_layer(world: World) -> None:
+    pool = world.pool(deadline_s=0.2)
+    started = time.monotonic()
+    with pytest.raises(ExpertUnavailable, match=r"expert 3 \(layer 0\).*no live replica within 0.2 s"):
+        pool.submit([call()]).gather()
+    assert 0.15 < time.monotonic() - started < 5
+
+
+def test_a_replica_that_answers_with_an_error_and_another_that_does_not(world: World) -> None:
+    failing, fine = world.server("a", error=ExpertFailed("out of memory")), world.server("b")
+    pool = world.pool()
+    for _ in range(4):
+        (rows,) = pool.submit([call()]).gather()
+        assert torch.equal(rows, expected(call()))
+    assert failing.calls > 0
+    assert fine.calls == 4
+    assert pool.retries == failing.calls
+    assert idle(pool)
+    assert not any(replica.link.broken for replica in pool.replicas()), "an answered error is no reason to hang up"
+
+
+def test_all_replicas_answer_with_errors(world: World) -> None:
+    world.server("a", error=ExpertFailed("out of memory"))
+    world.server("b", error=ProtocolError("layer 0 expert 3 is not held"))
+    pool = world.pool()
+    started = time.monotonic()
+    with pytest.raises(ExpertUnavailable) as caught:
+        pool.submit([call()]).gather()
+    message = str(caught.value)
+    for part in ("expert 3 (layer 0)", "out of memory", "is not held", "replica a", "replica b"):
+        assert part in message
+    assert time.monotonic() - started < 5, "waiting changes nothing here"
+    assert idle(pool)
+
+
+def test_a_call_is_tried_at_most_so_often(world: World) -> None:
+    servers = [world.server(f"r{i}", error=ExpertFailed("no")) for i in range(5)]
+    with pytest.raises(ExpertUnavailable):
+        world.pool().submit([call()]).gather()
+    assert sum(server.calls for server in servers) == PoolOptions().max_attempts
+
+
+def test_a_replica_that_hangs_is_given_up_after_the_call_timeout(world: World) -> None:
+    hanging, other = world.server("a"), world.server("b")
+    pool = world.pool(call_timeout_s=0.3)
+    hanging.gate.clear()
+    rows = pool.submit([call(), call()]).gather()
+    assert all(torch.equal(got, expected(call())) for got in rows)
+    assert other.calls == 2
+    hanging.gate.set()
+
+
+def test_outstanding_rows_return_to_zero_when_calls_are_abandoned(world: World) -> None:
+    servers = [world.server(name) for name in "ab"]
+    pool = world.pool()
+    for server in servers:
+        server.gate.clear()
+    scattered = pool.submit([call(rows=n) for n in (1, 2, 3)])
+    assert not idle(pool)
+    scattered.abandon()
+    scattered.abandon()
+    assert idle(pool)
+    for server in servers:
+        server.gate.set()
+    assert torch.equal(pool.submit([call(rows=4)]).gather()[0], expected(call(rows=4))), "late replies mix nothing up"
+    assert idle(pool)
+
+
+def test_outstanding_rows_return_to_zero_when_gathering_fails(world: World) -> None:
+    world.server("a", keys=frozenset({KEY, (0, 1)}))
+    pool = world.pool(deadline_s=0.1)
+    scattered = pool.submit([call(expert=1), call(expert=7), call(rows=5)])
+    with pytest.raises(ExpertUnavailable, match="expert 7"):
+        scattered.gather()
+    scattered.abandon()
+    assert idle(pool)
+
+
+def test_a_call_that_cannot_be_sent_leaves_nothing_outstanding(world: World) -> None:
+    world.server("a")
+    pool = world.pool()
+    bad = replace(call(), weights=torch.ones(7))
+    with pytest.raises(ProtocolError, match="weights"):
+        pool.submit([call(rows=5), bad])
+    assert idle(pool)
+
+
+def test_while_discovery_is_away_what_is_known_stays(world: World) -> None:
+    server = world.server("a")
+    pool = world.pool()
+    world.away = True
+    time.sleep(0.2)
+    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    # and a link that breaks meanwhile is opened again to where the replica was last seen
+    pool.replicas()[0].link.close()
+    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert server.calls == 2
+    assert pool.missing() == []
+
+
+def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) -> None:
+    old, new = world.server("old"), world.server("new")
+    pool = world.pool(start=False)
+    (directory,) = world.directories
+    by_name = {r.info.replica_id: r for r in pool.replicas()}
+    old.gate.clear()
+    new.gate.clear()
+    scattered = pool.submit([call(), call()])
+    assert by_name["old"].outstanding_rows == 2
+    world.found.remove(old)
+    directory.refresh()
+    assert by_name["old"].retiring
+    assert [r.info.replica_id for r in pool.replicas()] == ["new"]
+    assert not by_name["old"].link.broken, "it still owes an answer"
+    new.gate.set()
+    pool.submit([call(), call()]).gather()
+    assert old.calls <= 1
+    old.gate.set()
+    assert len(scattered.gather()) == 2
+    assert not by_name["old"].link.broken
+    directory.refresh()
+    assert by_name["old"].link.broken
+    assert idle(pool)
+
+
+def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
+    server = world.server("a")
+    pool = world.pool(start=False)
+    (directory,) = world.directories
+    (replica,) = pool.replicas()
+    server.gate.clear()
+    scattered = pool.submit([call()])
+    world.found.remove(server)
+    directory.refresh()
+    assert pool.missing() == [EXPERT]
+    world.found.append(server)
+    directory.refresh()
+    assert pool.replicas() == [replica]
+    server.gate.set()
+    scattered.gather()
+    assert not replica.link.broken
+
+
+def test_a_replica_that_restarts_under_its_name_at_another_address(world: World) -> None:
+    server = world.server("a")
+    pool = world.pool()
+    pool.submit([call()]).gather()
+    server.server.close()
+    server.listen()
+    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    eventually(lambda: [r.info.addresses["grpc"] for r in pool.replicas()] == [server.server.address])
+
+
+def test_a_new_address_counts_even_while_the_old_one_still_answers(world: World) -> None:
+    server = world.server("a")
+    pool = world.pool(start=False)
+    (directory,) = world.directories
+    (old,) = pool.replicas()
+    left_behind = server.server
+    server.listen()
+    directory.refresh()
+    (new,) = pool.replicas()
+    assert old.link.broken
+    assert new.info.addresses == {"grpc": server.server.address}
+    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    left_behind.close()
+
+
+def test_a_replica_that_comes_to_hold_more_is_used_for_it(world: World) -> None:
+    server = world.server("a", keys=frozenset({(1, 3)}))
+    pool = world.pool(start=False)
+    (directory,) = world.directories
+    assert pool.missing() == [EXPERT]
+    links = len(world.links)
+    server.keys = frozenset({(1, 3), KEY})
+    directory.refresh()
+    assert pool.missing() == []
+    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert len(world.links) == links, "no reason to connect anew"
+
+
+def test_one_replica_that_cannot_be_linked_does_not_hide_the_others(world: World) -> None:
+    def connect(info: ReplicaInfo) -> Link:
+        if info.replica_id == "a":
+            raise ConfigError("expert replica a offers ray, and this process may use grpc")
+        return world.connect(info)
+
+    for name in "abc":
+        world.server(name)
+    directory = Directory(world.discover, connect, frozenset({KEY}))
+    world.directories.append(directory)
+    directory.refresh()
+    assert [r.info.replica_id for r in ExpertPool(directory).replicas()] == ["b", "c"]
+
+
+def test_a_dead_address_is_not_knocked_at_in_a_loop(world: World) -> None:
+    world.server("a").die()
+    attempts = []
+
+    def connect(info: ReplicaInfo) -> Link:
+        attempts.append(time.monotonic())
+        return world.connect(info)
+
+    directory = Directory(world.discover, connect, frozenset({KEY}))
+    world.directories.append(directory)
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end:
+        directory.refresh()
+    assert 1 <= len(attempts) <= 3
+    assert directory.missing() == [EXPERT]
+
+
+def test_close_ends_the_thread_and_every_wait(world: World) -> None:
+    directory = world.directory()
+    waiting = threading.Thread(target=lambda: directory.wait_change(directory.version, 30))
+    waiting.start()
+    directory.close()
+    waiting.join(timeout=5)
+    assert not waiting.is_alive()
+    assert not [t for t in threading.enumerate() if t.name == "expert-directory"]

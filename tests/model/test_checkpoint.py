@@ -1,0 +1,278 @@
+"""Reading checkpoints by name: a process touches its own tensors only, and every fault names its file and tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_ray.errors import CheckpointError
+from moe_ray.experts.local import local_pool
+from moe_ray.model.checkpoint import INDEX, SINGLE, Checkpoint, TensorSpec, expert_specs, trunk_specs
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.trunk import Trunk
+
+CPU = torch.device("cpu")
+LAYERS, EXPERTS = 4, 8
+EMBED = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def whole(random_model: Path, tmp_path: Path) -> Path:
+    """The random model in one file, to be damaged at will."""
+    target = tmp_path / "whole"
+    shutil.copytree(random_model, target)
+    return target
+
+
+@pytest.fixture
+def sharded(random_model: Path, tmp_path: Path) -> Path:
+    """The random model with one shard per expert and one for the trunk."""
+    target = tmp_path / "sharded"
+    target.mkdir()
+    shutil.copy(random_model / "config.json", target)
+    tensors = load_file(random_model / SINGLE)
+    files = {name: f"{_owner(name)}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, target / file)
+    (target / INDEX).write_text(json.dumps({"weight_map": files}))
+    return target
+
+
+def _owner(name: str) -> str:
+    return f"expert{name.split('.experts.')[1].split('.')[0]}" if ".experts." in name else "trunk"
+
+
+def all_specs(config: ModelConfig) -> list[TensorSpec]:
+    keys = [(layer, expert) for layer in range(config.num_hidden_layers) for expert in range(config.num_local_experts)]
+    return [*trunk_specs(config), *(spec for key in keys for spec in expert_specs(config, *key))]
+
+
+def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(directory / SINGLE)
+    edit(tensors)
+    save_file(tensors, directory / SINGLE)
+
+
+def refused(action: Callable[[], Any], *names: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        action()
+    message = str(caught.value)
+    for name in names:
+        assert name in message, f"{message!r} does not name {name!r}"
+    return message
+
+
+def check_all(directory: Path) -> int:
+    checkpoint = Checkpoint.open(directory)
+    return checkpoint.check(iter(all_specs(checkpoint.config)))
+
+
+def test_the_specs_are_exactly_what_transformers_writes(random_model: Path) -> None:
+    stored = {name: tuple(tensor.shape) for name, tensor in load_file(random_model / SINGLE).items()}
+    assert {spec.name: spec.shape for spec in all_specs(ModelConfig.load(random_model))} == stored
+    assert check_all(random_model) == sum(4 * torch.Size(shape).numel() for shape in stored.values())
+
+
+def test_read_gives_the_tensor_in_memory_of_its_own(whole: Path) -> None:
+    checkpoint = Checkpoint.open(whole)
+    (spec,) = [s for s in trunk_specs(checkpoint.config) if s.name == EMBED]
+    stored = load_file(whole / SINGLE)[EMBED]
+    for dtype in (torch.float32, torch.bfloat16):
+        read = checkpoint.read(spec, dtype)
+        assert torch.equal(read, stored.to(dtype))
+        read.zero_()
+    assert torch.equal(checkpoint.read(spec, torch.float32), stored)
+    assert checkpoint.bytes_read == 3 * stored.nbytes
+
+
+def test_each_process_reads_its_own_bytes_only(random_model: Path) -> None:
+    tensors = load_file(random_model / SINGLE)
+    trunk = Checkpoint.open(random_model)
+    reports: list[tuple[int, int]] = []
+    Trunk.load(trunk, None, torch.float32, CPU, 64, lambda *report: reports.append(report))  # type: ignore[arg-type]
+    own = sum(t.nbytes for name, t in tensors.items() if _owner(name) == "trunk")
+    assert trunk.bytes_read == own
+    assert reports[-1] == (own, own)
+    assert [done for done, _ in reports] == sorted({done for done, _ in reports})
+    for expert in range(EXPERTS):
+        checkpoint = Checkpoint.open(random_model)
+        assert checkpoint.bytes_read == 0, "opening reads no tensor"
+        ffn = ExpertFFN.load(checkpoint, {(layer, expert) for layer in range(LAYERS)}, torch.bfloat16, CPU)
+        own = sum(t.nbytes for name, t in tensors.items() if _owner(name) == f"expert{expert}")
+        assert checkpoint.bytes_read == own
+        assert ffn.nbytes == own // 2
+    part = Checkpoint.open(random_model)
+    ExpertFFN.load(part, {(2, 5)}, torch.float32, CPU)
+    assert part.bytes_read == 3 * 4 * 64 * 112
+
+
+@pytest.mark.parametrize("damage", ["deleted", "corrupted"])
+def test_an_expert_does_not_need_the_shards_of_others(sharded: Path, damage: str) -> None:
+    for path in sharded.glob("*.safetensors"):
+        if path.stem != "expert3":
+            path.unlink() if damage == "deleted" else path.write_bytes(b"garbage")
+    checkpoint = Checkpoint.open(sharded)
+    ffn = ExpertFFN.load(checkpoint, {(layer, 3) for layer in range(LAYERS)}, torch.float32, CPU)
+    assert checkpoint.bytes_read == ffn.nbytes == LAYERS * 3 * 4 * 64 * 112
+    specs = expert_specs(checkpoint.config, 0, 2)
+    refused(lambda: checkpoint.check(iter(specs)), "expert2.safetensors")
+
+
+def test_a_sharded_checkpoint_reads_as_the_whole_one(sharded: Path, random_model: Path) -> None:
+    one, other = Checkpoint.open(sharded), Checkpoint.open(random_model)
+    for spec in all_specs(one.config):
+        assert torch.equal(one.read(spec, torch.float32), other.read(spec, torch.float32))
+
+
+def test_missing_tensor(whole: Path) -> None:
+    name = "model.layers.2.block_sparse_moe.experts.6.w2.weight"
+    change(whole, lambda tensors: tensors.pop(name))
+    refused(lambda: check_all(whole), str(whole), name, "missing")
+    refused(lambda: local_pool(Checkpoint.open(whole), torch.float32, CPU), name)
+
+
+def test_tensor_that_the_index_names_and_the_file_lacks(sharded: Path) -> None:
+    name = "model.norm.weight"
+    files = json.loads((sharded / INDEX).read_text())["weight_map"]
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {**files, name: "expert0.safetensors"}}))
+    refused(lambda: check_all(sharded), "expert0.safetensors", name)
+
+
+def test_wrong_shape(whole: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    change(whole, lambda tensors: tensors.update({name: torch.zeros(17, 64)}))
+    refused(lambda: check_all(whole), SINGLE, name, "[17, 64]", "[16, 64]")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.float8_e4m3fn])
+def test_wrong_dtype(whole: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+    change(whole, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(lambda: check_all(whole), SINGLE, name, "dtype", "F32, BF16, F16")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 3000, -1])
+def test_truncated_file(whole: Path, kept: int) -> None:
+    data = (whole / SINGLE).read_bytes()
+    (whole / SINGLE).write_bytes(data[:kept])
+    refused(lambda: check_all(whole), str(whole / SINGLE), "not a whole safetensors file")
+
+
+def test_truncated_shard_names_the_tensor_that_was_wanted(sharded: Path) -> None:
+    path = sharded / "trunk.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(lambda: check_all(sharded), str(path), EMBED)
+
+
+def test_index_names_an_absent_file(sharded: Path) -> None:
+    (sharded / "trunk.safetensors").unlink()
+    refused(lambda: check_all(sharded), str(sharded / "trunk.safetensors"), EMBED, INDEX, "missing")
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "w.bin", ".."])
+def test_index_that_leads_out_of_the_directory_or_to_a_pickle(sharded: Path, name: str) -> None:
+    files = json.loads((sharded / INDEX).read_text())["weight_map"]
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {**files, EMBED: name}}))
+    refused(lambda: Checkpoint.open(sharded), INDEX, repr(name))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '"x"', "\xff{"])
+def test_unreadable_index(sharded: Path, text: str) -> None:
+    (sharded / INDEX).write_bytes(text.encode("latin-1"))
+    refused(lambda: Checkpoint.open(sharded), str(sharded / INDEX), "weight_map")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_refused(whole: Path, name: str) -> None:
+    (whole / SINGLE).rename(whole / name)
+    refused(lambda: Checkpoint.open(whole), name, "safetensors", "refused")
+
+
+def test_nothing_there(tmp_path: Path, whole: Path) -> None:
+    refused(lambda: Checkpoint.open(tmp_path / "absent"), "absent", "not a directory")
+    refused(lambda: Checkpoint.open(tmp_path), "config.json")
+    (whole / SINGLE).unlink()
+    refused(lambda: Checkpoint.open(whole), SINGLE, INDEX)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"null"])
+def test_config_that_is_no_json_object(whole: Path, content: bytes) -> None:
+    (whole / "config.json").write_bytes(content)
+    refused(lambda: Checkpoint.open(whole), str(whole / "config.json"), "JSON")
+
+
+def test_config_that_is_a_directory(whole: Path) -> None:
+    (whole / "config.json").unlink()
+    (whole / "config.json").mkdir()
+    refused(lambda: Checkpoint.open(whole), str(whole / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "llama"}, ["model_type", "'llama'", "mixtral"]),
+        ({"model_type": None}, ["model_type"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "not supported"]),
+        ({"quantization_config": "awq"}, ["awq"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads", "8", "3"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads", "0"]),
+        ({"num_attention_heads": "8"}, ["num_attention_heads", "'8'"]),
+        ({"num_attention_heads": True}, ["num_attention_heads"]),
+        ({"hidden_size": -64}, ["hidden_size"]),
+        ({"head_dim": 9}, ["head_dim", "even"]),
+        ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9", "num_local_experts 8"]),
+        ({"vocab_size": None}, ["vocab_size"]),
+        ({"hidden_act": "swish9"}, ["hidden_act", "swish9", "silu"]),
+        ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "tiny"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type", "'dynamic'", "yarn"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type", "'longrope'"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, ["rope_type", "'su'"]),
+        ({"rope_parameters": "linear"}, ["rope_parameters", "linear"]),
+        ({"rope_parameters": {"rope_theta": "big"}}, ["rope_theta", "'big'"]),
+        ({"sliding_window": -5}, ["sliding_window", "-5"]),
+    ],
+)
+def test_config_faults_name_the_key(random_model: Path, changes: dict[str, Any], named: list[str]) -> None:
+    raw = json.loads((random_model / "config.json").read_text())
+    refused(lambda: ModelConfig.from_dict({**raw, **changes}, "there/config.json"), "there/config.json", *named)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_local_experts",
+        "num_experts_per_tok",
+        "max_position_embeddings",
+        "num_key_value_heads",
+        "hidden_act",
+        "rms_norm_eps",
+        "sliding_window",
+        "tie_word_embeddings",
+    ],
+)
+def test_a_key_left_out_means_what_it_means_to_transformers(random_model: Path, key: str) -> None:
+    from transformers import MixtralConfig
+
+    raw = json.loads((random_model / "config.json").read_text())
+    raw.pop(key, None)
+    assert getattr(ModelConfig.from_dict(raw), key) == getattr(MixtralConfig.from_dict(dict(raw)), key)
+
+
+def test_old_and_new_ways_to_write_rope(random_model: Path) -> None:
+    raw = json.loads((random_model / "config.json").read_text())
+    raw.pop("rope_parameters", None)
+    assert ModelConfig.from_dict(raw).rope_theta == 1e6
+    assert ModelConfig.from_dict({**raw, "rope_theta": 5e5}).rope_theta == 5e5
+    new = ModelConfig.from_dict({**raw, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})
+    assert (new.rope_type, new.rope_theta) == ("default", 1e4)
+    old = ModelConfig.from_dict({**raw, "rope_theta": 2e5, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert (old.rope_type, old.rope_theta) == ("linear", 2e5)

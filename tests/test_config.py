@@ -1,0 +1,187 @@
+"""Configuration: where a value comes from, and what is said about a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moe_ray.config import Config, cluster_token, load_config
+from moe_ray.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(("MOE_RAY_", "RAY_AUTH_")) or name == "XDG_CACHE_HOME":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "moe.yaml"
+
+
+def fault(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags, file)
+    return str(caught.value)
+
+
+def test_flags_before_environment_before_file_before_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = ("block_size", "max_num_seqs", "max_waiting", "micro_batches")
+    defaults = load_config().engine
+    file.write_text("engine: {block_size: 2, max_num_seqs: 2, max_waiting: 2}\n")
+    for name in everywhere[:2]:
+        monkeypatch.setenv(f"MOE_RAY_ENGINE__{name.upper()}", "3")
+    engine = load_config({"engine": {everywhere[0]: 4}}, file).engine
+    assert [getattr(engine, name) for name in everywhere] == [4, 3, 2, defaults.micro_batches]
+
+
+def test_precedence_of_top_level_keys(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("transport: ray\ncache_dir: /from/file\nlog_level: debug\n")
+    assert load_config(None, file).cache_dir == Path("/from/file")
+    monkeypatch.setenv("MOE_RAY_TRANSPORT", "local")
+    monkeypatch.setenv("MOE_RAY_CACHE_DIR", "/from/env")
+    config = load_config({"transport": "grpc"}, file)
+    assert (config.transport, config.cache_dir, config.log_level) == ("grpc", Path("/from/env"), "debug")
+    assert load_config({"cache_dir": "/from/flag"}, file).cache_dir == Path("/from/flag")
+
+
+def test_none_in_flags_is_absent(file: Path) -> None:
+    file.write_text("engine: {block_size: 8}\nmodel: {path: there}\n")
+    config = load_config({"engine": {"block_size": None}, "model": {"path": None}, "transport": None}, file)
+    assert (config.engine.block_size, config.model.path, config.transport) == (8, "there", "auto")
+
+
+def test_cache_dir_default_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_config().cache_dir == tmp_path / ".cache/moe-ray"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert load_config().cache_dir == Path("/xdg/moe-ray")
+    assert load_config({"cache_dir": "~/mine"}).cache_dir == tmp_path / "mine"
+
+
+def test_an_empty_file_is_all_defaults(file: Path) -> None:
+    for text in ("", "# nothing\n"):
+        file.write_text(text)
+        assert load_config(None, file) == load_config()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("engin: {block_size: 8}", ["unknown configuration key `engin`"]),
+        ("engine: {blocksize: 8}", ["unknown configuration key `engine.blocksize`"]),
+        ("engine: {block_size: 0}", ["`engine.block_size`", "greater than or equal to 1", "0"]),
+        ("engine: {block_size: many}", ["`engine.block_size`", "integer", "'many'"]),
+        ("engine: 3", ["`engine`", "dictionary"]),
+        ("transport: carrier-pigeon", ["`transport`", "'auto'", "'grpc'", "'ray'", "'local'", "carrier-pigeon"]),
+        ("model: {dtype: int4}", ["`model.dtype`", "'bfloat16'", "int4"]),
+        ("log_level: loud", ["`log_level`", "'info'"]),
+        ("tls: {certificate: c.pem}", ["`tls.key`", "`tls.ca`", "required"]),
+        ("experts: {deadline_s: 0}", ["`experts.deadline_s`", "greater than 0"]),
+        ("experts: {overrides: {3: {num_replica: 2}}}", ["`experts.overrides.3.num_replica`", "unknown"]),
+        ("experts: {overrides: {3: {num_replicas: 0}}}", ["`experts.overrides.3.num_replicas`", "1"]),
+        ("experts: {overrides: {three: {}}}", ["experts.overrides", "three", "integer"]),
+    ],
+)
+def test_a_wrong_key_or_value_names_itself_and_what_is_allowed(file: Path, text: str, named: list[str]) -> None:
+    file.write_text(text)
+    message = fault(None, file)
+    assert all(name in message for name in named), message
+
+
+def test_faults_in_flags_and_environment_are_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "unknown configuration key `modle`" in fault({"modle": {"path": "x"}})
+    assert "`gateway.num_replicas`" in fault({"gateway": {"num_replicas": -1}})
+    monkeypatch.setenv("MOE_RAY_ENGINE__MAX_SEQS", "3")
+    assert "unknown configuration key `engine.max_seqs`" in fault()
+    monkeypatch.delenv("MOE_RAY_ENGINE__MAX_SEQS")
+    monkeypatch.setenv("MOE_RAY_EXPERTS__OVERRIDES", "{3: ")
+    assert "experts" in fault()
+
+
+def test_every_fault_is_reported_at_once(file: Path) -> None:
+    file.write_text("engine: {block_size: 0, nonsense: 1}\nlog_level: loud\n")
+    message = fault(None, file)
+    assert all(name in message for name in ("engine.block_size", "engine.nonsense", "log_level")), message
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\t- x", "- 1\n- 2", "just text", "3", "1: 2"])
+def test_what_is_no_mapping_names_the_file(file: Path, text: str) -> None:
+    file.write_text(text)
+    assert str(file) in fault(None, file)
+
+
+def test_unreadable_files_are_named(file: Path, tmp_path: Path) -> None:
+    assert str(file) in fault(None, file)
+    assert "not found" in fault(None, file)
+    assert str(tmp_path) in fault(None, tmp_path)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert str(file) in fault(None, file)
+
+
+def test_yaml_cannot_run_code(file: Path) -> None:
+    file.write_text("model: {path: !!python/object/apply:os.getcwd []}\n")
+    assert str(file) in fault(None, file)
+
+
+def test_overrides_per_expert(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("experts: {num_cpus: 0.5, num_gpus: 1, overrides: {3: {num_replicas: 2, num_gpus: 0}}}\n")
+    experts = load_config(None, file).experts
+    assert (experts.of(3).num_replicas, experts.of(3).num_gpus, experts.of(3).num_cpus) == (2, 0, 0.5)
+    assert (experts.of(0).num_replicas, experts.of(0).num_gpus, experts.of(0).num_cpus) == (1, 1, 0.5)
+    monkeypatch.setenv("MOE_RAY_EXPERTS__OVERRIDES", '{"5": {"threads": 4}}')
+    assert load_config().experts.of(5).threads == 4
+
+
+def test_the_tree_is_frozen() -> None:
+    config = load_config()
+    for target, name in ((config, "transport"), (config.engine, "block_size"), (config.experts, "deadline_s")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(target, name, 1)
+
+
+def test_load_config_gives_a_plain_config() -> None:
+    config = load_config({"model": {"path": "somewhere/there"}})
+    assert type(config) is Config
+    assert config.served_name == "there"
+    assert load_config({"model": {"path": "a/b", "served_name": "mine"}}).served_name == "mine"
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_the_configured_token_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ray-secret")
+    assert cluster_token(load_config({"cluster_token": "mine"})) == "mine"
+    monkeypatch.setenv("MOE_RAY_CLUSTER_TOKEN", "from-env")
+    assert cluster_token(load_config()) == "from-env"
+
+
+def test_the_token_is_derived_from_rays_and_does_not_reveal_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load_config()
+    assert cluster_token(config) is None
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ray-secret")
+    derived = cluster_token(config)
+    assert derived is not None
+    assert len(derived) == 64
+    assert "ray-secret" not in derived
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+    assert cluster_token(config) not in (None, derived)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / "token").write_text("ray-secret\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert cluster_token(config) == derived, "the same secret by another way is the same token on every node"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert cluster_token(config) is None
+
+
+def test_rays_default_token_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("ray-secret")
+    assert cluster_token(load_config()) is not None

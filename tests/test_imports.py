@@ -1,0 +1,171 @@
+"""The rooms of the house: imports point down only, and what need not be loaded is not.
+
+Every `import` of every file counts, lazy ones inside functions too: they are a way to load later, not to hide a
+dependency. Only those under `if TYPE_CHECKING` are free, for they do not exist when the program runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_ray
+
+ROOT = Path(moe_ray.__file__).parent
+BASE = {"errors", "core", "telemetry"}
+DATA = {*BASE, "config", "hub", "demo"}
+
+MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may import, besides itself
+    "errors": set(),
+    "telemetry": set(),
+    "core": {"errors"},
+    "pb": set(),
+    "config": {"errors"},
+    "transport": {*BASE, "pb"},
+    "model": BASE,
+    "experts": {*BASE, "model", "transport"},
+    "engine": {*BASE, "config", "model"},
+    "plan": {*BASE, "model"},
+    "demo": {*BASE, "config", "model"},
+    "hub": {*BASE, "config", "demo"},
+    "report": {*DATA, "plan", "model", "engine"},
+    "llm": {*DATA, "model", "experts", "engine"},
+    "serve": {*DATA, "pb", "plan", "report", "bars", "transport", "model", "experts", "engine", "__init__"},
+}
+NEVER = {  # room → packages that must not appear in it
+    "core": {"ray", "grpc", "transformers", "numpy"},
+    "errors": {"ray", "grpc", "torch", "transformers", "numpy"},
+    "config": {"ray", "grpc", "torch", "transformers"},
+    "model": {"ray", "grpc", "fastapi"},
+    "engine": {"ray", "grpc", "fastapi"},
+    "experts": {"ray", "grpc", "fastapi"},
+    "plan": {"ray", "grpc", "fastapi"},
+    "llm": {"ray", "grpc", "fastapi"},
+    "transport": {"fastapi", "transformers"},
+}
+FILE_NEVER = {  # files that work without a package their room may have
+    "engine/blocks.py": {"torch"},
+    "engine/scheduler.py": {"torch"},
+    "engine/tokenizer.py": {"torch"},
+    "transport/grpc.py": {"ray"},
+    "transport/local.py": {"ray", "grpc"},
+    "transport/base.py": {"ray", "grpc"},
+    "transport/wire.py": {"ray", "grpc"},
+    "transport/pending.py": {"ray", "grpc", "torch"},
+    "transport/ray.py": {"grpc"},
+    "serve/openai.py": {"ray", "grpc", "torch"},
+    "serve/openai_stream.py": {"ray", "grpc", "torch"},
+}
+
+
+def imports(tree: ast.AST, package: tuple[str, ...]) -> list[str]:
+    """Dotted names that a file of `package` imports, those under `if TYPE_CHECKING` left out."""
+    found: list[str] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            found += imports(ast.Module(node.orelse, []), package)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            found += [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            found += imports(node, package)
+    return found
+
+
+def room_of(dotted: str) -> str:
+    """First part of a moe_ray module's name below the package; `__init__` for what the package itself defines."""
+    name = dotted.split(".")[1] if "." in dotted else "__init__"
+    return name if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists() else "__init__"
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if "__pycache__" not in path.parts]
+
+
+def imported(path: Path) -> list[str]:
+    package = ("moe_ray", *path.relative_to(ROOT).parts[:-1])
+    return imports(ast.parse(path.read_text(encoding="utf-8")), package)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    file = str(path.relative_to(ROOT))
+    room = Path(file).parts[0].removesuffix(".py")
+    names = imported(path)
+    outside = {name.split(".")[0] for name in names}
+    never = NEVER.get(room, set()) | FILE_NEVER.get(file, set())
+    assert not outside & never, f"{file} imports {sorted(outside & never)}"
+    if room in MAY_IMPORT:
+        ours = {room_of(name) for name in names if name.split(".")[0] == "moe_ray"} - {room}
+        assert not ours - MAY_IMPORT[room], f"{file} imports {sorted(ours - MAY_IMPORT[room])}"
+
+
+def test_every_rule_is_about_something_that_exists() -> None:
+    for name in {*MAY_IMPORT, *NEVER}:
+        assert (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists(), f"no {name} any more"
+    for file in FILE_NEVER:
+        assert (ROOT / file).exists(), f"no {file} any more"
+
+
+def test_no_room_depends_on_itself_through_others() -> None:
+    def below(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, f"a circle: {' → '.join((*path, room))}"
+        for other in MAY_IMPORT.get(room, set()) & MAY_IMPORT.keys():
+            below(other, (*path, room))
+
+    for room in MAY_IMPORT:
+        below(room, ())
+
+
+def test_the_parser_sees_lazy_and_relative_imports() -> None:
+    source = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import hidden
+else:
+    import shown
+from . import sibling
+from ..core import Request
+def f():
+    import ray.serve
+    try:
+        from moe_ray.serve import app
+    except ImportError:
+        pass
+"""
+    found = imports(ast.parse(source), ("moe_ray", "engine"))
+    assert found == [
+        "typing.TYPE_CHECKING",
+        "shown",
+        "moe_ray.engine.sibling",
+        "moe_ray.core.Request",
+        "ray.serve",
+        "moe_ray.serve.app",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        (
+            "moe_ray moe_ray.core moe_ray.config moe_ray.serve.openai moe_ray.serve.openai_stream "
+            "moe_ray.engine.tokenizer moe_ray.engine.scheduler moe_ray.transport moe_ray.transport.base moe_ray.plan",
+            "torch ray grpc",
+        ),
+        ("moe_ray.llm moe_ray.experts.local moe_ray.engine.build", "ray grpc transformers.models.mixtral"),
+        ("moe_ray.cli", "torch ray grpc transformers"),
+    ],
+)
+def test_what_is_not_loaded(modules: str, absent: str) -> None:
+    code = (
+        f"import sys, importlib\nfor name in {modules.split()!r}: importlib.import_module(name)\n"
+        f"loaded = [name for name in {absent.split()!r} if name in sys.modules]\nassert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
