@@ -89,7 +89,7 @@ def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
 
 
 def eos_token_ids(directory: Path, model: ModelConfig) -> frozenset[int]:
-    """End-of-sequence ids from generation_config.json and config.json."""
+    """End-of-sequence ids from generation_config.json and config.json, those that the vocabulary has."""
     found: set[int] = set()
     path = directory / "generation_config.json"
     try:
@@ -98,7 +98,7 @@ def eos_token_ids(directory: Path, model: ModelConfig) -> frozenset[int]:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     for value in (generation.get("eos_token_id"), model.raw.get("eos_token_id")):
         found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(found)
+    return frozenset(token for token in found if 0 <= token < model.vocab_size)
 
 
 def build_engine(

@@ -57,12 +57,13 @@ class Scheduler:
         """
         budget, preemptions = self.limits.max_num_batched_tokens, self.preemptions
         chosen: list[tuple[Sequence, int]] = []
-        # A snapshot: preemption removes from the tail of self.running while we walk.
-        for seq in sorted(self.running, key=lambda s: len(s.token_ids) - s.num_computed > 1):
+        # A copy: preemption takes from the tail of self.running while we walk. An unfinished prefill used up its step's
+        # budget, so nobody was admitted behind it: it is the last one, and the decodes come first as promised.
+        for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 continue
             count = min(len(seq.token_ids) - seq.num_computed, budget)
-            if count and self._reserve(seq, count, chosen):
+            if count and self._reserve(seq, count):
                 chosen.append((seq, count))
                 budget -= count
         while (
@@ -104,7 +105,7 @@ class Scheduler:
         """Raise AssertionError if block bookkeeping is inconsistent."""
         self.allocator.check_integrity(seq.block_table for seq in [*self.running, *self.waiting])
 
-    def _reserve(self, seq: Sequence, count: int, chosen: list[tuple[Sequence, int]]) -> bool:
+    def _reserve(self, seq: Sequence, count: int) -> bool:
         """Give `seq` blocks for its next `count` tokens, preempting younger ones; False if it was preempted itself."""
         needed = -(-(seq.num_computed + count) // self.allocator.block_size) - len(seq.block_table)
         if needed <= 0:
@@ -112,7 +113,6 @@ class Scheduler:
         while (blocks := self.allocator.allocate(needed)) is None:
             victim = self.running[-1]
             self._preempt(victim)
-            chosen[:] = [(s, n) for s, n in chosen if s is not victim]
             if victim is seq:
                 return False
         seq.block_table += blocks

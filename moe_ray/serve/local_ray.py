@@ -1,7 +1,8 @@
-"""What a Ray that we start ourselves is told through the environment. Imports nothing: it runs before `import ray`."""
+"""What a Ray that we start ourselves is told through the environment. Ray is imported only where it may be: settings come first."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 _SETTINGS = {
@@ -34,5 +35,6 @@ def reach(address: str) -> str:
     here = address in find_gcs_addresses()
     ray_constants.ENABLE_RAY_CLUSTER = not (here and address.startswith("127."))
     if here:
+        logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return address
