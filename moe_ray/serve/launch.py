@@ -24,6 +24,7 @@ from rich.console import Console
 
 from moe_ray.bars import loading_bars
 from moe_ray.config import Config
+from moe_ray.engine.tokenizer import Tokenizer
 from moe_ray.errors import ConfigError, MoeRayError, NotReady
 from moe_ray.hub import resolve_model
 from moe_ray.report import Planned, planned, print_plan
@@ -64,10 +65,14 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
         raise ConfigError(f"ingress {options.ingress!r} is not one of {', '.join(INGRESSES)}")
     with loading_bars(console) as progress:
         directory = resolve_model(config, progress)
-    plan = planned(config, directory)  # reads every header: a broken checkpoint is told before anything is started
+    # Reads every header and the tokenizer: a broken checkpoint is told before anything is started.
+    plan = planned(config, directory)
+    Tokenizer(directory)
     print_plan(console, plan, None)
     if options.address is None:
         _check_port(options.host, options.port)
+    # Both, and by name: a shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with console.status("starting Ray" if options.address is None else f"joining Ray at {options.address}"):
@@ -187,14 +192,14 @@ def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Cons
         markup=False,
     )
     commands = [
-        ("talk to it", "moe-ray chat" + ("" if options.port == DEFAULT_PORT else f" --url {url}")),
-        ("look at it", f"moe-ray status --address {ray.get_runtime_context().gcs_address}"),
+        ("chat", "moe-ray chat" + ("" if options.port == DEFAULT_PORT else f" --url {url}")),
+        ("status", f"moe-ray status --address {ray.get_runtime_context().gcs_address}"),
     ]
     if dashboard:
-        commands.append(("Ray's view", f"RAY_AUTH_MODE=token ray list actors --address http://{dashboard}"))
+        commands.append(("Ray", f"RAY_AUTH_MODE=token ray list actors --address http://{dashboard}"))
         commands.append(("", f"RAY_AUTH_MODE=token serve status --address http://{dashboard}"))
     for what, command in commands:
-        console.print(f"  {what:<12}{command}", markup=False, soft_wrap=True)
+        console.print(f"  {what:<8}{command}", markup=False, soft_wrap=True)
     console.print()
 
 

@@ -1,4 +1,4 @@
-"""What a Ray that we start ourselves is told through the environment. Ray is imported only where it may be: settings come first."""
+"""What a Ray that we start ourselves is told through the environment, before Ray is imported."""
 
 from __future__ import annotations
 

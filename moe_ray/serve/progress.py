@@ -13,7 +13,7 @@ NAME, NAMESPACE = "moe_ray_loading", "moe_ray"
 
 
 class LoadingBoard:
-    """A Ray actor: keeps the last (bytes read, bytes to read) of every actor that loads; `moe-ray serve` draws it as bars."""
+    """A Ray actor that keeps the last (bytes read, bytes to read) of every actor that loads; `serve` draws it."""
 
     def __init__(self) -> None:
         self._rows: dict[str, tuple[int, int]] = {}

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from conftest import Served
-from transformers import MixtralForCausalLM
 
 from moe_ray.config import load_config
 from moe_ray.core import Request, SamplingParams
@@ -29,6 +29,9 @@ from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.serve.discovery import discover_experts
 from moe_ray.serve.links import link_options
 from moe_ray.transport import connect
+
+if TYPE_CHECKING:
+    from tests.conftest import Reference
 
 NEW_TOKENS = 64
 CARRIERS = ("local", "grpc", "ray")
@@ -101,30 +104,11 @@ def run(engine: Engine, prompts: list[list[int]], neighbours: bool = False, stag
     return [outputs[f"p{i}"] for i in range(len(prompts))]
 
 
-Check = Callable[[list[list[int]], list[list[int]]], None]
-
-
-@pytest.fixture(scope="module")
-def random_check(random_model: Path) -> Check:
-    return _checker(random_model)
-
-
-@pytest.fixture(scope="module")
-def demo_check(demo_model: Path) -> Check:
-    return _checker(demo_model)
-
-
-def _checker(directory: Path) -> Check:
-    model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def check(prompts: list[list[int]], outputs: list[list[int]]) -> None:
-        for prompt, output in zip(prompts, outputs, strict=True):
-            assert len(output) == NEW_TOKENS
-            logits = model(torch.tensor([prompt + output[:-1]]), logits_to_keep=NEW_TOKENS).logits[0]
-            assert output == logits.argmax(-1).tolist()
-
-    return check
+def check(reference: Reference, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """Assert that each output is transformers' greedy one."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output) == NEW_TOKENS
+        assert output == reference.logits(prompt + output[:-1])[len(prompt) - 1 :].argmax(-1).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +131,19 @@ def demo_prompts(demo_model: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_random_model_alone(
-    served_random: Served, carrier: str, random_prompts: list[list[int]], random_check: Check
+    served_random: Served, carrier: str, random_prompts: list[list[int]], random_reference: Reference
 ) -> None:
     chosen = random_prompts[3:12:4]
     outputs = []
     for prompt in chosen:
         with engine_over(served_random, carrier) as engine:
             outputs += run(engine, [prompt])
-    random_check(chosen, outputs)
+    check(random_reference, chosen, outputs)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_random_model_under_stress(
-    served_random: Served, carrier: str, random_prompts: list[list[int]], random_check: Check
+    served_random: Served, carrier: str, random_prompts: list[list[int]], random_reference: Reference
 ) -> None:
     assert len(random_prompts) >= 20
     with engine_over(served_random, carrier, kv_cache_gib=0.0004, micro_batches=3, **STRESS) as engine:
@@ -167,12 +151,12 @@ def test_random_model_under_stress(
         stats = engine.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hit_tokens > 0
-    random_check(random_prompts, outputs)
+    check(random_reference, random_prompts, outputs)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_demo_model_under_stress(
-    served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_check: Check
+    served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_reference: Reference
 ) -> None:
     assert len(demo_prompts) >= 20
     with engine_over(served_demo, carrier, kv_cache_gib=0.06, **STRESS) as engine:
@@ -180,11 +164,13 @@ def test_demo_model_under_stress(
         stats = engine.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hit_tokens > 0
-    demo_check(demo_prompts, outputs)
+    check(demo_reference, demo_prompts, outputs)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_demo_model_alone(served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_check: Check) -> None:
+def test_demo_model_alone(
+    served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_reference: Reference
+) -> None:
     with engine_over(served_demo, carrier) as engine:
         outputs = run(engine, demo_prompts[:1])
-    demo_check(demo_prompts[:1], outputs)
+    check(demo_reference, demo_prompts[:1], outputs)
