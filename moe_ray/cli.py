@@ -49,7 +49,9 @@ def serve(
     config: ConfigFile = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.", min=1, max=65535)] = 8000,
-    transport: Annotated[str | None, typer.Option(help="auto, grpc, ray or local.", show_default="auto")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="auto, socket, grpc, ray or local.", show_default="auto")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     max_model_len: MaxModelLen = None,

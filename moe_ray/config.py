@@ -26,7 +26,7 @@ from moe_ray.errors import ConfigError
 
 ENV_PREFIX: Final = "MOE_RAY_"
 DEMO_MODEL: Final = "demo"
-Transport = Literal["auto", "grpc", "ray", "local"]
+Transport = Literal["auto", "socket", "grpc", "ray", "local"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 _GIB: Final = 1024**3
 

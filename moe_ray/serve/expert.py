@@ -66,11 +66,15 @@ class ExpertReplica:
 
     def _listen(self, config: Config) -> dict[str, ExpertServer]:
         servers: dict[str, ExpertServer] = {}
+        host, options = ray.util.get_node_ip_address(), link_options(config)
+        if config.transport in ("auto", "socket"):
+            from moe_ray.transport.socket import SocketExpertServer
+
+            servers["socket"] = SocketExpertServer(self._worker.forward, host, options=options)
         if config.transport in ("auto", "grpc"):
             from moe_ray.transport.grpc import GrpcExpertServer
 
-            host = ray.util.get_node_ip_address()
-            servers["grpc"] = GrpcExpertServer(self._worker.forward, host, options=link_options(config))
+            servers["grpc"] = GrpcExpertServer(self._worker.forward, host, options=options)
         if config.transport in ("auto", "ray"):
             from moe_ray.transport.ray import RayExpertServer
 

@@ -19,6 +19,12 @@ def _local(info: ReplicaInfo, options: LinkOptions) -> Link:
     return connect_local(info)
 
 
+def _socket(info: ReplicaInfo, options: LinkOptions) -> Link:
+    from moe_ray.transport.socket import SocketLink
+
+    return SocketLink(info, options)
+
+
 def _grpc(info: ReplicaInfo, options: LinkOptions) -> Link:
     from moe_ray.transport.grpc import GrpcLink
 
@@ -33,6 +39,7 @@ def _ray(info: ReplicaInfo, options: LinkOptions) -> Link:
 
 _CONNECT: Mapping[str, Callable[[ReplicaInfo, LinkOptions], Link]] = {  # fastest first: the order of `auto`
     "local": _local,
+    "socket": _socket,
     "grpc": _grpc,
     "ray": _ray,
 }

@@ -56,6 +56,11 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
 
 
+def buffer(tensor: torch.Tensor) -> memoryview:
+    """The bytes of `tensor` to send from or, if it is a contiguous CPU tensor, to receive into. No copy then."""
+    return memoryview(raw(tensor))  # type: ignore[arg-type]  # numpy's arrays are buffers
+
+
 def call_header(call: ExpertCall) -> pb.ExpertCallHeader:
     """Check `call` and describe it."""
     check_call(call)
@@ -82,7 +87,7 @@ def unpack_call(message: pb.ExpertCall) -> ExpertCall:
 
 def read_call(header: pb.ExpertCallHeader, rows: bytes, weights: bytes) -> ExpertCall:
     """Check a header against its tensors' bytes, which are copied."""
-    tensor = _read_rows(header.dtype, header.num_rows, header.hidden_size, rows)
+    tensor = _read_rows(header, rows)
     if len(weights) != 4 * header.num_rows:
         raise ProtocolError(
             f"weights has {len(weights)} bytes, expected {4 * header.num_rows} for {header.num_rows} rows"
@@ -135,9 +140,7 @@ def read_reply(header: pb.ExpertReplyHeader, rows: bytes) -> ExpertReply:
     """
     if header.status != pb.OK:
         raise error_of(header.status, header.error)
-    tensor = _read_rows(header.dtype, header.num_rows, header.hidden_size, rows)
-    load = ReplicaLoad(header.queued_rows, header.compute_us, header.queue_us)
-    return ExpertReply(call_id=header.call_id, rows=tensor, load=load)
+    return ExpertReply(call_id=header.call_id, rows=_read_rows(header, rows), load=load_of(header))
 
 
 def error_of(status: int, message: str) -> ExpertFailed | ProtocolError:
@@ -167,23 +170,33 @@ def from_numpy(dtype: str, array: np.ndarray, field: str) -> torch.Tensor:
     return rows
 
 
-def _read_rows(dtype: pb.DType, num_rows: int, hidden_size: int, data: bytes) -> torch.Tensor:
+def empty_rows(header: pb.ExpertCallHeader | pb.ExpertReplyHeader) -> torch.Tensor:
+    """The tensor [T, D] that a header announces, for its bytes to be received into."""
+    dtype, num_rows, hidden_size = header.dtype, header.num_rows, header.hidden_size
     if dtype not in _FROM_PB:
         raise ProtocolError(f"header.dtype is {dtype}, not one of {', '.join(_DTYPES)}")
     if num_rows < 1:
         raise ProtocolError("header.num_rows is 0, expected at least 1")
     if hidden_size < 1:
         raise ProtocolError("header.hidden_size is 0, expected at least 1")
-    torch_dtype = _FROM_PB[dtype]
-    size = num_rows * hidden_size * torch_dtype.itemsize
+    size = num_rows * hidden_size * _FROM_PB[dtype].itemsize
     if size > MAX_TENSOR_BYTES:
         raise ProtocolError(
             f"header.num_rows x header.hidden_size is {num_rows} x {hidden_size}: {size} bytes, "
             f"more than {MAX_TENSOR_BYTES}"
         )
-    if len(data) != size:
-        raise ProtocolError(
-            f"rows has {len(data)} bytes, expected {size} for {torch_dtype} [{num_rows}, {hidden_size}]"
-        )
-    # bytearray: the one copy. A tensor over the message's own bytes would be read-only behind torch's back.
-    return torch.frombuffer(bytearray(data), dtype=torch_dtype).view(num_rows, hidden_size)
+    return torch.empty((num_rows, hidden_size), dtype=_FROM_PB[dtype])
+
+
+def load_of(header: pb.ExpertReplyHeader) -> ReplicaLoad:
+    """The replica's load when the reply left."""
+    return ReplicaLoad(header.queued_rows, header.compute_us, header.queue_us)
+
+
+def _read_rows(header: pb.ExpertCallHeader | pb.ExpertReplyHeader, data: bytes) -> torch.Tensor:
+    rows = empty_rows(header)
+    if len(data) != rows.nbytes:
+        raise ProtocolError(f"rows has {len(data)} bytes, expected {rows.nbytes} for {rows.dtype} {list(rows.shape)}")
+    # The one copy. A tensor over the message's own bytes would be read-only behind torch's back.
+    raw(rows)[:] = np.frombuffer(data, dtype=np.uint8)
+    return rows

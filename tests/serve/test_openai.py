@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,26 @@ def test_defaults(tokenizer: Tokenizer) -> None:
     ((index, request),) = to_requests(completion(), tokenizer, MAX_LEN, "cmpl-1")
     assert (index, request.request_id, list(request.prompt_token_ids)) == (0, "cmpl-1-0", tokenizer.encode("Hi"))
     params = request.sampling
-    assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (16, 1.0, 1.0, 0)
+    # The demo model's generation_config.json recommends these two.
+    assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (16, 0.2, 0.9, 0)
     assert params.seed is not None
     assert params.logprobs is None
     ((_, request),) = to_requests(chat(), tokenizer, MAX_LEN, "chatcmpl-1")
     assert list(request.prompt_token_ids) == tokenizer.apply_chat_template(HI)
     assert request.sampling.max_tokens == MAX_LEN - len(request.prompt_token_ids)
+
+
+def test_without_a_generation_config_openais_defaults_hold(demo_model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(demo_model / name, tmp_path)
+    bare = Tokenizer(tmp_path)
+    ((_, request),) = to_requests(completion(), bare, MAX_LEN, "cmpl-1")
+    assert (request.sampling.temperature, request.sampling.top_p) == (1.0, 1.0)
+
+
+def test_a_request_wins_over_the_generation_config(tokenizer: Tokenizer) -> None:
+    ((_, request),) = to_requests(completion(temperature=1.5, top_p=1.0), tokenizer, MAX_LEN, "cmpl-1")
+    assert (request.sampling.temperature, request.sampling.top_p) == (1.5, 1.0)
 
 
 def test_every_parameter_reaches_the_sampler(tokenizer: Tokenizer) -> None:
@@ -92,7 +107,7 @@ def test_null_means_default_and_harmless_fields_are_ignored(tokenizer: Tokenizer
     nulls = dict.fromkeys(["temperature", "max_tokens", "stop", "n", "seed", "stream", "tools", "ignore_eos", "echo"])
     harmless = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "best_of": 1}
     ((_, request),) = to_requests(completion(**nulls, **harmless), tokenizer, MAX_LEN, "r")
-    assert (request.sampling.max_tokens, request.sampling.temperature) == (16, 1.0)
+    assert (request.sampling.max_tokens, request.sampling.temperature) == (16, 0.2)
     chat(tools=[{"type": "function"}], tool_choice="none", response_format={"type": "text"})
     chat(tool_choice="auto")
 

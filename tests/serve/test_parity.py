@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tests.conftest import Reference
 
 NEW_TOKENS = 64
-CARRIERS = ("local", "grpc", "ray")
+CARRIERS = ("local", "socket", "grpc", "ray")
 # Small steps, small blocks, a cache that does not hold everybody: everything at once.
 STRESS = {"max_num_batched_tokens": 64, "block_size": 8}
 

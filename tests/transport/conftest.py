@@ -13,13 +13,13 @@ from moe_ray.core import ReplicaInfo
 
 
 @pytest.fixture(scope="session")
-def grpc_process() -> Iterator[Callable[..., tuple[ReplicaInfo, int]]]:
-    """Starts a process with a real gRPC expert server; returns its info and pid. All are killed in the end."""
+def expert_process() -> Iterator[Callable[..., tuple[ReplicaInfo, int]]]:
+    """Starts a process with a real expert server of one carrier; returns its info and pid. All are killed at last."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(token: str | None = None) -> tuple[ReplicaInfo, int]:
+    def start(carrier: str, token: str | None = None) -> tuple[ReplicaInfo, int]:
         process = subprocess.Popen(
-            [sys.executable, echo_expert.__file__, *([token] if token else [])],
+            [sys.executable, echo_expert.__file__, carrier, *([token] if token else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -27,7 +27,7 @@ def grpc_process() -> Iterator[Callable[..., tuple[ReplicaInfo, int]]]:
         processes.append(process)
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        return echo_expert.info({"grpc": address}), process.pid
+        return echo_expert.info({carrier: address}), process.pid
 
     yield start
     for process in processes:

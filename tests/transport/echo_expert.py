@@ -1,7 +1,7 @@
 """An expert for the transport tests: `rows * weights`, or the fault that the call's expert number asks for.
 
-Runs in a thread, as a process (`python echo_expert.py [token]`: prints its address, ends with its stdin) and in a Ray
-actor or Serve replica.
+Runs in a thread, in a Ray actor or Serve replica, and as a process: `python echo_expert.py grpc|socket [token]` prints
+its address and ends with its stdin.
 """
 
 from __future__ import annotations
@@ -80,8 +80,11 @@ class EchoActor:
 
 if __name__ == "__main__":
     from moe_ray.transport.grpc import GrpcExpertServer
+    from moe_ray.transport.socket import SocketExpertServer
 
     torch.set_num_threads(1)
-    server = GrpcExpertServer(behave, options=LinkOptions(token=sys.argv[1] if len(sys.argv) > 1 else None))
+    carrier, *token = sys.argv[1:]
+    kind = {"grpc": GrpcExpertServer, "socket": SocketExpertServer}[carrier]
+    server: ExpertServer = kind(behave, options=LinkOptions(token=token[0] if token else None))
     print(server.address, flush=True)
     sys.stdin.read()

@@ -42,8 +42,8 @@ def start_replica(carrier: str, request: pytest.FixtureRequest) -> Replica:
 
         server = LocalExpertServer(echo.behave)
         return Replica(carrier, echo.info({"local": server.address}), server.close)
-    if carrier == "grpc":
-        info, pid = request.getfixturevalue("grpc_process")(echo.TOKEN)
+    if carrier in ("grpc", "socket"):
+        info, pid = request.getfixturevalue("expert_process")(carrier, echo.TOKEN)
     else:
         request.getfixturevalue("ray_cluster")
         import ray
@@ -267,7 +267,7 @@ def test_nobody_at_the_address(carrier: str, request: pytest.FixtureRequest) -> 
         request.getfixturevalue("ray_cluster")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         dead = f"127.0.0.1:{probe.getsockname()[1]}"
-    addresses = {"local": "nobody", "grpc": dead, "ray": "experts/nobody"}
+    addresses = {"local": "nobody", "socket": f"{dead},/nowhere.sock", "grpc": dead, "ray": "experts/nobody"}
     started = time.monotonic()
     with pytest.raises(LinkBroken, match="echo-1") as raised:
         connect(carrier, echo.info({carrier: addresses[carrier]}), LinkOptions(connect_timeout_s=2.0))
@@ -276,13 +276,13 @@ def test_nobody_at_the_address(carrier: str, request: pytest.FixtureRequest) -> 
 
 
 def test_the_table_of_carriers() -> None:
-    everywhere = echo.info({"grpc": "h:1", "ray": "n/a", "local": "another process's"})
-    assert best_carrier(everywhere) == "grpc"
+    everywhere = echo.info({"socket": "h:1,/x", "grpc": "h:1", "ray": "n/a", "local": "another process's"})
+    assert best_carrier(everywhere) == "socket"
     assert best_carrier(everywhere, ("ray", "local")) == "ray"
     assert best_carrier(echo.info({"ray": "n/a"})) == "ray"
     with pytest.raises(ConfigError, match="echo-1 offers ray, and this process may use grpc"):
         best_carrier(echo.info({"ray": "n/a"}), ("grpc",))
-    with pytest.raises(ConfigError, match="'pigeon' is not one of local, grpc, ray"):
+    with pytest.raises(ConfigError, match="'pigeon' is not one of local, socket, grpc, ray"):
         connect("pigeon", everywhere)
     with pytest.raises(ConfigError, match="'pigeon' is not one of"):
         best_carrier(everywhere, ("pigeon",))

@@ -181,8 +181,8 @@ def test_a_peer_that_never_answers() -> None:
         assert 0.4 < time.monotonic() - started < 1.5
 
 
-def test_a_frozen_peer_is_noticed_by_keepalive(grpc_process: Callable[..., tuple[ReplicaInfo, int]]) -> None:
-    info, pid = grpc_process(None)
+def test_a_frozen_peer_is_noticed_by_keepalive(expert_process: Callable[..., tuple[ReplicaInfo, int]]) -> None:
+    info, pid = expert_process("grpc")
     link = GrpcLink(info, LinkOptions(keepalive_s=0.2))
     assert_answers(link)
     time.sleep(0.6)  # several pings: an answered one must not end the stream
@@ -217,8 +217,8 @@ def test_closing_the_server_breaks_its_links(request: pytest.FixtureRequest) -> 
         GrpcLink(info)
 
 
-def test_an_idle_link_knows_that_its_peer_died(grpc_process: Callable[..., tuple[ReplicaInfo, int]]) -> None:
-    info, pid = grpc_process(None)
+def test_an_idle_link_knows_that_its_peer_died(expert_process: Callable[..., tuple[ReplicaInfo, int]]) -> None:
+    info, pid = expert_process("grpc")
     link = GrpcLink(info)
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 5

@@ -38,7 +38,7 @@ def test_a_serve_replica(request: pytest.FixtureRequest) -> None:
         name="Expert0", num_replicas=2, ray_actor_options={"num_cpus": 0}
     )
     handle = serve.run(deployment.bind(), name="transport-test", route_prefix=None)
-    request.addfinalizer(serve.shutdown)
+    request.addfinalizer(lambda: serve.delete("transport-test"))
     endpoints: dict[str, int] = {}
     deadline = time.monotonic() + 20
     while len(endpoints) < 2 and time.monotonic() < deadline:  # the router picks; ask until both have answered
