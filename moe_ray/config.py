@@ -183,17 +183,17 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
         raise ConfigError(f"environment ({ENV_PREFIX}...): {error}") from None
 
 
-def cluster_token(config: Config) -> str | None:
+def cluster_token(config: Config, ray_uses_tokens: bool) -> str | None:
     """The token that guards expert and trunk ports.
 
-    The configured one, or one derived from Ray's authentication token (the same on every node of a Ray cluster that
-    uses token authentication), or None where there is neither.
+    The configured one; or, where `ray_uses_tokens`, one derived from Ray's own (the same on every node); or None. A
+    token file that lies about on a node of a Ray without authentication does not count: other nodes may lack it.
     """
-    if config.cluster_token:
+    if config.cluster_token or not ray_uses_tokens:
         return config.cluster_token
     secret = os.environ.get("RAY_AUTH_TOKEN", "")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not secret and os.environ.get("RAY_AUTH_MODE", "token") == "token" and path.is_file():
+    if not secret and path.is_file():
         secret = path.read_text(encoding="utf-8").strip()
     if not secret:
         return None

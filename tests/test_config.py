@@ -158,30 +158,30 @@ def test_load_config_gives_a_plain_config() -> None:
 
 def test_the_configured_token_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ray-secret")
-    assert cluster_token(load_config({"cluster_token": "mine"})) == "mine"
+    assert cluster_token(load_config({"cluster_token": "mine"}), True) == "mine"
     monkeypatch.setenv("MOE_RAY_CLUSTER_TOKEN", "from-env")
-    assert cluster_token(load_config()) == "from-env"
+    assert cluster_token(load_config(), True) == "from-env"
 
 
 def test_the_token_is_derived_from_rays_and_does_not_reveal_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = load_config()
-    assert cluster_token(config) is None
+    assert cluster_token(config, True) is None
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ray-secret")
-    derived = cluster_token(config)
+    derived = cluster_token(config, True)
     assert derived is not None
     assert len(derived) == 64
     assert "ray-secret" not in derived
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
-    assert cluster_token(config) not in (None, derived)
+    assert cluster_token(config, True) not in (None, derived)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (tmp_path / "token").write_text("ray-secret\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert cluster_token(config) == derived, "the same secret by another way is the same token on every node"
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert cluster_token(config) is None
+    assert cluster_token(config, True) == derived, "the same secret by another way is the same token on every node"
+    assert cluster_token(config, False) is None, "a file that lies about, and a Ray without authentication"
+    assert cluster_token(load_config({"cluster_token": "mine"}), False) == "mine"
 
 
 def test_rays_default_token_file_is_found(tmp_path: Path) -> None:
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("ray-secret")
-    assert cluster_token(load_config()) is not None
+    assert cluster_token(load_config(), True) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc.aio
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from moe_ray.config import Config, cluster_token
 from moe_ray.transport.base import LinkOptions, TlsFiles
@@ -10,9 +11,9 @@ from moe_ray.transport.grpc import channel_options, read_pem
 
 
 def link_options(config: Config) -> LinkOptions:
-    """Token and TLS of one cluster."""
+    """Token and TLS of the cluster that this process is connected to."""
     tls = TlsFiles(**config.tls.model_dump()) if config.tls else None
-    return LinkOptions(token=cluster_token(config), tls=tls)
+    return LinkOptions(token=cluster_token(config, is_token_auth_enabled()), tls=tls)
 
 
 def open_aio_channel(address: str, options: LinkOptions) -> grpc.aio.Channel:
