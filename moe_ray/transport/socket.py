@@ -16,17 +16,15 @@ import contextlib
 import hashlib
 import hmac
 import itertools
-import os
 import secrets
 import select
 import socket
 import ssl
 import struct
-import tempfile
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -48,6 +46,9 @@ _STAGE = 4096
 """Bytes asked for where a frame begins: a header with a small tensor behind it comes in one system call."""
 STALL_S = 30.0
 """A peer that neither sends nor takes a byte for so long in the middle of a message is given up."""
+
+_ABSTRACT = sys.platform == "linux"
+"""Unix sockets without a file vanish with their process, however it ends; the token guards them as it does TCP."""
 
 Drain = Callable[[], None]
 H = TypeVar("H", bound=Message)
@@ -174,21 +175,22 @@ class SocketExpertServer:
         """Listen. Raises `ConfigError` when that cannot be done."""
         self._handler, self._options = handler, options or LinkOptions()
         self._tls = _context(self._options, server=True)
-        self._directory = tempfile.TemporaryDirectory(prefix="moe-ray-")  # mode 0700: ours alone
-        path = str(Path(self._directory.name) / "expert.sock")
+        name = f"moe-ray-{secrets.token_hex(8)}"
         self._connections: set[socket.socket] = set()
         self._closed = False
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             tcp = socket.create_server((host, port), family=family, backlog=64)
-            local = socket.socket(socket.AF_UNIX)
-            local.bind(path)
-            local.listen(64)
+            self._listeners = [tcp]
+            if _ABSTRACT:
+                local = socket.socket(socket.AF_UNIX)
+                local.bind(f"\0{name}")
+                local.listen(64)
+                self._listeners.append(local)
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         bound_host, bound_port = tcp.getsockname()[:2]
-        self.address = f"{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port},{path}"
-        self._listeners = (tcp, local)
+        self.address = f"{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port},{name}"
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="expert-accept", daemon=True).start()
 
@@ -199,7 +201,6 @@ class SocketExpertServer:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
-        self._directory.cleanup()
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._closed:
@@ -217,6 +218,7 @@ class SocketExpertServer:
         sock = connection
         try:
             sock = self._welcome(connection)
+            self._connections.add(sock)  # another object, if TLS took the connection over
             stream = _Stream(sock)
             while True:
                 stream.wait_frame(None)
@@ -224,7 +226,7 @@ class SocketExpertServer:
         except (OSError, EOFError, ProtocolError):
             pass  # the trunk is gone, or does not speak our language: its link ends, others go on
         finally:
-            self._connections.discard(connection)
+            self._connections -= {connection, sock}
             sock.close()
 
     def _welcome(self, connection: socket.socket) -> socket.socket:
@@ -356,15 +358,15 @@ class _Stream:
 
 
 def _connect(address: str, options: LinkOptions) -> socket.socket:
-    """Connect to "host:port,path" and prove the token: the path if it is a socket of this machine, else TCP."""
-    where, _, path = address.partition(",")
-    if path and os.path.exists(path):
+    """Connect to "host:port,name" and prove the token: the Unix socket if this machine has it, else TCP."""
+    where, _, name = address.partition(",")
+    if name and _ABSTRACT:
         local = socket.socket(socket.AF_UNIX)
         local.settimeout(options.connect_timeout_s)
         try:
-            local.connect(path)
+            local.connect(f"\0{name}")
         except OSError:
-            local.close()  # left behind by a process that was killed
+            local.close()  # another machine's, or gone
         else:
             return _introduce(local, options)
     host, _, port = where.rpartition(":")
@@ -374,8 +376,8 @@ def _connect(address: str, options: LinkOptions) -> socket.socket:
     _tune(sock, options)
     context = _context(options, server=False)
     if context is not None:
-        name = options.tls.server_name if options.tls is not None else None
-        sock = context.wrap_socket(sock, server_hostname=name or host.strip("[]"))
+        certified = options.tls.server_name if options.tls is not None else None
+        sock = context.wrap_socket(sock, server_hostname=certified or host.strip("[]"))
     return _introduce(sock, options)
 
 

@@ -267,7 +267,7 @@ def test_nobody_at_the_address(carrier: str, request: pytest.FixtureRequest) -> 
         request.getfixturevalue("ray_cluster")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         dead = f"127.0.0.1:{probe.getsockname()[1]}"
-    addresses = {"local": "nobody", "socket": f"{dead},/nowhere.sock", "grpc": dead, "ray": "experts/nobody"}
+    addresses = {"local": "nobody", "socket": f"{dead},moe-ray-nowhere", "grpc": dead, "ray": "experts/nobody"}
     started = time.monotonic()
     with pytest.raises(LinkBroken, match="echo-1") as raised:
         connect(carrier, echo.info({carrier: addresses[carrier]}), LinkOptions(connect_timeout_s=2.0))
@@ -276,7 +276,7 @@ def test_nobody_at_the_address(carrier: str, request: pytest.FixtureRequest) -> 
 
 
 def test_the_table_of_carriers() -> None:
-    everywhere = echo.info({"socket": "h:1,/x", "grpc": "h:1", "ray": "n/a", "local": "another process's"})
+    everywhere = echo.info({"socket": "h:1,x", "grpc": "h:1", "ray": "n/a", "local": "another process's"})
     assert best_carrier(everywhere) == "socket"
     assert best_carrier(everywhere, ("ray", "local")) == "ray"
     assert best_carrier(echo.info({"ray": "n/a"})) == "ray"
