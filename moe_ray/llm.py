@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_ray.config import load_config
 from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.engine.build import build_engine
@@ -180,8 +178,3 @@ def _as_params(sampling: SamplingParams | Sequence[SamplingParams] | None, count
 
 def _ignore(done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-def set_threads(count: int) -> None:
-    """Compute with `count` threads in this process."""
-    torch.set_num_threads(count)

@@ -112,8 +112,8 @@ class TrunkReplica:
 
     def __del__(self) -> None:
         if hasattr(self, "_server"):
+            self._server.close()  # first: gateways replay elsewhere what was running, and see no error
             self._loop.close()
-            self._server.close()
             self._pool.close()
 
 
