@@ -64,6 +64,18 @@ def test_an_expert_is_killed_in_mid_stream(served_demo: Served, sampling: dict[s
     wait_ready(served_demo.url)
 
 
+def test_health_names_the_expert_that_is_away(served_demo: Served) -> None:
+    (expert,) = statuses(served_demo, "Expert5")
+    kill(expert["pid"])
+    deadline, seen = time.monotonic() + 30, httpx.get(f"{served_demo.url}/health", trust_env=False)
+    while seen.status_code == 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        seen = httpx.get(f"{served_demo.url}/health", trust_env=False)
+    assert (seen.status_code, seen.json()["missing"]) == (503, ["Expert5"])
+    wait_ready(served_demo.url)
+    assert complete(served_demo, "Once upon a time", max_tokens=3)
+
+
 def test_the_trunk_is_killed_under_eight_streams(served_demo: Served) -> None:
     prompts = [f"Chapter {i}. It was a" for i in range(8)]
     sampling = [{"temperature": 0.8, "seed": i} if i % 2 else {} for i in range(8)]
