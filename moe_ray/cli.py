@@ -173,7 +173,7 @@ def plan(
     settings = load_config({"model": {"path": model, "dtype": dtype}}, config)
     with loading_bars(console) as progress:
         directory = resolve_model(settings, progress)
-    made = planned(settings, directory)
+    made = planned(settings, directory, without_weights=True)
     if json_output:
         print(plan_json(made, gpu_memory))
     else:

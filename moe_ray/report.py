@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_ray.config import Config
-from moe_ray.errors import CheckpointError
-from moe_ray.model.checkpoint import INDEX, SINGLE, Checkpoint, expert_specs, trunk_specs
+from moe_ray.model.checkpoint import INDEX, PICKLES, Checkpoint, expert_specs, trunk_specs
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.plan import Plan, make_plan
 
@@ -29,16 +28,19 @@ class Planned:
     bytes_to_read: dict[str, int]
 
 
-def planned(config: Config, directory: Path) -> Planned:
-    """Plan the model of `directory`, checking every tensor's header. Raises `CheckpointError`, `ConfigError`."""
+def planned(config: Config, directory: Path, without_weights: bool = False) -> Planned:
+    """Plan the model of `directory`, checking every tensor's header. Raises `CheckpointError`, `ConfigError`.
+
+    `without_weights`: a directory with no more than its config.json will do.
+    """
     from moe_ray.engine.build import dtype_name
 
     model = ModelConfig.load(directory)
     cuda = config.model.device == "cuda"
     plan = make_plan(model, dtype_name(config, model, cuda))
     bytes_to_read: dict[str, int] = {}
-    weights = (directory / INDEX).exists() or (directory / SINGLE).exists()
-    if weights or config.model.path == "demo":
+    weights = any(any(directory.glob(pattern)) for pattern in ("*.safetensors", INDEX, *PICKLES))
+    if weights or not without_weights:
         checkpoint = Checkpoint.open(directory)
         bytes_to_read["Trunk"] = checkpoint.check(trunk_specs(model))
         for expert in range(model.num_local_experts):
@@ -47,8 +49,6 @@ def planned(config: Config, directory: Path) -> Planned:
                 spec for layer in layers for spec in expert_specs(model, layer, expert)
             )
         checkpoint.close()
-    elif any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-        raise CheckpointError(f"{directory}: only pickle weights found; convert them to safetensors")
     return Planned(config.served_name, directory, model, plan, bytes_to_read)
 
 

@@ -86,11 +86,9 @@ class EngineLoop:
         """Wait for work and take in what was asked; False when closed."""
         with self._condition:
             self._condition.wait_for(lambda: self._closed or self._engine.has_work or self._has_mail())
-            inbox, self._inbox = self._inbox, _Inbox([], [], [])
             if self._closed:
-                for request, sink in inbox.submits:
-                    self._sink_of[request.request_id] = sink
-                return False
+                return False  # what came last is told so by _fail_all
+            inbox, self._inbox = self._inbox, _Inbox([], [], [])
         for request, sink in inbox.submits:
             try:
                 self._engine.submit(request)

@@ -128,9 +128,7 @@ class Directory:
             return
         try:
             link = self._connect(info)
-        except (
-            MoeRayError
-        ) as error:  # LinkBroken, or ConfigError: one that cannot be linked must not hold up the others
+        except MoeRayError as error:  # LinkBroken or ConfigError: one replica must not hold up the others
             delay = min(2 * delay or 0.25, 5.0)
             self._backoff[replica_id] = (now + delay, delay)
             logger.warning("cannot reach expert replica %s: %s", replica_id, error)

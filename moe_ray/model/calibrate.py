@@ -11,22 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from moe_ray.model.dense import DenseConfig, DenseModel
+from moe_ray.model.dense import ATTENTION_TENSORS, DenseConfig, DenseModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-DENSE_LAYER_TENSORS = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+DENSE_LAYER_TENSORS = (*ATTENTION_TENSORS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 CONTEXT_TOKENS = 32
 """How many tokens back a token's cluster also looks, so that experts follow the topic and not only the word."""
 RESTARTS, FIRST_ITERATIONS, NEXT_ITERATIONS = 4, 20, 6

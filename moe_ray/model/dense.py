@@ -27,6 +27,15 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ATTENTION_TENSORS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+)
+"""Of a layer: what dense model and mixture of experts have in common."""
 GGUF_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 GGUF_CONTROL_TOKEN = 3
 SPLIT_DIGITS = {"gpt-2": False, "default": False, "smollm": True, "starcoder": True, "refact": True, "command-r": True}

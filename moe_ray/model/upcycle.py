@@ -27,7 +27,7 @@ from moe_ray.model.calibrate import (
     fit_gate,
     measure_routing,
 )
-from moe_ray.model.dense import DenseConfig, DenseModel, open_dense
+from moe_ray.model.dense import ATTENTION_TENSORS, DenseConfig, DenseModel, open_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,14 +36,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) from the caller's thread; total is 0 where it is unknown. May raise to stop."""
 
 ROUTING_FILE = "upcycle.json"
-KEPT_AS_THEY_ARE = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-)
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -137,7 +129,7 @@ def _write_weights(
             progress("upcycle", layer, layers)
             prefix = f"model.layers.{layer}."
             weights = dense_layer(model, layer)
-            for name in KEPT_AS_THEY_ARE:
+            for name in ATTENTION_TENSORS:
                 shards.add(f"{prefix}{name}.weight", weights[name])
             states = run.attend(weights)
             gate, clusters = fit_gate(

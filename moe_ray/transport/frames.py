@@ -10,6 +10,8 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
+from google.protobuf.message import Message
+
 from moe_ray.errors import ProtocolError
 
 LENGTH = struct.Struct("<I")
@@ -68,10 +70,14 @@ class FrameStream:
         target[:staged] = self._stage[self._start : self._start + staged]
         self._start += staged
         while staged < len(target):
-            if (count := self._receive(target[staged:])) is not None:
-                staged += count
-            elif not self._readable.poll(1000 * stall_s):
-                raise TimeoutError(f"nothing came for {stall_s:g} s in the middle of a message")
+            staged += self._receive_more(target[staged:], stall_s)
+
+    def write_frame(
+        self, header: Message, body: Sequence[memoryview], stall_s: float | None, drain: Drain | None
+    ) -> None:
+        """Write a frame from where its tensors are."""
+        packed = header.SerializeToString()
+        self.write([LENGTH.pack(len(packed)) + packed, *body], stall_s, drain)
 
     def write(self, parts: Sequence[bytes | memoryview], stall_s: float | None, drain: Drain | None) -> None:
         """Write all parts. While the peer takes no more, `drain` reads what comes; None waits in any case."""
@@ -106,10 +112,14 @@ class FrameStream:
             self._stage[: self._end - self._start] = bytes(self._stage[self._start : self._end])
             self._start, self._end = 0, self._end - self._start
         while self._end - self._start < size:
-            if (count := self._receive(self._stage[self._end : self._start + size])) is not None:
-                self._end += count
-            elif not self._readable.poll(1000 * stall_s):
+            self._end += self._receive_more(self._stage[self._end : self._start + size], stall_s)
+
+    def _receive_more(self, target: memoryview, stall_s: float) -> int:
+        """Wait for more of a message that has begun; the bytes received."""
+        while (count := self._receive(target)) is None:
+            if not self._readable.poll(1000 * stall_s):
                 raise TimeoutError(f"nothing came for {stall_s:g} s in the middle of a message")
+        return count
 
     def _receive(self, target: memoryview) -> int | None:
         """Bytes received; None if there are none now."""

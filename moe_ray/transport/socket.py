@@ -28,7 +28,7 @@ from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, LinkTimeout, P
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 from moe_ray.transport.base import ExpertHandler, LinkOptions, check_reply
-from moe_ray.transport.frames import LENGTH, STALL_S, FrameStream, Quiet
+from moe_ray.transport.frames import STALL_S, FrameStream, Quiet
 from moe_ray.transport.handshake import ABSTRACT_UNIX, connect, tls_context, welcome
 from moe_ray.transport.pending import address_of, peer_name
 from moe_ray.transport.serving import answer
@@ -96,14 +96,9 @@ class SocketLink:
                 raise LinkBroken(self.reason)
             call.call_id = next(self._ids)
             pending = self._pending[call.call_id] = SocketPending(self, call)
-            header = wire.call_header(call).SerializeToString()
-            parts: list[bytes | memoryview] = [
-                LENGTH.pack(len(header)) + header,
-                wire.buffer(call.rows),
-                wire.buffer(call.weights),
-            ]
+            body = [wire.buffer(call.rows), wire.buffer(call.weights)]
             try:
-                self._stream.write(parts, STALL_S, self._read_reply)
+                self._stream.write_frame(wire.call_header(call), body, STALL_S, self._read_reply)
             except (OSError, EOFError, ProtocolError) as error:
                 raise self._broke(_say(error)) from None
         return pending
@@ -222,8 +217,7 @@ class SocketExpertServer:
             body = [wire.buffer(reply.rows)]
         except (ExpertFailed, ProtocolError) as error:
             head = wire.pack_error(header.call_id, error).header
-        packed = head.SerializeToString()
-        stream.write([LENGTH.pack(len(packed)) + packed, *body], None, None)
+        stream.write_frame(head, body, None, None)
 
 
 def _parse(kind: type[H], data: bytes) -> H:
