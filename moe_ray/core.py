@@ -111,7 +111,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What one engine step did for one request. The last event has a `finish_reason` or an `error`."""
+    """What one engine step did for one request. The last event has a `finish_reason` or an `error`.
+
+    Without speculative decoding it carries one token; with it, as many as the step made certain.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -176,12 +179,22 @@ class Batch:
     positions: list[int]  # [T]
     slot_mapping: list[int]  # [T] where each token's K and V go: block * block_size + offset
     query_start: list[int]  # [S + 1]
-    context_lens: list[int]  # [S] tokens in the cache after this step
-    sample: list[bool]  # [S] whether the chunk reaches the sequence's last token, so that a token is sampled
+    context_lens: list[int]  # [S] tokens in the cache after this step, drafts included
+    num_sampled: list[int]
+    """[S] positions at the end of each chunk whose logits are wanted.
+
+    0: the chunk does not reach the sequence's last token. 1: it does. k + 1: k drafts follow that token in the chunk;
+    they are in no sequence yet, and become true as far as they are sampled in their places.
+    """
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    def drafts(self, index: int) -> list[int]:
+        """The drafts at the end of one sequence's chunk."""
+        end = self.query_start[index + 1]
+        return self.token_ids[end - max(self.num_sampled[index] - 1, 0) : end]
 
 
 @dataclass(slots=True, eq=False)
@@ -254,3 +267,7 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    draft_tokens: int = 0
+    """Guessed tokens that were verified (speculative decoding)."""
+    accepted_draft_tokens: int = 0
+    """Those of them that are in the output."""

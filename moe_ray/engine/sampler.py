@@ -35,18 +35,27 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix((seed + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK) ^ seed) >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int] = frozenset()) -> Sampled:
-    """Choose one token per sequence. logits [S, V] float32, row i for sequences[i]; not modified.
+def sample(
+    logits: torch.Tensor,
+    sequences: Seq[Sequence],
+    eos_token_ids: frozenset[int] = frozenset(),
+    drafts: Seq[Seq[int]] = (),
+) -> Sampled:
+    """Choose one token per row. logits [S, V] float32, row i for sequences[i]; not modified.
+
+    With `drafts`, row i is sampled as if drafts[i] were in the output of sequences[i] already (which may then stand in
+    several rows): the same noise, penalties and masks that the row will meet should they come true.
 
     In order: penalties, logit_bias and min_tokens mask, temperature, top_k, top_p, min_p (transformers' order).
     """
     params = [seq.request.sampling for seq in sequences]
-    adjusted = _adjust(logits, sequences, params, eos_token_ids)
+    drafts = drafts or [()] * len(sequences)
+    adjusted = _adjust(logits, sequences, drafts, params, eos_token_ids)
     chosen = adjusted.argmax(dim=-1)
     random = [i for i, p in enumerate(params) if not p.greedy]
     if random:
         rows = torch.tensor(random, device=logits.device)
-        noise = [uniform(params[i].seed or 0, len(sequences[i].token_ids)) for i in random]
+        noise = [uniform(params[i].seed or 0, len(sequences[i].token_ids) + len(drafts[i])) for i in random]
         chosen[rows] = _draw(adjusted[rows], [params[i] for i in random], noise)
     token_ids = chosen.tolist()
     return Sampled(token_ids, _logprobs(logits, token_ids, params))
@@ -59,7 +68,11 @@ def _mix(z: int) -> int:
 
 
 def _adjust(
-    logits: torch.Tensor, sequences: Seq[Sequence], params: list[SamplingParams], eos_token_ids: frozenset[int]
+    logits: torch.Tensor,
+    sequences: Seq[Sequence],
+    drafts: Seq[Seq[int]],
+    params: list[SamplingParams],
+    eos_token_ids: frozenset[int],
 ) -> torch.Tensor:
     """Return logits with penalties, biases and masks applied; the same tensor if no sequence asks for any."""
     penalised = [
@@ -68,15 +81,15 @@ def _adjust(
         if p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
     ]
     biased = [i for i, p in enumerate(params) if p.logit_bias]
-    masked = [i for i, p in enumerate(params) if sequences[i].num_output < p.min_tokens]
+    masked = [i for i, p in enumerate(params) if sequences[i].num_output + len(drafts[i]) < p.min_tokens]
     if not (penalised or biased or masked):
         return logits
     out, device, vocab = logits.clone(), logits.device, logits.shape[-1]
     if penalised:
         rows = torch.tensor(penalised, device=device)
         picked = [params[i] for i in penalised]
-        seen = _counts([sequences[i].token_ids for i in penalised], vocab, device) > 0
-        counts = _counts([sequences[i].output_token_ids for i in penalised], vocab, device)
+        seen = _counts([[*sequences[i].token_ids, *drafts[i]] for i in penalised], vocab, device) > 0
+        counts = _counts([[*sequences[i].output_token_ids, *drafts[i]] for i in penalised], vocab, device)
         repetition = _column([p.repetition_penalty for p in picked], device)
         values = out[rows]
         values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)

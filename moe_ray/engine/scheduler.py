@@ -1,4 +1,7 @@
-"""Decides what each step computes: continuous batching, chunked prefill, prefix caching, preemption. No torch."""
+"""Decides what each step computes: continuous batching, chunked prefill, prefix caching, preemption, drafts.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 from moe_ray.core import Batch, FinishReason, Sequence, Status
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
+from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, num_accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,21 @@ class SchedulerLimits:
     max_waiting: int = 1024
     """Sequences that may wait to be admitted."""
     enable_prefix_caching: bool = True
+    num_speculative_tokens: int = 0
+    """Most drafts per sequence and step; 0: no speculative decoding."""
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one step brought one sequence."""
+
+    seq: Sequence
+    token_ids: tuple[int, ...]
+    """The new tokens, already appended: 1, or more where drafts came true."""
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
 
 
 class Scheduler:
@@ -34,6 +53,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prefix_hit_tokens = 0
+        self.draft_tokens = self.accepted_draft_tokens = 0
+        speculates = limits.num_speculative_tokens > 0
+        self._drafter = Drafter(limits.prompt_lookup_min, limits.prompt_lookup_max) if speculates else None
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the model and the cache."""
@@ -47,13 +69,15 @@ class Scheduler:
             self.waiting.remove(seq)
         self._release(seq)
         seq.status = Status.FINISHED
+        if self._drafter is not None:
+            self._drafter.drop(seq)
 
     def schedule(self) -> Batch | None:
         """Choose the next step's tokens and give them slots; None when there is nothing to do.
 
         Decodes come first (they are short and somebody is reading them), then prefill chunks in order of arrival,
         then new sequences. When blocks run out the youngest running sequence is preempted: its blocks are freed and
-        it is recomputed later, from the prefix cache where that still holds it.
+        it is recomputed later, from the prefix cache where that still holds it. Drafts take what all these left.
         """
         budget, preemptions = self.limits.max_num_batched_tokens, self.preemptions
         chosen: list[tuple[Sequence, int]] = []
@@ -80,30 +104,81 @@ class Scheduler:
             self.running.append(seq)
             chosen.append((seq, count))
             budget -= count
-        return self._batch(chosen) if chosen else None
+        return self._batch(chosen, self._drafts(chosen, budget)) if chosen else None
 
-    def update(self, batch: Batch, sampled: list[int]) -> list[tuple[Sequence, FinishReason | None, int | None]]:
-        """Take in a computed step and its sampled tokens (one per sequence that sampled, in order).
+    def update(self, batch: Batch, sampled: list[int]) -> list[Outcome]:
+        """Take in a computed step and what was sampled at its `num_sampled` positions, in order.
 
-        Returns (sequence, finish reason or None, stop token id or None) of each sampled sequence; finished ones are
-        out of the scheduler.
+        Returns the outcome of each sequence that sampled; finished ones are out of the scheduler. What was sampled
+        after a wrong draft, or after the sequence's end, is dropped.
         """
-        results = []
-        tokens = iter(sampled)
-        for seq, context, sample in zip(batch.sequences, batch.context_lens, batch.sample, strict=True):
-            self._advance(seq, context)
-            if sample:
-                token = next(tokens)
-                seq.token_ids.append(token)
-                reason, stop_token = self._finish_reason(seq, token)
-                if reason is not None:
-                    self.finish(seq)
-                results.append((seq, reason, stop_token))
-        return results
+        outcomes, used = [], 0
+        for i, (seq, context, count) in enumerate(
+            zip(batch.sequences, batch.context_lens, batch.num_sampled, strict=True)
+        ):
+            if count:
+                outcomes.append(self._take(seq, batch.drafts(i), sampled[used : used + count]))
+                used += count
+            else:
+                self._advance(seq, context)
+        return outcomes
 
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent."""
         self.allocator.check_integrity(seq.block_table for seq in [*self.running, *self.waiting])
+
+    def _take(self, seq: Sequence, draft: list[int], sampled: list[int]) -> Outcome:
+        """Append the tokens that are certain, up to the sequence's end, and note what of the cache is true."""
+        accepted = num_accepted(draft, sampled)
+        if self._drafter is not None:
+            self._drafter.learn(seq, sampled[: accepted + 1])
+        before = len(seq.token_ids)
+        reason, stop_token = None, None
+        for token in sampled[: accepted + 1]:
+            seq.token_ids.append(token)
+            reason, stop_token = self._finish_reason(seq, token)
+            if reason is not None:
+                break
+        new = tuple(seq.token_ids[before:])
+        self.draft_tokens += len(draft)
+        self.accepted_draft_tokens += min(accepted, len(new))
+        self._advance(seq, len(seq.token_ids) - 1)
+        if draft:
+            self._trim(seq)
+        if reason is not None:
+            self.finish(seq)
+        return Outcome(seq, new, reason, stop_token)
+
+    def _drafts(self, chosen: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
+        """Guess what follows each chosen sequence that decodes, within the budget and the blocks nobody else needs."""
+        if self._drafter is None:
+            return [[]] * len(chosen)
+        drafts, to_index = [], MAX_INDEXED_PER_STEP
+        for seq, count in chosen:
+            to_index -= self._drafter.extend(seq, to_index)
+            draft: list[int] = []
+            if count == 1 and seq.num_computed + 1 == len(seq.token_ids):
+                # A step yields one token more than it has right drafts.
+                most = min(self.limits.num_speculative_tokens, budget, self._tokens_left(seq) - 1)
+                draft = self._drafter.propose(seq, most, self.limits.max_num_batched_tokens - budget)
+                draft = draft[: self._extra_slots(seq, len(draft))]
+                budget -= len(draft)
+            drafts.append(draft)
+        return drafts
+
+    def _extra_slots(self, seq: Sequence, wanted: int) -> int:
+        """Give `seq` at most `wanted` slots behind its newest token, as far as blocks are free; return how many."""
+        size, end = self.allocator.block_size, seq.num_computed + 1
+        needed = -(-(end + wanted) // size) - len(seq.block_table)
+        blocks = self.allocator.allocate(min(needed, self.allocator.num_free)) if needed > 0 else None
+        seq.block_table += blocks or []
+        return min(wanted, len(seq.block_table) * size - end)
+
+    def _trim(self, seq: Sequence) -> None:
+        """Give back blocks that only wrong drafts used: nobody is preempted for want of them."""
+        keep = -(-seq.num_computed // self.allocator.block_size)
+        self.allocator.release(seq.block_table[keep:])
+        del seq.block_table[keep:]
 
     def _reserve(self, seq: Sequence, count: int) -> bool:
         """Give `seq` blocks for its next `count` tokens, preempting younger ones; False if it was preempted itself."""
@@ -168,30 +243,37 @@ class Scheduler:
             for block, key in zip(seq.block_table[old:new], seq.block_keys[old:new], strict=True):
                 self.allocator.register(block, key)
 
+    def _tokens_left(self, seq: Sequence) -> int:
+        """How many tokens the sequence may still grow by."""
+        most = seq.request.sampling.max_tokens
+        left = self._max_model_len - len(seq.token_ids)
+        return left if most is None else min(left, most - seq.num_output)
+
     def _finish_reason(self, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         params = seq.request.sampling
         if seq.num_output >= params.min_tokens and (
             token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         ):
             return "stop", token
-        if params.max_tokens is not None and seq.num_output >= params.max_tokens:
-            return "length", None
-        if len(seq.token_ids) >= self._max_model_len:
+        if self._tokens_left(seq) <= 0:
             return "length", None
         return None, None
 
-    def _batch(self, chosen: list[tuple[Sequence, int]]) -> Batch:
+    def _batch(self, chosen: list[tuple[Sequence, int]], drafts: list[list[int]]) -> Batch:
         batch = Batch([], [], [], [], [0], [], [])
         size = self.allocator.block_size
-        for seq, count in chosen:
+        for (seq, count), draft in zip(chosen, drafts, strict=True):
             start, end = seq.num_computed, seq.num_computed + count
+            last = end == len(seq.token_ids)
             batch.sequences.append(seq)
             batch.token_ids += seq.token_ids[start:end]
+            batch.token_ids += draft
+            end += len(draft)
             batch.positions += range(start, end)
             batch.slot_mapping += [seq.block_table[p // size] * size + p % size for p in range(start, end)]
             batch.query_start.append(len(batch.token_ids))
             batch.context_lens.append(end)
-            batch.sample.append(end == len(seq.token_ids))
+            batch.num_sampled.append(1 + len(draft) if last else 0)
         return batch
 
 
@@ -218,5 +300,5 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
         slot_mapping=batch.slot_mapping[low:high],
         query_start=[q - low for q in batch.query_start[first : end + 1]],
         context_lens=batch.context_lens[first:end],
-        sample=batch.sample[first:end],
+        num_sampled=batch.num_sampled[first:end],
     )

@@ -49,14 +49,17 @@ class _Choice:
     def take(self, event: TokenEvent) -> tuple[str, Sequence[TokenLogprobs]]:
         """Account for one engine step; return the text that is now certain and the logprobs of its tokens."""
         params = self.request.sampling
-        token_ids, logprobs = event.token_ids, event.logprobs
-        self.num_tokens += len(token_ids)
+        token_ids = event.token_ids
         self.num_cached = max(self.num_cached, event.num_cached_tokens)
         self.ended = event.last
         if event.stop_token_id is not None and not params.include_stop_str_in_output:
             token_ids = token_ids[:-1]
-            logprobs = logprobs[: len(token_ids)]
-        text = self.detokenizer.push(token_ids)
+        text, used = "", 0
+        while used < len(token_ids) and self.detokenizer.stopped_on is None:
+            text += self.detokenizer.push([token_ids[used]])
+            used += 1
+        # Tokens that came in one step with the end of a stop string, but after it, are no part of the answer.
+        self.num_tokens += len(event.token_ids) if self.detokenizer.stopped_on is None else used
         if event.finish_reason is not None:
             text += self.detokenizer.finish()
             self.finish_reason = event.finish_reason
@@ -66,7 +69,7 @@ class _Choice:
             self.finish_reason, self.stop_reason = "stop", self.detokenizer.stopped_on
         if not self.started and self.echo:
             text = self.echo + text
-        return text, logprobs
+        return text, event.logprobs[:used]
 
 
 class Responder:

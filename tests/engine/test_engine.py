@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from moe_ray.config import load_config
-from moe_ray.core import ExpertCall, Request, SamplingParams, TokenEvent
+from moe_ray.core import Request, SamplingParams, TokenEvent
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.loop import EngineLoop
 from moe_ray.errors import ConfigError, EngineError, ExpertUnavailable, InvalidRequest, Overloaded
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.moe import Experts, PendingCalls
+from moe_ray.model.moe import Experts, PendingCalls, Routed
 
 torch.set_num_threads(1)
 
@@ -29,10 +29,10 @@ class Fragile:
         self.inner = inner
         self.error: Exception | None = None
 
-    def submit(self, calls: list[ExpertCall]) -> PendingCalls:
-        if self.error is not None and calls[0].layer == 2:
+    def submit(self, layer: int, routed: Routed) -> PendingCalls:
+        if self.error is not None and layer == 2:
             raise self.error
-        return self.inner.submit(calls)
+        return self.inner.submit(layer, routed)
 
 
 class Rig:

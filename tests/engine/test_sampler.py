@@ -133,6 +133,28 @@ def test_a_token_depends_on_its_own_row_only(kind: str) -> None:
         assert together == [alone[i] for i in some]
 
 
+def test_a_row_behind_drafts_is_the_row_of_a_sequence_that_has_them() -> None:
+    rng = random.Random(2)
+    rows = 4 * len(KINDS)
+    logits = spiky(rows, VOCAB, 12)
+    kinds = [replace(KINDS[i % len(KINDS)], seed=rng.getrandbits(60)) for i in range(rows)]
+    outputs = [[rng.randrange(9) for _ in range(rng.randrange(6))] for _ in range(rows)]
+    cuts = [rng.randint(0, len(output)) for output in outputs]
+    whole = [sequence(p, output=output) for p, output in zip(kinds, outputs, strict=True)]
+    parts = [sequence(p, output=output[:cut]) for p, output, cut in zip(kinds, outputs, cuts, strict=True)]
+    ahead = [output[cut:] for output, cut in zip(outputs, cuts, strict=True)]
+    none: list[list[int]] = [[]] * rows
+    changed = [
+        sampler._adjust(logits, group, drafts, kinds, frozenset({2}))
+        for group, drafts in ((whole, none), (parts, ahead), (parts, none))
+    ]
+    assert torch.equal(changed[0], changed[1])
+    assert not torch.equal(changed[0], changed[2])
+    wanted = sample(logits, whole, frozenset({2})).token_ids
+    assert sample(logits, parts, frozenset({2}), ahead).token_ids == wanted
+    assert sample(logits, parts, frozenset({2})).token_ids != wanted, "what is ahead made no difference"
+
+
 def test_the_logits_are_left_as_they_were() -> None:
     logits = spiky(len(KINDS), VOCAB, 3)
     before = logits.clone()
@@ -266,7 +288,7 @@ def test_logit_bias_forces_and_forbids() -> None:
 
 
 def adjusted(logits: torch.Tensor, params: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
-    return sampler._adjust(logits, [sequence(params, prompt, output)], [params], frozenset())
+    return sampler._adjust(logits, [sequence(params, prompt, output)], [()], [params], frozenset())
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
@@ -292,7 +314,7 @@ def test_penalties_touch_no_other_row() -> None:
     logits = spiky(3, VOCAB, 6)
     params = [SamplingParams(), SamplingParams(frequency_penalty=1.0), SamplingParams()]
     group = [sequence(p, output=[4, 5]) for p in params]
-    changed = (sampler._adjust(logits, group, params, frozenset()) != logits).nonzero().tolist()
+    changed = (sampler._adjust(logits, group, [()] * 3, params, frozenset()) != logits).nonzero().tolist()
     assert changed == [[1, 4], [1, 5]]
 
 
@@ -301,7 +323,7 @@ def test_min_tokens_masks_what_would_end_the_sequence(ignore_eos: bool, masked: 
     params = SamplingParams(min_tokens=3, stop_token_ids=(5, 6), ignore_eos=ignore_eos)
     logits = spiky(1, VOCAB, 8)
     for output, gone in (([], masked), ([9, 9], masked), ([9, 9, 9], set())):
-        out = sampler._adjust(logits, [sequence(params, output=output)], [params], frozenset({2}))
+        out = sampler._adjust(logits, [sequence(params, output=output)], [()], [params], frozenset({2}))
         assert set((out[0] == -torch.inf).nonzero()[:, 0].tolist()) == gone
 
 

@@ -6,17 +6,18 @@ prefix: that is what prefix caching, preemption and block reuse could get wrong.
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from moe_ray.core import Batch, FinishReason, Request, SamplingParams, Sequence, Status
-from moe_ray.engine.blocks import BlockAllocator
+from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits, split
 
 VOCAB = 7
@@ -24,7 +25,8 @@ EOS = frozenset({0})
 
 
 def next_token(prefix: tuple[int, ...]) -> int:
-    return zlib.crc32(bytes(prefix)) % VOCAB
+    """A hash of the whole prefix; where prompts begin with 6, of the last three tokens, so that the text goes round."""
+    return zlib.crc32(bytes(prefix[-3:] if prefix[0] == 6 else prefix)) % VOCAB
 
 
 def reference(request: Request, max_model_len: int) -> tuple[list[int], FinishReason]:
@@ -52,6 +54,7 @@ class Harness:
     computed: dict[Sequence, tuple[int, int]] = field(default_factory=dict)  # → (preemptions, computed so far)
     chunked: int = 0
     steps: int = 0
+    drafted: int = 0
 
     def add(self, request: Request) -> Sequence:
         seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids])
@@ -70,8 +73,11 @@ class Harness:
         live = bool(scheduler.running or scheduler.waiting)
         oldest = scheduler.running[0] if scheduler.running else None
         decodes = [s for s in scheduler.running if len(s.token_ids) - s.num_computed == 1]
+        plain = self.without_drafts() if limits.num_speculative_tokens else None
         batch = scheduler.schedule()
         scheduler.check_integrity()
+        if plain is not None and batch is not None:
+            assert plain == self.outline(scheduler, batch), "a draft displaced work that is certain"
         assert (batch is not None) == live, "there is work, and a step without any of it would never end"
         if batch is None:
             return None
@@ -84,19 +90,61 @@ class Harness:
         if len(decodes) <= limits.max_num_batched_tokens:
             assert set(due) <= set(batch.sequences), "a decode was starved"
         self.compute(batch)
-        sampling = [s for s, wanted in zip(batch.sequences, batch.sample, strict=True) if wanted]
-        results = scheduler.update(batch, [next_token(tuple(s.token_ids)) for s in sampling])
+        sampling = [s for s, count in zip(batch.sequences, batch.num_sampled, strict=True) if count]
+        before = {s: list(s.token_ids) for s in sampling}
+        sampled = [
+            next_token((*s.token_ids, *batch.drafts(i)[:n]))
+            for i, s in enumerate(batch.sequences)
+            for n in range(batch.num_sampled[i])
+        ]
+        outcomes = scheduler.update(batch, sampled)
         scheduler.check_integrity()
-        assert [seq for seq, _, _ in results] == sampling
-        for seq, reason, stop_token in results:
-            if reason is not None:
+        assert [outcome.seq for outcome in outcomes] == sampling
+        for outcome in outcomes:
+            seq, reason, stop_token = outcome.seq, outcome.finish_reason, outcome.stop_token_id
+            assert outcome.token_ids
+            assert seq.token_ids == [*before[seq], *outcome.token_ids]
+            if reason is None:  # just what it would hold without drafts
+                assert seq.num_computed == len(seq.token_ids) - 1
+                assert len(seq.block_table) == -(-seq.num_computed // scheduler.allocator.block_size)
+                self.computed[seq] = (seq.num_preemptions, seq.num_computed)
+            else:
                 assert seq.request.request_id not in self.ended, "a sequence ended twice"
                 self.ended[seq.request.request_id] = reason
                 assert seq.status is Status.FINISHED
                 assert not seq.block_table
                 assert stop_token == (seq.token_ids[-1] if reason == "stop" else None)
         self.check_all_prefixes()
+        if limits.num_speculative_tokens:
+            self.check_prefix_cache()
         return batch
+
+    def without_drafts(self) -> tuple[list[tuple[str, int]], list[str], int]:
+        """What a scheduler in the same state would do if it made no drafts."""
+        twin = copy.deepcopy(self.scheduler)
+        twin.limits, twin._drafter = replace(twin.limits, num_speculative_tokens=0), None
+        return self.outline(twin, twin.schedule())
+
+    @staticmethod
+    def outline(scheduler: Scheduler, batch: Batch | None) -> tuple[list[tuple[str, int]], list[str], int]:
+        """The certain tokens of each sequence, who waits, and how often somebody was preempted."""
+        chosen = []
+        for i, seq in enumerate(batch.sequences if batch is not None else []):
+            assert batch is not None
+            count = batch.query_start[i + 1] - batch.query_start[i] - len(batch.drafts(i))
+            chosen.append((seq.request.request_id, count))
+        return chosen, [seq.request.request_id for seq in scheduler.waiting], scheduler.preemptions
+
+    def check_prefix_cache(self) -> None:
+        """Every block that can be found holds the very prefix that its key stands for: no draft that failed."""
+        size = self.scheduler.allocator.block_size
+        for key, block in self.scheduler.allocator._block_of.items():
+            prefix = self.slots[block * size + size - 1]
+            parent = ROOT_KEY
+            for start in range(0, len(prefix), size):
+                parent = block_key(parent, prefix[start : start + size])
+            assert parent == key
+            assert all(self.slots[block * size + i] == prefix[: len(prefix) - size + i + 1] for i in range(size))
 
     def compute(self, batch: Batch) -> None:
         """Write the batch to the shadow, and check every position, token and slot of it."""
@@ -107,33 +155,43 @@ class Harness:
             start, end = batch.positions[low], batch.context_lens[i]
             assert high > low
             assert batch.positions[low:high] == list(range(start, end))
-            assert batch.token_ids[low:high] == seq.token_ids[start:end]
-            assert batch.sample[i] == (end == len(seq.token_ids))
+            draft = batch.drafts(i)
+            known = end - len(draft)
+            assert batch.token_ids[low:high] == [*seq.token_ids[start:known], *draft]
+            assert batch.num_sampled[i] == (1 + len(draft) if known == len(seq.token_ids) else 0)
+            assert len(draft) <= self.scheduler.limits.num_speculative_tokens
+            most = seq.request.sampling.max_tokens
+            assert most is None or seq.num_output + 1 + len(draft) <= most or not draft
+            assert end < self.max_model_len, "a position that the model does not have"
+            assert not draft or known - start == 1
+            self.drafted += len(draft)
             preemptions, done = self.computed.get(seq, (-1, 0))
             if preemptions == seq.num_preemptions:
                 assert start == done, "a position was computed twice, or left out"
             else:  # it was (re)admitted: all before `start` comes from the prefix cache, in whole blocks
                 assert start % self.scheduler.allocator.block_size == 0
                 assert start < len(seq.token_ids)
-            self.computed[seq] = (seq.num_preemptions, end)
-            self.chunked += end < len(seq.token_ids)
+            self.computed[seq] = (seq.num_preemptions, known)
+            self.chunked += known < len(seq.token_ids)
             self.check_prefix(seq, start)  # before anything of this step is written
         for i, seq in enumerate(batch.sequences):
             for flat in range(batch.query_start[i], batch.query_start[i + 1]):
                 position = batch.positions[flat]
                 assert batch.slot_mapping[flat] == self.slot(seq, position)
-                self.slots[batch.slot_mapping[flat]] = tuple(seq.token_ids[: position + 1])
-        for seq, end in zip(batch.sequences, batch.context_lens, strict=True):
-            self.check_prefix(seq, end)
+                whole = (*seq.token_ids, *batch.drafts(i))
+                self.slots[batch.slot_mapping[flat]] = whole[: position + 1]
+        for i, (seq, end) in enumerate(zip(batch.sequences, batch.context_lens, strict=True)):
+            self.check_prefix(seq, end, tuple(batch.drafts(i)))
 
     def slot(self, seq: Sequence, position: int) -> int:
         size = self.scheduler.allocator.block_size
         return seq.block_table[position // size] * size + position % size
 
-    def check_prefix(self, seq: Sequence, length: int) -> None:
+    def check_prefix(self, seq: Sequence, length: int, draft: tuple[int, ...] = ()) -> None:
+        whole = (*seq.token_ids, *draft)
         for position in range(length):
             found = self.slots.get(self.slot(seq, position))
-            assert found == tuple(seq.token_ids[: position + 1]), "a sequence attends to what is not its own prefix"
+            assert found == whole[: position + 1], "a sequence attends to what is not its own prefix"
 
     def check_all_prefixes(self) -> None:
         for seq in self.scheduler.running:
@@ -146,8 +204,8 @@ class Harness:
         assert queue == sorted(queue), "somebody overtook an earlier request"
 
 
-def random_request(rng: random.Random, index: int, max_model_len: int) -> Request:
-    stem = [rng.choice([1, 2])] * rng.randint(1, max_model_len // 2)  # few stems, so that prefixes are shared
+def random_request(rng: random.Random, index: int, max_model_len: int, first: list[int]) -> Request:
+    stem = [rng.choice(first)] * rng.randint(1, max_model_len // 2)  # few stems, so that prefixes are shared
     prompt = tuple(stem + [rng.randrange(VOCAB) for _ in range(rng.randint(0, 3))])[: max_model_len - 1]
     most = rng.choice([None, 1, rng.randint(2, 20)])
     sampling = SamplingParams(
@@ -177,20 +235,41 @@ def test_random_workloads() -> None:
         assert reached[corner] >= 20, f"these workloads prove nothing about {corner}: {reached}"
 
 
-def run_workload(seed: int) -> Counter[str]:
+def test_random_workloads_with_drafts() -> None:
+    reached: Counter[str] = Counter()
+    for seed in range(40):
+        try:
+            reached += run_workload(seed, drafts=True)
+        except AssertionError as error:
+            error.add_note(f"workload of seed {seed} with drafts")
+            raise
+    for corner in ("preemptions", "hits", "chunked", "stop", "length", "abort", "accepted", "rejected"):
+        assert reached[corner] >= 20, f"these workloads prove nothing about {corner}: {reached}"
+
+
+def run_workload(seed: int, drafts: bool = False) -> Counter[str]:
     """Run one random workload to its end, checking every step; what it came across."""
     reached: Counter[str] = Counter()
     rng = random.Random(seed)
     size = rng.choice([1, 2, 3, 4, 8])
-    max_model_len = rng.randint(8, 40)
+    max_model_len = rng.randint(8, 40) * (2 if drafts else 1)
     blocks = -(-max_model_len // size) + rng.choice([0, 0, 1, 3, 20])  # as small as an engine accepts, mostly
     limits = SchedulerLimits(
         max_num_seqs=rng.randint(1, 8),
         max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         enable_prefix_caching=rng.random() < 0.75,
     )
+    if drafts:
+        shortest = rng.randint(1, 2)
+        limits = replace(
+            limits,
+            num_speculative_tokens=rng.randint(1, 6),
+            prompt_lookup_min=shortest,
+            prompt_lookup_max=rng.randint(shortest, 4),
+        )
     harness = Harness(Scheduler(limits, BlockAllocator(blocks, size), EOS, max_model_len), max_model_len)
-    requests = [random_request(rng, i, max_model_len) for i in range(rng.randint(1, 25))]
+    first = [1, 6, 6, 6] if drafts else [1, 2]
+    requests = [random_request(rng, i, max_model_len, first) for i in range(rng.randint(1, 25))]
     aborts = {i for i in range(len(requests)) if rng.random() < 0.15}
     to_come, work = list(requests), 0
     # Each step computes a token of the oldest or of a decode; what preemption throws away is what bounds the rest.
@@ -222,6 +301,10 @@ def run_workload(seed: int) -> Counter[str]:
     reached["preemptions"] = harness.scheduler.preemptions
     reached["hits"] = harness.scheduler.prefix_hit_tokens
     reached["chunked"] = harness.chunked
+    reached["accepted"] = harness.scheduler.accepted_draft_tokens
+    reached["rejected"] = harness.scheduler.draft_tokens - harness.scheduler.accepted_draft_tokens
+    assert harness.drafted == harness.scheduler.draft_tokens
+    assert not drafts or not (harness.scheduler._drafter and harness.scheduler._drafter._known), "an index was left"
     return reached
 
 
@@ -300,13 +383,87 @@ def test_split_partitions_exactly(seed: int) -> None:
         for parts in range(1, 7):
             cut = split(batch, parts)
             assert 1 <= len(cut) <= min(parts, len(batch.sequences))
-            for name in ("sequences", "token_ids", "positions", "slot_mapping", "context_lens", "sample"):
+            for name in ("sequences", "token_ids", "positions", "slot_mapping", "context_lens", "num_sampled"):
                 assert [item for part in cut for item in getattr(part, name)] == getattr(batch, name)
             lengths = [b - a for part in cut for a, b in zip(part.query_start, part.query_start[1:], strict=False)]
             assert lengths == [b - a for a, b in zip(batch.query_start, batch.query_start[1:], strict=False)], (
                 "a sequence was cut, or lost its length"
             )
             assert all(part.query_start[0] == 0 and part.query_start[-1] == part.num_tokens for part in cut)
+
+
+def loop_of(harness: Harness, tokens: int) -> Sequence:
+    """A sequence that generates ever the same token, and is known to."""
+    prompt = next([6] + [i] * 8 for i in range(VOCAB) if next_token((6, i, i, i)) == i)
+    return harness.add(plain(f"loop{len(harness.order)}", prompt, tokens))
+
+
+def until_done(harness: Harness) -> list[int]:
+    """Tokens per step."""
+    counts = []
+    while harness.scheduler.running or harness.scheduler.waiting:
+        before = sum(len(s.token_ids) for s in harness.order)
+        harness.step()
+        counts.append(sum(len(s.token_ids) for s in harness.order) - before)
+    return counts
+
+
+def test_a_loop_comes_in_long_steps_and_ends_exactly() -> None:
+    for tokens in range(1, 30):
+        harness = engine(64, 4, 200, num_speculative_tokens=4)
+        loop_of(harness, tokens)
+        counts = until_done(harness)
+        assert sum(counts) == tokens
+        assert max(counts) == min(5, max(tokens - 1, 1))
+        assert harness.scheduler.accepted_draft_tokens == harness.scheduler.draft_tokens
+        if tokens > 20:
+            assert len(counts) < tokens / 3
+
+
+def test_drafts_stop_before_the_context_length() -> None:
+    harness = engine(5, 4, 20, num_speculative_tokens=16)
+    loop_of(harness, 100)
+    until_done(harness)
+    assert len(harness.order[0].token_ids) == 20
+    assert harness.ended == {"loop0": "length"}
+
+
+def test_drafts_take_what_budget_is_left() -> None:
+    harness = engine(256, 4, 200, num_speculative_tokens=4, max_num_batched_tokens=11)
+    for _ in range(3):
+        loop_of(harness, 150)
+    while any(s.num_output < 10 for s in harness.order):
+        harness.step()
+    batch = harness.step()
+    assert batch is not None
+    assert [len(batch.drafts(i)) for i in range(3)] == [4, 4, 0]
+    newcomer = harness.add(plain("new", [5] * 30, 2))
+    batch = harness.step()
+    assert batch is not None
+    assert batch.sequences[-1] is newcomer
+    assert not any(batch.drafts(i) for i in range(4)), "the prompt had a use for all that was left"
+
+
+def test_drafts_take_only_blocks_that_are_free() -> None:
+    harness = engine(6, 4, 24, num_speculative_tokens=4, enable_prefix_caching=False)
+    one, two = loop_of(harness, 8), loop_of(harness, 8)  # prompts of 9 tokens: with three blocks each, all are held
+    harness.step()
+    assert harness.scheduler.allocator.num_free == 0
+    batch = harness.step()
+    assert batch is not None
+    assert [len(batch.drafts(i)) for i in range(2)] == [2, 2], "what is left of their own last blocks"
+    until_done(harness)
+    assert (one.num_output, two.num_output) == (8, 8)
+
+
+def test_wrong_drafts_hold_no_block_afterwards() -> None:
+    harness = engine(16, 1, 16, num_speculative_tokens=3)
+    seq = harness.add(plain("wrong", [1, 2, 3, 4, 1, 2], 6))  # a hash of the whole prefix: hardly ever as before
+    harness.step()
+    while seq.status is not Status.FINISHED:
+        harness.step()
+        assert len(seq.block_table) == seq.num_computed
+    assert harness.scheduler.draft_tokens > harness.scheduler.accepted_draft_tokens
 
 
 def test_equal_decodes_split_evenly() -> None:
