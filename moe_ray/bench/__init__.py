@@ -1,0 +1,1 @@
+"""The benchmark room: each bench measures, and publishes one report of plain rows."""

@@ -1,0 +1,211 @@
+"""`moe-ray bench …`: parses flags, runs one bench, publishes its report. What a bench needs is loaded when it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from moe_ray.errors import ConfigError
+
+bench_app = typer.Typer(
+    help="Measure this machine and what runs on it: a table, or one JSON object.", no_args_is_help=True
+)
+console = Console(stderr=True, highlight=False)
+
+BenchModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="A directory, a Hugging Face repo id, or `demo`.", show_default="M1")
+]
+Concurrency = Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Runs per concurrency, in turn; medians are told.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of every prompt; no two prompts begin alike.")]
+OutputTokens = Annotated[int, typer.Option(min=1, help="Tokens of every answer.")]
+Seed = Annotated[int, typer.Option(help="Of the prompts.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="PNG file to draw.")]
+
+
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """The positive numbers of a comma-separated list, each once. Raises `ConfigError` naming `flag`."""
+    try:
+        found = tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise ConfigError(f"{flag}: expected numbers from 1, as in 1,8,32, got {text!r}")
+    return found
+
+
+@bench_app.command()
+def serve(
+    url: Annotated[
+        str | None, typer.Option(help="A running OpenAI-compatible server.", show_default="start ours")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="With --url: its name there. Else what to serve.", show_default="M1"),
+    ] = None,
+    concurrency: Concurrency = "1,8,32",
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Per run.", show_default="the concurrency, at least 4")
+    ] = None,
+    repeats: Repeats = 3,
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: OutputTokens = 64,
+    send: Annotated[Literal["ids", "text"], typer.Option(help="How prompts go out.")] = "ids",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="With --url: the model whose tokenizer makes the prompts, as for --model.")
+    ] = None,
+    extra: Annotated[str, typer.Option(help="JSON object merged into every request.")] = "{}",
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+    seed: Seed = 0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte that end a request.")] = 600.0,
+    pid: Annotated[int | None, typer.Option(help="With --url: the server's process, to tell its memory.")] = None,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Load a server with streaming completions: first token, inter-token latency, tokens/s, errors."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.serve import PLOT, ServeBenchOptions, run_serve
+
+    check_plot(plot)
+    options = ServeBenchOptions(
+        url=url,
+        model=model,
+        concurrency=numbers(concurrency, "--concurrency"),
+        requests=requests,
+        repeats=repeats,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        send=send,
+        tokenizer=tokenizer,
+        extra=_json_object(extra, "--extra"),
+        api_key=api_key,
+        seed=seed,
+        timeout_s=timeout,
+        pid=pid,
+    )
+    with loading_bars(console) as progress:
+        report = run_serve(options, progress)
+    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
+
+
+@bench_app.command()
+def roofline(
+    model: BenchModel = None,
+    concurrency: Concurrency = "1,8,32",
+    repeats: Repeats = 3,
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 64,
+    seed: Seed = 0,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Measure memory bandwidth and matrix speed, what they allow for the model, and how much of it we reach."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.report import check_plot, draw, publish
+    from moe_ray.bench.roofline import PLOT, RooflineOptions, curves, run_roofline
+
+    check_plot(plot)
+    options = RooflineOptions(model, numbers(concurrency, "--concurrency"), repeats, prompt_tokens, output_tokens, seed)
+    with loading_bars(console) as progress:
+        report = run_roofline(options, progress)
+    publish(report, json_output=json_output, plot=None, axes=PLOT, console=console)
+    if plot is not None:
+        draw(curves(report), plot, PLOT)
+        console.print(f"wrote {plot}", markup=False, soft_wrap=True)
+
+
+@bench_app.command()
+def transport(
+    carriers: Annotated[str, typer.Option(help="Which of raw (a bare socket), socket, grpc, ray.")] = (
+        "raw,socket,grpc,ray"
+    ),
+    fan_out: Annotated[str, typer.Option(help="Replicas that a round sends to: a list of numbers.")] = "1,2,8",
+    message_bytes: Annotated[
+        str, typer.Option("--bytes", help="Rows sent to each and sent back: a list of numbers.")
+    ] = "8192,65536",
+    rounds: Annotated[int, typer.Option(min=1, help="Per carrier, fan-out and size; the carriers take turns.")] = 1000,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Time scatter and gather on every carrier, against a bare socket between the same processes."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.report import check_plot, draw, publish
+    from moe_ray.bench.transport import PLOT, TransportBenchOptions, curves, run_transport
+
+    check_plot(plot)
+    options = TransportBenchOptions(
+        carriers=_names(carriers),
+        fan_out=numbers(fan_out, "--fan-out"),
+        message_bytes=numbers(message_bytes, "--bytes"),
+        rounds=rounds,
+    )
+    with loading_bars(console) as progress:
+        report = run_transport(options, progress)
+    publish(report, json_output=json_output, plot=None, axes=PLOT, console=console)
+    if plot is not None:
+        draw(curves(report), plot, PLOT)
+        console.print(f"wrote {plot}", markup=False, soft_wrap=True)
+
+
+@bench_app.command()
+def engine(
+    model: BenchModel = None,
+    carriers: Annotated[
+        str, typer.Option(help="Which of local, socket, grpc, ray; local is always measured, to compare with.")
+    ] = "local,socket,grpc,ray",
+    concurrency: Concurrency = "1,8,32",
+    repeats: Repeats = 3,
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 64,
+    micro_batches: Annotated[
+        int | None, typer.Option(min=1, help="Of the engines that are spread.", show_default="as configured")
+    ] = None,
+    trunk_threads: Annotated[
+        int | None, typer.Option(min=1, help="Of a trunk with experts elsewhere.", show_default="as configured")
+    ] = None,
+    expert_threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each expert process.", show_default="as configured")
+    ] = None,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Generate offline with every expert in its own process, carrier by carrier, against one process on these cores."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.engine import PLOT, EngineBenchOptions, run_engine
+    from moe_ray.bench.report import check_plot, publish
+
+    check_plot(plot)
+    options = EngineBenchOptions(
+        model=model,
+        carriers=_names(carriers),
+        concurrency=numbers(concurrency, "--concurrency"),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        micro_batches=micro_batches,
+        trunk_threads=trunk_threads,
+        expert_threads=expert_threads,
+    )
+    with loading_bars(console) as progress:
+        report = run_engine(options, progress)
+    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _json_object(text: str, flag: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag}: expected a JSON object, got {text!r}")
+    return value

@@ -1,0 +1,99 @@
+"""One expert in a process or Ray actor of its own: the tensors, worker and servers of a served one, without Serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_ray.bench.child import Parent, answer_commands
+from moe_ray.config import Config
+from moe_ray.core import ReplicaInfo
+from moe_ray.engine.build import numerics
+from moe_ray.experts.worker import ExpertWorker
+from moe_ray.model.checkpoint import Checkpoint, Progress
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.transport.base import ExpertServer, LinkOptions
+
+
+class ExpertHost:
+    """A loaded expert, and the ports that it listens on."""
+
+    def __init__(self, config: dict[str, Any], directory: str, expert: int, progress: Progress | None = None) -> None:
+        """Load every layer of `expert`. Raises `CheckpointError`, `ConfigError`."""
+        settings = Config(**config)
+        torch.set_num_threads(settings.experts.threads)
+        checkpoint = Checkpoint.open(Path(directory))
+        model = checkpoint.config
+        how = numerics(settings, model)
+        self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
+        ffn = ExpertFFN.load(checkpoint, self._keys, how.dtype, how.device, progress, how.kernels)
+        checkpoint.close()
+        self._worker = ExpertWorker(ffn, model.hidden_size, how.dtype, how.device)
+        self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, str(how.dtype)
+        self._servers: dict[str, ExpertServer] = {}
+
+    def listen(self, carriers: Iterable[str], token: str) -> ReplicaInfo:
+        """Open the carriers' servers, on loopback, and say where."""
+        options = LinkOptions(token=token)
+        for carrier in carriers:
+            self._servers[carrier] = self._server(carrier, options)
+        return ReplicaInfo(
+            replica_id=self._name,
+            node_id="local",
+            pid=os.getpid(),
+            keys=self._keys,
+            hidden_size=self._hidden_size,
+            dtype=self._dtype.removeprefix("torch."),
+            addresses={carrier: server.address for carrier, server in self._servers.items()},
+        )
+
+    def close(self) -> None:
+        """Stop listening."""
+        for server in self._servers.values():
+            server.close()
+
+    def _server(self, carrier: str, options: LinkOptions) -> ExpertServer:
+        if carrier == "socket":
+            from moe_ray.transport.socket import SocketExpertServer
+
+            return SocketExpertServer(self._worker.forward, options=options, native=self._worker.native)
+        if carrier == "grpc":
+            from moe_ray.transport.grpc import GrpcExpertServer
+
+            return GrpcExpertServer(self._worker.forward, options=options)
+        from moe_ray.transport.ray import RayExpertServer
+
+        return RayExpertServer(self._worker.forward)
+
+
+def packed(info: ReplicaInfo) -> dict[str, Any]:
+    """`info` as JSON can carry it."""
+    return {**asdict(info), "keys": sorted(info.keys)}
+
+
+def unpacked(data: dict[str, Any]) -> ReplicaInfo:
+    """What `packed` made."""
+    return ReplicaInfo(**{**data, "keys": frozenset((layer, expert) for layer, expert in data["keys"])})
+
+
+def main() -> None:
+    """Answer `load`: load an expert, listen, and say where."""
+    parent, hosts = Parent(), list[ExpertHost]()
+
+    def load(expert: int, carriers: list[str], token: str, **what: Any) -> dict[str, Any]:
+        name = f"Expert{expert}"
+        hosts.append(ExpertHost(expert=expert, progress=lambda done, total: parent.progress(name, done, total), **what))
+        return packed(hosts[-1].listen(carriers, token))
+
+    answer_commands(parent, {"load": load})
+    for host in hosts:
+        host.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The server that a bench starts for itself, and the memory of any server's processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import httpx
+import psutil
+
+from moe_ray.errors import ConfigError, NotReady
+
+MIB = 2**20
+MOE_RAY = (sys.executable, "-c", "from moe_ray.cli import main; main()")
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 30.0
+POLL_S = 0.25
+TOLD_LINES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OwnServer:
+    """A `moe-ray serve` on loopback that is ready."""
+
+    url: str
+    pid: int
+    ready_s: float
+
+
+@contextmanager
+def own_server(model: Path) -> Iterator[OwnServer]:
+    """Serve `model` from a process group of its own, with the defaults of `moe-ray serve`; ended on leaving.
+
+    Main thread only: meanwhile SIGTERM is what Ctrl-C is, so that it leaves no server behind. Raises `NotReady` with
+    what the server said where it does not come up.
+    """
+    port = _free_port()
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as said, _handled(signal.default_int_handler, signal.SIGTERM):
+        process = subprocess.Popen(
+            [*MOE_RAY, "serve", "--model", str(model), "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_ready(process, url, said)
+            yield OwnServer(url, process.pid, time.monotonic() - started)
+        finally:
+            with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+                _stop(process)
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """The process and all its descendants. Raises `ConfigError` where there is no such process."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        raise ConfigError(f"no process has the id {pid}") from None
+
+
+def pss_mib(pid: int) -> int | None:
+    """Memory of a process tree, pages that several share counted once; None where the system does not tell."""
+    total = 0
+    for process in tree(pid):
+        with suppress(psutil.NoSuchProcess):
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.AccessDenied, AttributeError):  # of another user; not Linux
+                return None
+    return round(total / MIB)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers, *which: int) -> Iterator[None]:
+    before = {each: signal.signal(each, handler) for each in which}
+    try:
+        yield
+    finally:
+        for each, handler_before in before.items():
+            signal.signal(each, handler_before)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str, said: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise NotReady(f"the server ended with status {process.returncode}: {_last_lines(said)}")
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        time.sleep(POLL_S)
+    raise NotReady(f"the server is not ready after {START_TIMEOUT_S:g} s: {_last_lines(said)}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the server, which ends its own processes; after a while kill its group and whoever left that."""
+    family = tree(process.pid) if process.poll() is None else []
+    if family:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for left in psutil.wait_procs(family, timeout=3)[1]:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.wait()
+
+
+def _last_lines(said: IO[bytes]) -> str:
+    said.seek(0)
+    return " | ".join(said.read().decode(errors="replace").strip().splitlines()[-TOLD_LINES:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
