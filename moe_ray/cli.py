@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from moe_ray import __version__
+from moe_ray.bench.commands import bench_app
 from moe_ray.errors import MoeRayError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Make Mixtral-format checkpoints out of other models.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
 console = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A directory, a Hugging Face repo id, or `demo`.")]
@@ -61,7 +63,14 @@ def serve(
         float | None, typer.Option(help="Memory of the KV cache.", show_default="from free memory")
     ] = None,
     micro_batches: Annotated[
-        int | None, typer.Option(help="Ping-pong micro-batches per step.", show_default="1")
+        str | None,
+        typer.Option(help="Parts of a step that compute and wait for experts in turns: a number.", show_default="auto"),
+    ] = None,
+    speculative: Annotated[
+        str | None, typer.Option(help="off, or ngram: guess tokens from what stood before.", show_default="off")
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="Most guesses per sequence and step.", show_default="4")
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")
@@ -99,6 +108,8 @@ def serve(
             "max_num_batched_tokens": max_num_batched_tokens,
             "kv_cache_gib": kv_cache_gib,
             "micro_batches": micro_batches,
+            "speculative": speculative,
+            "num_speculative_tokens": num_speculative_tokens,
         },
         "transport": transport,
         "log_level": log_level,
@@ -146,9 +157,9 @@ def generate(
         llm = LLM(
             model,
             dtype=dtype,
+            device=device,
             max_model_len=max_model_len,
             progress=progress,
-            **({"model": {"device": device}} if device else {}),
         )
     source: Any = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
     for delta in llm.stream(source, sampling):

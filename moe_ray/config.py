@@ -10,10 +10,10 @@ import hmac
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -46,6 +46,8 @@ class ModelOptions(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's, or float32 on a CPU that has no bfloat16 instructions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """native: our own, for bfloat16 on CPUs with AVX512-BF16, built on first use. auto: those, else torch."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus output; default: the model's, cut to what the KV cache holds."""
 
@@ -60,7 +62,23 @@ class EngineSection(_Section):
     max_num_batched_tokens: int = Field(default=512, ge=1)
     max_waiting: int = Field(default=1024, ge=1)
     enable_prefix_caching: bool = True
-    micro_batches: int = Field(default=1, ge=1, le=8)
+    micro_batches: Literal["auto"] | Annotated[int, Field(ge=1, le=8)] = "auto"
+    """Parts of a step that take turns computing and waiting for experts. auto: as many as turn out to be fastest."""
+    speculative: Literal["off", "ngram"] = "off"
+    """ngram: guess tokens from what followed the last ones before, and verify several in one step."""
+    num_speculative_tokens: int = Field(default=4, ge=1, le=16)
+    """Most guesses per sequence and step."""
+    prompt_lookup_max: int = Field(default=4, ge=1, le=16)
+    """Longest run of last tokens that is looked up; shorter ones follow."""
+    prompt_lookup_min: int = Field(default=2, ge=1, le=16, validate_default=True)
+
+    @field_validator("prompt_lookup_min")
+    @classmethod
+    def _not_above_max(cls, value: int, info: ValidationInfo) -> int:
+        most = info.data.get("prompt_lookup_max", value)
+        if value > most:
+            raise ValueError(f"must be at most prompt_lookup_max ({most})")
+        return value
 
 
 class ActorOptions(_Section):

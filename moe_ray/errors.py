@@ -15,6 +15,10 @@ class CheckpointError(MoeRayError):
     """A checkpoint is missing, truncated, misshapen or of a refused format; names the file and the tensor."""
 
 
+class KernelsUnavailable(MoeRayError):
+    """The native kernels cannot be built or run on this machine; says what is lacking."""
+
+
 class InvalidRequest(MoeRayError):
     """A request breaks a rule of the API (HTTP 400); `param` is the request's field, where one is to blame."""
 

@@ -45,6 +45,8 @@ class LLM:
         model: str | Path = "demo",
         *,
         dtype: str | None = None,
+        device: str | None = None,
+        kernels: str | None = None,
         max_model_len: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
@@ -54,8 +56,11 @@ class LLM:
         `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is called
         with (what, done, total) while things load. Raises `CheckpointError`, `ConfigError`.
         """
-        flags = {"model": {"path": str(model), "dtype": dtype, "max_model_len": max_model_len}}
-        self.config = load_config({**options, "model": {**options.get("model", {}), **flags["model"]}})
+        numerics = {"dtype": dtype, "device": device, "kernels": kernels}
+        # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
+        engine = {"micro_batches": 1, **options.pop("engine", {})}
+        model_options = {"path": str(model), "max_model_len": max_model_len, **numerics}
+        self.config = load_config({**options, "engine": engine, "model": model_options})
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
         checkpoint = Checkpoint.open(directory)
@@ -67,7 +72,7 @@ class LLM:
             self.config,
             checkpoint,
             lambda how: local_pool(
-                checkpoint, how.dtype, how.device, lambda expert: watch(f"Expert{expert}") or _ignore
+                checkpoint, how.dtype, how.device, lambda expert: watch(f"Expert{expert}") or _ignore, how.kernels
             ),
             watch("Trunk"),
         )
@@ -148,10 +153,16 @@ class LLM:
 
 
 def _decode(detokenizer: IncrementalDetokenizer, event: TokenEvent) -> tuple[str, TokenEvent]:
+    """The text that is now certain, and the event, cut behind the token that completed a stop string."""
     visible = event.token_ids if event.stop_token_id is None else event.token_ids[:-1]
-    delta = detokenizer.push(visible)
-    if detokenizer.stopped_on is not None:
-        return delta, replace(event, finish_reason="stop")
+    delta = ""
+    for used, token_id in enumerate(visible, start=1):
+        delta += detokenizer.push([token_id])
+        if detokenizer.stopped_on is not None:
+            token_ids, logprobs = event.token_ids[:used], event.logprobs[:used]
+            return delta, replace(
+                event, token_ids=token_ids, logprobs=logprobs, finish_reason="stop", stop_token_id=None
+            )
     if event.finish_reason is not None:
         delta += detokenizer.finish()
     return delta, event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ from moe_ray.config import Config
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.kv_cache import num_blocks_for
 from moe_ray.engine.scheduler import SchedulerLimits
-from moe_ray.errors import CheckpointError, ConfigError
+from moe_ray.errors import CheckpointError, ConfigError, KernelsUnavailable
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.model_config import DTYPES, ModelConfig
 from moe_ray.model.moe import Experts
 from moe_ray.model.trunk import Trunk
+from moe_ray.native.kernels import Kernels
+
+logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.2, 4 * GIB
@@ -31,16 +35,37 @@ class Numerics:
 
     dtype: torch.dtype
     device: torch.device
+    kernels: Kernels | None = None
+    """Native kernels with this process's compute threads, where they are wanted and work."""
 
 
 def numerics(config: Config, model: ModelConfig) -> Numerics:
-    """Choose dtype and device. Raises `ConfigError` when CUDA is asked for and absent."""
+    """Choose dtype, device and kernels; torch's number of threads holds for the kernels too.
+
+    Raises `ConfigError` when CUDA or native kernels are asked for and absent.
+    """
     wanted = config.model.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device is 'cuda', but this process sees no CUDA device")
     cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
-    return Numerics(getattr(torch, dtype_name(config, model, cuda)), device)
+    dtype = getattr(torch, dtype_name(config, model, cuda))
+    return Numerics(dtype, device, _kernels(config, dtype, cuda))
+
+
+def _kernels(config: Config, dtype: torch.dtype, cuda: bool) -> Kernels | None:
+    wanted = config.model.kernels
+    if wanted == "torch" or (wanted == "auto" and (cuda or dtype != torch.bfloat16)):
+        return None
+    try:
+        if cuda or dtype != torch.bfloat16:
+            raise KernelsUnavailable(f"they compute bfloat16 on a CPU, not {dtype} on {'CUDA' if cuda else 'a CPU'}")
+        return Kernels(config.cache_dir, torch.get_num_threads())
+    except KernelsUnavailable as error:
+        if wanted == "native":
+            raise ConfigError(f"model.kernels is 'native': {error}") from None
+        logger.warning("computing with torch's kernels, native ones cannot be used: %s", error)
+        return None
 
 
 def dtype_name(config: Config, model: ModelConfig, cuda: bool) -> str:
@@ -113,7 +138,7 @@ def build_engine(
     experts = make_experts(how)
     # On a GPU the cache takes what the weights leave, so the trunk is loaded first, with room for any position.
     longest = config.model.max_model_len or model.max_position_embeddings
-    trunk = Trunk.load(checkpoint, experts, how.dtype, how.device, longest, progress)
+    trunk = Trunk.load(checkpoint, experts, how.dtype, how.device, longest, progress, how.kernels)
     blocks = num_blocks(config, model, how)
     options = EngineOptions(
         num_blocks=blocks,
@@ -123,9 +148,12 @@ def build_engine(
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_waiting=config.engine.max_waiting,
             enable_prefix_caching=config.engine.enable_prefix_caching,
+            num_speculative_tokens=config.engine.num_speculative_tokens if config.engine.speculative == "ngram" else 0,
+            prompt_lookup_max=config.engine.prompt_lookup_max,
+            prompt_lookup_min=config.engine.prompt_lookup_min,
         ),
         max_model_len=max_model_len(config, model, blocks),
-        micro_batches=config.engine.micro_batches,
+        micro_batches=None if config.engine.micro_batches == "auto" else config.engine.micro_batches,
         eos_token_ids=eos_token_ids(checkpoint.directory, model),
     )
     return Engine(trunk, options)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from moe_ray.core import EngineStats, Request, Sequence, TokenEvent
+from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.kv_cache import KVCache
+from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits, split
 from moe_ray.errors import ConfigError, InvalidRequest, MoeRayError, Overloaded
@@ -23,7 +27,8 @@ class EngineOptions:
     block_size: int = 16
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     max_model_len: int = 4096
-    micro_batches: int = 1
+    micro_batches: int | None = 1
+    """None: as many as turn out to be fastest."""
     eos_token_ids: frozenset[int] = frozenset()
 
 
@@ -43,6 +48,7 @@ class Engine:
         self._cache = KVCache(trunk.config, options.num_blocks, options.block_size, trunk.dtype, trunk.device)
         self._allocator = BlockAllocator(options.num_blocks, options.block_size)
         self._scheduler = Scheduler(options.limits, self._allocator, options.eos_token_ids, options.max_model_len)
+        self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
@@ -101,35 +107,50 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is None:
             return []
-        passes = [self._trunk.forward(part, self._cache) for part in split(batch, self.options.micro_batches)]
         try:
-            logits = torch.cat(interleave(passes))
+            logits = self._forward(batch)
         except MoeRayError as error:
             for seq in batch.sequences:
                 self.abort(seq.request.request_id)
             return [TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences]
-        sampling = [seq for seq, wanted in zip(batch.sequences, batch.sample, strict=True) if wanted]
-        sampled = sample(logits, sampling, self.options.eos_token_ids)
+        counts = [count for count in batch.num_sampled if count]
+        sequences, drafts = _rows(batch)
+        sampled = sample(logits, sequences, self.options.eos_token_ids, drafts)
         self._steps += 1
-        self._generated_tokens += len(sampling)
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
-        self._prompt_tokens += batch.num_tokens - sum(seq.num_output > 0 for seq in sampling)
-        events = []
-        results = self._scheduler.update(batch, sampled.token_ids)
-        for (seq, reason, stop_token), logprobs in zip(results, sampled.logprobs, strict=True):
-            if reason is not None:
+        newest = sum(seq.num_output > 0 for seq, n in zip(batch.sequences, batch.num_sampled, strict=True) if n)
+        self._prompt_tokens += batch.num_tokens - newest - (sum(counts) - len(counts))
+        events, row = [], 0
+        for outcome, count in zip(self._scheduler.update(batch, sampled.token_ids), counts, strict=True):
+            seq, tokens = outcome.seq, outcome.token_ids
+            if outcome.finish_reason is not None:
                 del self._live[seq.request.request_id]
+            self._generated_tokens += len(tokens)
             events.append(
                 TokenEvent(
                     request_id=seq.request.request_id,
-                    token_ids=(seq.token_ids[-1],),
-                    logprobs=() if logprobs is None else (logprobs,),
-                    finish_reason=reason,
-                    stop_token_id=stop_token,
+                    token_ids=tokens,
+                    logprobs=tuple(entry for entry in sampled.logprobs[row : row + len(tokens)] if entry is not None),
+                    finish_reason=outcome.finish_reason,
+                    stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
                 )
             )
+            row += count
         return events
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Logits of the batch's sampled positions."""
+        sequences = len(batch.sequences)
+        parts = self.options.micro_batches or self._overlap.choose(batch.num_tokens, sequences)
+        started, waited = time.perf_counter(), self._trunk.waited_s
+        passes = [self._trunk.forward(part, self._cache) for part in split(batch, parts)]
+        with one_torch_thread(self._trunk.native):
+            logits = interleave(passes)
+        if not self.options.micro_batches:
+            seconds = time.perf_counter() - started
+            self._overlap.record(batch.num_tokens, sequences, parts, seconds, self._trunk.waited_s - waited)
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def stats(self) -> EngineStats:
         """A snapshot; callable from any thread."""
@@ -143,8 +164,37 @@ class Engine:
             prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
+            draft_tokens=self._scheduler.draft_tokens,
+            accepted_draft_tokens=self._scheduler.accepted_draft_tokens,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent. Between steps only."""
         self._scheduler.check_integrity()
+
+
+def _rows(batch: Batch) -> tuple[list[Sequence], list[list[int]]]:
+    """The sequence of each row of a batch's logits, and the drafts that lie before it (no list at all if none do)."""
+    if max(batch.num_sampled) <= 1:
+        return [seq for seq, count in zip(batch.sequences, batch.num_sampled, strict=True) if count], []
+    sequences: list[Sequence] = []
+    drafts: list[list[int]] = []
+    for i, (seq, count) in enumerate(zip(batch.sequences, batch.num_sampled, strict=True)):
+        draft = batch.drafts(i)
+        sequences += [seq] * count
+        drafts += [draft[:n] for n in range(count)]
+    return sequences, drafts
+
+
+@contextlib.contextmanager
+def one_torch_thread(wanted: bool) -> Iterator[None]:
+    """Let torch compute with one thread meanwhile: after a product its pool spins, on the cores of native threads."""
+    before = torch.get_num_threads()
+    if not wanted or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from moe_ray.experts.pool import ExpertPool
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.native.kernels import Kernels
 from moe_ray.transport.local import LocalLink
 
 
@@ -26,6 +27,7 @@ def local_pool(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int], Progress] | None = None,
+    kernels: Kernels | None = None,
 ) -> ExpertPool:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
@@ -36,7 +38,7 @@ def local_pool(
     infos = []
     for expert in range(config.num_local_experts):
         keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, keys, dtype, device, progress(expert) if progress else None)
+        ffn = ExpertFFN.load(checkpoint, keys, dtype, device, progress(expert) if progress else None, kernels)
         replica_id = f"Expert{expert}#local"
         workers[replica_id] = ExpertWorker(ffn, config.hidden_size, dtype, device)
         infos.append(

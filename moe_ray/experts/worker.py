@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -12,27 +14,51 @@ from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
 from moe_ray.errors import ExpertFailed, ProtocolError
 from moe_ray.model.expert import ExpertFFN
 
+MAX_BATCHED_ROWS: Final = 1024
+"""Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
     """A snapshot of a replica's counters since its start."""
 
     calls: int
+    batches: int
+    """Forward passes; fewer than calls where several were computed together."""
     rows: int
     busy_s: float
     queued_rows: int
     weight_bytes: int
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A call whose thread waits for the compute lock; any thread that holds it may compute the call."""
+
+    call: ExpertCall
+    arrived: float
+    started: float = 0.0
+    ended: float = 0.0
+    rows: torch.Tensor | None = None
+    error: Exception | None = None
+
+
 class ExpertWorker:
-    """Computes calls one at a time on one device; `forward` may be called from many threads at once."""
+    """Computes on one device, one batch at a time; `forward` may be called from many threads at once.
+
+    Calls of the same layer that wait together (from several trunks) are computed as one batch: reading the weights,
+    not multiplying by them, is what a small call costs.
+    """
 
     def __init__(self, ffn: ExpertFFN, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._ffn, self._hidden_size, self._dtype, self._device = ffn, hidden_size, dtype, device
         self._compute = threading.Lock()
-        self._counters = threading.Lock()
-        self._calls = self._rows = self._queued_rows = 0
+        self._state = threading.Lock()
+        self._waiting: list[_Waiting] = []
+        self._calls = self._rows = self._queued_rows = self._batches = 0
         self._busy_s = 0.0
+        self.native = ffn.host(hidden_size, MAX_BATCHED_ROWS)
+        """Answers sockets without the interpreter, where the kernels are native; what it does is counted here too."""
 
     @property
     def keys(self) -> frozenset[ExpertKey]:
@@ -41,36 +67,68 @@ class ExpertWorker:
     def forward(self, call: ExpertCall) -> ExpertReply:
         """Compute one call. Raises `ProtocolError` on a call this replica must refuse, `ExpertFailed` if it cannot."""
         self._check(call)
-        count, arrived = call.rows.shape[0], time.perf_counter()
-        with self._counters:
-            self._queued_rows += count
-        started = arrived
+        mine = _Waiting(call, time.perf_counter())
+        with self._state:
+            self._waiting.append(mine)
+            self._queued_rows += call.rows.shape[0]
+        with self._compute:
+            if not mine.ended:  # else whoever held the lock before has computed it along
+                self._run(self._take(mine))
+        with self._state:
+            queued = self._queued_rows
+        if mine.rows is None:
+            raise ExpertFailed(f"layer {call.layer} expert {call.expert}: {mine.error}") from mine.error
+        load = ReplicaLoad(queued, int(1e6 * (mine.ended - mine.started)), int(1e6 * (mine.started - mine.arrived)))
+        return ExpertReply(call.call_id, mine.rows, load)
+
+    def _take(self, first: _Waiting) -> list[_Waiting]:
+        """Take `first`, and the calls that fit into a batch with it, off the queue."""
+        with self._state:
+            batch, rows = [first], first.call.rows.shape[0]
+            for other in self._waiting:
+                same = (other.call.layer, other.call.expert) == (first.call.layer, first.call.expert)
+                if other is not first and same and rows + other.call.rows.shape[0] <= MAX_BATCHED_ROWS:
+                    batch.append(other)
+                    rows += other.call.rows.shape[0]
+            self._waiting = [other for other in self._waiting if other not in batch]
+        return batch
+
+    def _run(self, batch: list[_Waiting]) -> None:
+        call, started = batch[0].call, time.perf_counter()
+        calls = [waiting.call for waiting in batch]
+        error: Exception | None = None
+        outputs: Sequence[torch.Tensor | None] = [None] * len(batch)
         try:
-            with self._compute:
-                started = time.perf_counter()
-                rows = self._ffn.forward(
-                    (call.layer, call.expert), call.rows.to(self._device), call.weights.to(self._device)
-                ).to(call.rows.device)
-        except RuntimeError as error:  # torch: out of memory, a lost device
-            raise ExpertFailed(f"layer {call.layer} expert {call.expert}: {error}") from error
-        finally:
-            ended = time.perf_counter()
-            with self._counters:
-                self._queued_rows -= count
+            rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
+            weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
+            out = self._ffn.forward((call.layer, call.expert), rows.to(self._device), weights.to(self._device))
+            out = out.to(call.rows.device)
+            outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
+        except RuntimeError as failure:  # torch: out of memory, a lost device
+            error = failure
+        ended = time.perf_counter()
+        with self._state:
+            self._batches += 1
+            self._busy_s += ended - started
+            for waiting, output in zip(batch, outputs, strict=True):
+                waiting.started, waiting.ended, waiting.rows, waiting.error = started, ended, output, error
                 self._calls += 1
-                self._rows += count
-                self._busy_s += ended - started
-                queued = self._queued_rows
-        load = ReplicaLoad(queued, int(1e6 * (ended - started)), int(1e6 * (started - arrived)))
-        return ExpertReply(call.call_id, rows, load)
+                self._rows += waiting.call.rows.shape[0]
+                self._queued_rows -= waiting.call.rows.shape[0]
 
     def stats(self) -> WorkerStats:
         """A snapshot; callable from any thread."""
-        with self._counters:
-            return WorkerStats(self._calls, self._rows, self._busy_s, self._queued_rows, self._ffn.nbytes)
+        with self._state:
+            mine = (self._calls, self._batches, self._rows, self._queued_rows, self._busy_s)
+        calls, batches, rows, queued, busy_s = mine
+        if self.native is not None:
+            theirs = self.native.stats()
+            calls, batches, rows = calls + theirs.calls, batches + theirs.batches, rows + theirs.rows
+            queued, busy_s = queued + theirs.queued_rows, busy_s + theirs.busy_ns / 1e9
+        return WorkerStats(calls, batches, rows, busy_s, queued, self._ffn.nbytes)
 
     def _check(self, call: ExpertCall) -> None:
-        if (call.layer, call.expert) not in self._ffn.weights:
+        if (call.layer, call.expert) not in self._ffn.keys:
             raise ProtocolError(f"layer {call.layer} expert {call.expert} is not held by this replica")
         if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
             raise ProtocolError(f"rows have shape {list(call.rows.shape)}, expected [at least 1, {self._hidden_size}]")

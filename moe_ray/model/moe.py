@@ -11,11 +11,21 @@ import torch.nn.functional as F
 from moe_ray.core import ExpertCall
 
 
+@dataclass(slots=True)
+class Routed:
+    """Token rows in the order of their experts, and the way back."""
+
+    rows: torch.Tensor  # [T * K, D] expert by expert, tokens ascending within one
+    weights: torch.Tensor  # [T * K] float32 routing weight of each row
+    counts: list[int]  # [E] rows of each expert
+    row_of: torch.Tensor  # [T, K] where each token's k-th row is, experts ascending
+
+
 class PendingCalls(Protocol):
     """Calls under way to their experts."""
 
-    def gather(self) -> list[torch.Tensor]:
-        """Wait for every reply; rows [T_e, D] in the order of the calls. Raises `ExpertUnavailable`."""
+    def gather(self) -> torch.Tensor:
+        """Wait for every reply; rows [T * K, D] in the order of `Routed.rows`. Raises `ExpertUnavailable`."""
         ...
 
     def abandon(self) -> None:
@@ -26,17 +36,9 @@ class PendingCalls(Protocol):
 class Experts(Protocol):
     """Where expert calls go. A trunk layer is given one and never knows where its experts live."""
 
-    def submit(self, calls: list[ExpertCall]) -> PendingCalls:
-        """Put the calls of one layer (at most one per expert) on their way without waiting for results."""
+    def submit(self, layer: int, routed: Routed) -> PendingCalls:
+        """Put the rows of one layer on their way, at most one call per expert, without waiting for results."""
         ...
-
-
-@dataclass(slots=True)
-class Dispatched:
-    """What `combine` needs of a `dispatch`."""
-
-    pending: PendingCalls
-    row_of: torch.Tensor  # [T, K] row in the concatenated replies of each token's k-th expert, experts ascending
 
 
 def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,35 +55,38 @@ def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int) -> tuple[torch.T
     return experts, weights.gather(-1, order)
 
 
-def dispatch(
-    experts: Experts, layer: int, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int
-) -> Dispatched:
-    """Scatter token rows to their experts, at most one call per expert.
-
-    hidden [T, D]; chosen [T, K] and weights [T, K] as `route` returns them.
-    """
+def group(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Routed:
+    """Sort token rows by expert. hidden [T, D]; chosen [T, K] and weights [T, K] as `route` returns them."""
     tokens, top_k = chosen.shape
     flat = chosen.reshape(-1)
     by_expert = flat.argsort(stable=True)  # [T * K] flat (token, k) pairs, expert-major, tokens ascending
-    counts = flat.bincount(minlength=num_experts).tolist()
-    rows = hidden[by_expert // top_k]
-    row_weights = weights.reshape(-1)[by_expert]
-    calls, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            end = start + count
-            calls.append(ExpertCall(layer, expert, rows[start:end], row_weights[start:end]))
-            start = end
     row_of = torch.empty_like(by_expert)
     row_of[by_expert] = torch.arange(tokens * top_k, device=by_expert.device)
-    return Dispatched(experts.submit(calls), row_of.view(tokens, top_k))
+    return Routed(
+        rows=hidden[by_expert // top_k],
+        weights=weights.reshape(-1)[by_expert],
+        counts=flat.bincount(minlength=num_experts).tolist(),
+        row_of=row_of.view(tokens, top_k),
+    )
 
 
-def combine(dispatched: Dispatched) -> torch.Tensor:
-    """Wait for the experts and return the sum of each token's weighted outputs [T, D], added in expert order."""
-    replies = dispatched.pending.gather()
-    rows = replies[0] if len(replies) == 1 else torch.cat(replies)
-    per_token = rows[dispatched.row_of]  # [T, K, D]
+def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:
+    """At most one call per expert, experts ascending."""
+    calls, start = [], 0
+    for expert, count in enumerate(routed.counts):
+        if count:
+            end = start + count
+            calls.append(ExpertCall(layer, expert, routed.rows[start:end], routed.weights[start:end]))
+            start = end
+    return calls
+
+
+def combine(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each token's weighted outputs [T, D], added in expert order.
+
+    rows [T * K, D] as `PendingCalls.gather` returns them; row_of [T, K].
+    """
+    per_token = rows[row_of]  # [T, K, D]
     out = per_token[:, 0]
     for k in range(1, per_token.shape[1]):
         out = out + per_token[:, k]

@@ -39,7 +39,7 @@ class ExpertReplica:
         model = checkpoint.config
         how = numerics(config, model)
         keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, keys, how.dtype, how.device, reporter(name))
+        ffn = ExpertFFN.load(checkpoint, keys, how.dtype, how.device, reporter(name), how.kernels)
         checkpoint.close()
         self._worker = ExpertWorker(ffn, model.hidden_size, how.dtype, how.device)
         self._servers = self._listen(config)
@@ -70,7 +70,9 @@ class ExpertReplica:
         if config.transport in ("auto", "socket"):
             from moe_ray.transport.socket import SocketExpertServer
 
-            servers["socket"] = SocketExpertServer(self._worker.forward, host, options=options)
+            servers["socket"] = SocketExpertServer(
+                self._worker.forward, host, options=options, native=self._worker.native
+            )
         if config.transport in ("auto", "grpc"):
             from moe_ray.transport.grpc import GrpcExpertServer
 
@@ -96,6 +98,7 @@ class ExpertReplica:
             "bytes_read": self._bytes_read,
             "weight_bytes": stats.weight_bytes,
             "calls": stats.calls,
+            "batches": stats.batches,
             "rows": stats.rows,
             "busy_s": stats.busy_s,
             "queued_rows": stats.queued_rows,

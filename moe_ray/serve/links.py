@@ -13,7 +13,8 @@ from moe_ray.transport.grpc import channel_options, read_pem
 def link_options(config: Config) -> LinkOptions:
     """Token and TLS of the cluster that this process is connected to."""
     tls = TlsFiles(**config.tls.model_dump()) if config.tls else None
-    return LinkOptions(token=cluster_token(config, is_token_auth_enabled()), tls=tls)
+    native = None if config.model.kernels == "torch" else config.cache_dir
+    return LinkOptions(token=cluster_token(config, is_token_auth_enabled()), tls=tls, native_dir=native)
 
 
 def open_aio_channel(address: str, options: LinkOptions) -> grpc.aio.Channel:

@@ -48,7 +48,7 @@ class TrunkReplica:
 
         def make_experts(how: Numerics) -> ExpertPool:
             if not experts:
-                return local_pool(checkpoint, how.dtype, how.device, lambda e: reporter(f"Expert{e}"))
+                return local_pool(checkpoint, how.dtype, how.device, lambda e: reporter(f"Expert{e}"), how.kernels)
             return _remote_pool(config, checkpoint.config, experts)
 
         pools: list[ExpertPool] = []

@@ -20,6 +20,12 @@ def _local(info: ReplicaInfo, options: LinkOptions) -> Link:
 
 
 def _socket(info: ReplicaInfo, options: LinkOptions) -> Link:
+    if options.native_dir is not None and options.tls is None:
+        from moe_ray.transport.native_socket import NativeSocketLink, links_library
+
+        library = links_library(options.native_dir)
+        if library is not None:
+            return NativeSocketLink(info, options, library)
     from moe_ray.transport.socket import SocketLink
 
     return SocketLink(info, options)

@@ -8,12 +8,16 @@ with a `PendingReply`, whose `result` waits. The replica's end is an `ExpertServ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
-from moe_ray.errors import ConfigError, ProtocolError
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.errors import ConfigError, ProtocolError, TransportError
+
+if TYPE_CHECKING:
+    import torch
 
 ExpertHandler = Callable[[ExpertCall], ExpertReply]
 """Computes a call on the calling thread. Thread-safe. Raises `ExpertFailed` or `ProtocolError`."""
@@ -39,6 +43,8 @@ class LinkOptions:
     connect_timeout_s: float = 5.0
     keepalive_s: float = 10.0
     """A peer silent for this long is pinged; without an answer in half of it the link is broken."""
+    native_dir: Path | None = None
+    """Where native code is built and kept; None: carriers do without."""
 
 
 class PendingReply(Protocol):
@@ -53,10 +59,45 @@ class PendingReply(Protocol):
         ...
 
 
+class Replies(Protocol):
+    """The replies of calls that were sent together; they come into `rows`."""
+
+    rows: torch.Tensor  # [R, D] in the order of the calls
+
+    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError]:
+        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there. Once."""
+        ...
+
+    def forget(self) -> None:
+        """Stop waiting. Idempotent."""
+        ...
+
+
+class Together(Protocol):
+    """A way to call several replicas at once. Links whose `together` are equal can be called so."""
+
+    def scatter(
+        self,
+        links: Sequence[Link],
+        layer: int,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> Replies:
+        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i]. Never fails: `wait` says."""
+        ...
+
+
 class Link(Protocol):
     """One live connection from a trunk to one expert replica."""
 
     info: ReplicaInfo
+
+    @property
+    def together(self) -> Together | None:
+        """How calls on several such links travel at once; None: one by one."""
+        ...
 
     @property
     def broken(self) -> bool:

@@ -108,6 +108,8 @@ class TokenInterceptor(grpc.ServerInterceptor):
 class GrpcLink:
     """`base.Link` over one gRPC stream. Threads: one reader here, and those of grpc; `close` ends them all."""
 
+    together = None
+
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Connect and wait until the replica accepts the stream, `connect_timeout_s` at most. Raises `LinkBroken`."""
         options = options or LinkOptions()

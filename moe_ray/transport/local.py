@@ -50,6 +50,8 @@ class LocalPending:
 class LocalLink:
     """`base.Link` to a handler in this process."""
 
+    together = None
+
     def __init__(self, info: ReplicaInfo, handler: ExpertHandler) -> None:
         self.info, self.handler = info, handler
         self.peer = f"expert replica {info.replica_id} in this process"

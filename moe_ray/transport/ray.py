@@ -79,6 +79,8 @@ def own_address() -> str:
 class RayLink:
     """`base.Link` by actor calls. It learns that the actor died from a call: `broken` is not set before one fails."""
 
+    together = None
+
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Find the actor and wait for its first answer, `connect_timeout_s` at most. Raises `LinkBroken`."""
         timeout_s = (options or LinkOptions()).connect_timeout_s

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import secrets
 import socket
+import ssl
 import threading
 import time
 from typing import TypeVar
@@ -25,6 +26,7 @@ from google.protobuf.message import DecodeError, Message
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.native.kernels import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 from moe_ray.transport.base import ExpertHandler, LinkOptions, check_reply
@@ -70,6 +72,8 @@ class SocketPending:
 class SocketLink:
     """`base.Link` over one connection, without a thread: its user's thread sends and receives."""
 
+    together = None
+
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""
         options = options or LinkOptions()
@@ -96,7 +100,8 @@ class SocketLink:
                 raise LinkBroken(self.reason)
             call.call_id = next(self._ids)
             pending = self._pending[call.call_id] = SocketPending(self, call)
-            body = [wire.buffer(call.rows), wire.buffer(call.weights)]
+            rows, weights = wire.sendable(call.rows), wire.sendable(call.weights)
+            body = [wire.buffer(rows), wire.buffer(weights)]
             try:
                 self._stream.write_frame(wire.call_header(call), body, STALL_S, self._read_reply)
             except (OSError, EOFError, ProtocolError) as error:
@@ -147,10 +152,15 @@ class SocketExpertServer:
     """`base.ExpertServer`: serves `handler` on host:port and on a Unix socket until `close`."""
 
     def __init__(
-        self, handler: ExpertHandler, host: str = "127.0.0.1", port: int = 0, options: LinkOptions | None = None
+        self,
+        handler: ExpertHandler,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        options: LinkOptions | None = None,
+        native: Host | None = None,
     ) -> None:
-        """Listen. Raises `ConfigError` when that cannot be done."""
-        self._handler, self._options = handler, options or LinkOptions()
+        """Listen. `native` answers in the handler's stead where there is no TLS. Raises `ConfigError`."""
+        self._handler, self._native, self._options = handler, native, options or LinkOptions()
         self._tls = tls_context(self._options, server=True)
         name = f"moe-ray-{secrets.token_hex(8)}"
         self._connections: set[socket.socket] = set()
@@ -196,6 +206,9 @@ class SocketExpertServer:
         try:
             sock = welcome(connection, self._tls, self._options)
             self._connections.add(sock)  # another object, if TLS took the connection over
+            if self._native is not None and not isinstance(sock, ssl.SSLSocket):
+                self._native.serve(sock.fileno())
+                return
             stream = FrameStream(sock)
             while True:
                 stream.wait_frame(None)
@@ -213,8 +226,8 @@ class SocketExpertServer:
         body: list[memoryview] = []
         try:
             reply = answer(self._handler, ExpertCall(header.layer, header.expert, rows, weights, header.call_id))
-            head = wire.reply_header(reply)
-            body = [wire.buffer(reply.rows)]
+            head, rows = wire.reply_header(reply), wire.sendable(reply.rows)
+            body = [wire.buffer(rows)]
         except (ExpertFailed, ProtocolError) as error:
             head = wire.pack_error(header.call_id, error).header
         stream.write_frame(head, body, None, None)

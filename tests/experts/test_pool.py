@@ -153,7 +153,7 @@ def test_rows_come_home_in_the_order_of_the_calls(world: World) -> None:
     world.server("a", keys=frozenset((0, e) for e in range(8)))
     pool = world.pool()
     calls = [call(rows=e + 1, expert=e) for e in range(8)]
-    rows = pool.submit(calls).gather()
+    rows = pool.send(calls).gather()
     assert all(torch.equal(got, expected(asked)) for got, asked in zip(rows, calls, strict=True))
     assert idle(pool)
     assert pool.replicas()[0].load.queued_rows == 8, "the reply's load is noted"
@@ -164,7 +164,7 @@ def test_calls_spread_over_replicas_by_outstanding_rows(world: World) -> None:
     pool = world.pool()
     for server in servers:
         server.gate.clear()
-    scattered = pool.submit([call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
+    scattered = pool.send([call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
     assert sorted(r.outstanding_rows for r in pool.replicas()) == [2, 2, 5]
     for server in servers:
         server.gate.set()
@@ -179,7 +179,7 @@ def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
     pool = world.pool()
     dying.gate.clear()
     asked = call()
-    scattered = pool.submit([asked, call()])
+    scattered = pool.send([asked, call()])
     assert dying.entered.acquire(timeout=10)
     world.found.remove(dying)
     killer = threading.Thread(target=dying.die)
@@ -197,7 +197,7 @@ def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
 def test_without_a_replica_the_call_waits_for_one(world: World) -> None:
     pool = world.pool()
     assert pool.missing() == [EXPERT]
-    scattered = pool.submit([call()])
+    scattered = pool.send([call()])
     timer = threading.Timer(0.3, lambda: world.server("late"))
     timer.start()
     started = time.monotonic()
@@ -212,7 +212,7 @@ def test_the_deadline_names_expert_and_layer(world: World) -> None:
     pool = world.pool(deadline_s=0.2)
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable, match=r"expert 3 \(layer 0\).*no live replica within 0.2 s"):
-        pool.submit([call()]).gather()
+        pool.send([call()]).gather()
     assert 0.15 < time.monotonic() - started < 5
 
 
@@ -220,7 +220,7 @@ def test_a_replica_that_answers_with_an_error_and_another_that_does_not(world: W
     failing, fine = world.server("a", error=ExpertFailed("out of memory")), world.server("b")
     pool = world.pool()
     for _ in range(4):
-        (rows,) = pool.submit([call()]).gather()
+        (rows,) = pool.send([call()]).gather()
         assert torch.equal(rows, expected(call()))
     assert failing.calls > 0
     assert fine.calls == 4
@@ -235,7 +235,7 @@ def test_all_replicas_answer_with_errors(world: World) -> None:
     pool = world.pool()
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable) as caught:
-        pool.submit([call()]).gather()
+        pool.send([call()]).gather()
     message = str(caught.value)
     for part in ("expert 3 (layer 0)", "out of memory", "is not held", "replica a", "replica b"):
         assert part in message
@@ -246,7 +246,7 @@ def test_all_replicas_answer_with_errors(world: World) -> None:
 def test_a_call_is_tried_at_most_so_often(world: World) -> None:
     servers = [world.server(f"r{i}", error=ExpertFailed("no")) for i in range(5)]
     with pytest.raises(ExpertUnavailable):
-        world.pool().submit([call()]).gather()
+        world.pool().send([call()]).gather()
     assert sum(server.calls for server in servers) == PoolOptions().max_attempts
 
 
@@ -254,7 +254,7 @@ def test_a_replica_that_hangs_is_given_up_after_the_call_timeout(world: World) -
     hanging, other = world.server("a"), world.server("b")
     pool = world.pool(call_timeout_s=0.3)
     hanging.gate.clear()
-    rows = pool.submit([call(), call()]).gather()
+    rows = pool.send([call(), call()]).gather()
     assert all(torch.equal(got, expected(call())) for got in rows)
     assert other.calls == 2
     hanging.gate.set()
@@ -265,21 +265,21 @@ def test_outstanding_rows_return_to_zero_when_calls_are_abandoned(world: World) 
     pool = world.pool()
     for server in servers:
         server.gate.clear()
-    scattered = pool.submit([call(rows=n) for n in (1, 2, 3)])
+    scattered = pool.send([call(rows=n) for n in (1, 2, 3)])
     assert not idle(pool)
     scattered.abandon()
     scattered.abandon()
     assert idle(pool)
     for server in servers:
         server.gate.set()
-    assert torch.equal(pool.submit([call(rows=4)]).gather()[0], expected(call(rows=4))), "late replies mix nothing up"
+    assert torch.equal(pool.send([call(rows=4)]).gather()[0], expected(call(rows=4))), "late replies mix nothing up"
     assert idle(pool)
 
 
 def test_outstanding_rows_return_to_zero_when_gathering_fails(world: World) -> None:
     world.server("a", keys=frozenset({KEY, (0, 1)}))
     pool = world.pool(deadline_s=0.1)
-    scattered = pool.submit([call(expert=1), call(expert=7), call(rows=5)])
+    scattered = pool.send([call(expert=1), call(expert=7), call(rows=5)])
     with pytest.raises(ExpertUnavailable, match="expert 7"):
         scattered.gather()
     scattered.abandon()
@@ -291,7 +291,7 @@ def test_a_call_that_cannot_be_sent_leaves_nothing_outstanding(world: World) -> 
     pool = world.pool()
     bad = replace(call(), weights=torch.ones(7))
     with pytest.raises(ProtocolError, match="weights"):
-        pool.submit([call(rows=5), bad])
+        pool.send([call(rows=5), bad])
     assert idle(pool)
 
 
@@ -300,10 +300,10 @@ def test_while_discovery_is_away_what_is_known_stays(world: World) -> None:
     pool = world.pool()
     world.away = True
     time.sleep(0.2)
-    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
     # and a link that breaks meanwhile is opened again to where the replica was last seen
     pool.replicas()[0].link.close()
-    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
     assert server.calls == 2
     assert pool.missing() == []
 
@@ -315,7 +315,7 @@ def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) 
     by_name = {r.info.replica_id: r for r in pool.replicas()}
     old.gate.clear()
     new.gate.clear()
-    scattered = pool.submit([call(), call()])
+    scattered = pool.send([call(), call()])
     assert by_name["old"].outstanding_rows == 2
     world.found.remove(old)
     directory.refresh()
@@ -323,7 +323,7 @@ def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) 
     assert [r.info.replica_id for r in pool.replicas()] == ["new"]
     assert not by_name["old"].link.broken, "it still owes an answer"
     new.gate.set()
-    pool.submit([call(), call()]).gather()
+    pool.send([call(), call()]).gather()
     assert old.calls <= 1
     old.gate.set()
     assert len(scattered.gather()) == 2
@@ -339,7 +339,7 @@ def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
     (directory,) = world.directories
     (replica,) = pool.replicas()
     server.gate.clear()
-    scattered = pool.submit([call()])
+    scattered = pool.send([call()])
     world.found.remove(server)
     directory.refresh()
     assert pool.missing() == [EXPERT]
@@ -354,10 +354,10 @@ def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
 def test_a_replica_that_restarts_under_its_name_at_another_address(world: World) -> None:
     server = world.server("a")
     pool = world.pool()
-    pool.submit([call()]).gather()
+    pool.send([call()]).gather()
     server.server.close()
     server.listen()
-    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
     eventually(lambda: [r.info.addresses["grpc"] for r in pool.replicas()] == [server.server.address])
 
 
@@ -372,7 +372,7 @@ def test_a_new_address_counts_even_while_the_old_one_still_answers(world: World)
     (new,) = pool.replicas()
     assert old.link.broken
     assert new.info.addresses == {"grpc": server.server.address}
-    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
     left_behind.close()
 
 
@@ -385,7 +385,7 @@ def test_a_replica_that_comes_to_hold_more_is_used_for_it(world: World) -> None:
     server.keys = frozenset({(1, 3), KEY})
     directory.refresh()
     assert pool.missing() == []
-    assert torch.equal(pool.submit([call()]).gather()[0], expected(call()))
+    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
     assert len(world.links) == links, "no reason to connect anew"
 
 

@@ -301,7 +301,7 @@ def last_logits(parts: Parts, prompts: Prompts) -> torch.Tensor:
         batch.slot_mapping += range(first * size, first * size + len(prompt))
         batch.query_start.append(used + len(prompt))
         batch.context_lens.append(len(prompt))
-        batch.sample.append(True)
+        batch.num_sampled.append(1)
     blocks = sum(len(s.block_table) for s in batch.sequences)
     cache = KVCache(config, blocks, size, parts.trunk.dtype, parts.trunk.device)
     with torch.inference_mode():

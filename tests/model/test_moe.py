@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_ray.core import ExpertCall
-from moe_ray.model.moe import combine, dispatch, route
+from moe_ray.model.moe import Routed, calls_of, combine, group, route
 
 
 class Doubling:
@@ -15,12 +15,12 @@ class Doubling:
     def __init__(self) -> None:
         self.calls: list[ExpertCall] = []
 
-    def submit(self, calls: list[ExpertCall]) -> Doubling:
-        self.calls = calls
+    def submit(self, layer: int, routed: Routed) -> Doubling:
+        self.calls = calls_of(layer, routed)
         return self
 
-    def gather(self) -> list[torch.Tensor]:
-        return [expert(call.expert, call.rows, call.weights) for call in self.calls]
+    def gather(self) -> torch.Tensor:
+        return torch.cat([expert(call.expert, call.rows, call.weights) for call in self.calls])
 
     def abandon(self) -> None:
         """Nothing is under way."""
@@ -46,7 +46,8 @@ def test_the_sum_is_that_of_a_loop_over_the_experts(dtype: torch.dtype, num_expe
     torch.testing.assert_close(weights, dense.gather(1, chosen))
 
     experts = Doubling()
-    out = combine(dispatch(experts, 3, hidden, chosen, weights, num_experts))
+    routed = group(hidden, chosen, weights, num_experts)
+    out = combine(experts.submit(3, routed).gather(), routed.row_of)
     looped = torch.zeros_like(hidden)
     for index in range(num_experts):  # ascending: addition of rounded numbers is not associative
         tokens, place = (chosen == index).nonzero(as_tuple=True)

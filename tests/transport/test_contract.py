@@ -13,18 +13,22 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import echo_expert as echo
 import pytest
 import torch
 
+from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError
 from moe_ray.transport import CARRIERS, best_carrier, connect
 from moe_ray.transport.base import Link, LinkOptions
+from moe_ray.transport.native_socket import links_library
 
 OPTIONS = LinkOptions(token=echo.TOKEN, connect_timeout_s=10.0)
+NATIVE = replace(OPTIONS, native_dir=load_config().cache_dir)
+WAYS = {**dict.fromkeys(CARRIERS, OPTIONS), "native socket": NATIVE}  # every carrier, and socket's two clients
 WAIT_S = 20.0  # far above what any passing test waits
 
 
@@ -33,15 +37,22 @@ class Replica:
     carrier: str
     info: ReplicaInfo
     kill: Callable[[], None]
+    options: LinkOptions
+
+    def connect(self) -> Link:
+        return connect(self.carrier, self.info, self.options)
 
 
-def start_replica(carrier: str, request: pytest.FixtureRequest) -> Replica:
+def start_replica(way: str, request: pytest.FixtureRequest) -> Replica:
     """A fresh replica; `kill` ends it the hard way."""
+    carrier, options = way.removeprefix("native "), WAYS[way]
+    if options.native_dir is not None and links_library(options.native_dir) is None:
+        pytest.skip("the native library cannot be built here")
     if carrier == "local":
         from moe_ray.transport.local import LocalExpertServer
 
         server = LocalExpertServer(echo.behave)
-        return Replica(carrier, echo.info({"local": server.address}), server.close)
+        return Replica(carrier, echo.info({"local": server.address}), server.close, options)
     if carrier in ("grpc", "socket"):
         info, pid = request.getfixturevalue("expert_process")(carrier, echo.TOKEN)
     else:
@@ -55,17 +66,17 @@ def start_replica(carrier: str, request: pytest.FixtureRequest) -> Replica:
         address, pid = ray.get(actor.endpoint.remote(), timeout=30)
         assert address == f"experts/{name}"
         info = echo.info({"ray": address})
-    return Replica(carrier, info, lambda: os.kill(pid, signal.SIGKILL))
+    return Replica(carrier, info, lambda: os.kill(pid, signal.SIGKILL), options)
 
 
-@pytest.fixture(scope="module", params=CARRIERS)
+@pytest.fixture(scope="module", params=list(WAYS))
 def replica(request: pytest.FixtureRequest) -> Replica:
     return start_replica(request.param, request)
 
 
 @pytest.fixture
 def link(replica: Replica) -> Iterator[Link]:
-    link = connect(replica.carrier, replica.info, OPTIONS)
+    link = replica.connect()
     yield link
     link.close()
 
@@ -182,7 +193,7 @@ def test_a_late_reply_is_nobody_elses(replica: Replica, link: Link) -> None:
 
 def test_links_to_one_replica_are_independent(replica: Replica, link: Link) -> None:
     def use(seed: int) -> None:
-        other = connect(replica.carrier, replica.info, OPTIONS)
+        other = replica.connect()
         for i in range(10):
             assert_answers(other, make_call(seed=100 * seed + i))
         other.close()
@@ -193,7 +204,7 @@ def test_links_to_one_replica_are_independent(replica: Replica, link: Link) -> N
 
 
 def test_a_call_may_be_sent_on_two_links(replica: Replica, link: Link) -> None:
-    second = connect(replica.carrier, replica.info, OPTIONS)
+    second = replica.connect()
     assert_answers(second)  # so that the two links' next ids differ
     call = make_call()
     for pending in [link.send(call), second.send(call)]:
@@ -202,7 +213,7 @@ def test_a_call_may_be_sent_on_two_links(replica: Replica, link: Link) -> None:
 
 
 def test_close_fails_what_is_in_flight(replica: Replica) -> None:
-    link = connect(replica.carrier, replica.info, OPTIONS)
+    link = replica.connect()
     assert_answers(link)
     waiting, never_waited = link.send(make_call(echo.SLOW, layer=1000)), link.send(make_call())
     # A local call computes on this thread, which nothing interrupts: there the link ends before the wait.
@@ -225,7 +236,7 @@ def test_close_fails_what_is_in_flight(replica: Replica) -> None:
 
 def test_close_leaves_no_thread(replica: Replica) -> None:
     before = set(threading.enumerate())
-    links = [connect(replica.carrier, replica.info, OPTIONS) for _ in range(3)]
+    links = [replica.connect() for _ in range(3)]
     for link in links:
         assert_answers(link)
         link.close()
@@ -235,10 +246,10 @@ def test_close_leaves_no_thread(replica: Replica) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_death_in_mid_call_is_noticed(carrier: str, request: pytest.FixtureRequest) -> None:
-    victim = start_replica(carrier, request)
-    link = connect(carrier, victim.info, OPTIONS)
+@pytest.mark.parametrize("way", list(WAYS))
+def test_death_in_mid_call_is_noticed(way: str, request: pytest.FixtureRequest) -> None:
+    victim = start_replica(way, request)
+    carrier, link = victim.carrier, victim.connect()
     assert_answers(link)
     pending = [link.send(make_call(echo.SLOW, layer=2000)) for _ in range(3)]
     if carrier == "local":
@@ -257,7 +268,7 @@ def test_death_in_mid_call_is_noticed(carrier: str, request: pytest.FixtureReque
     link.close()
     started = time.monotonic()
     with pytest.raises(LinkBroken, match="echo-1"):
-        connect(carrier, victim.info, LinkOptions(token=echo.TOKEN, connect_timeout_s=2.0))
+        connect(carrier, victim.info, replace(victim.options, connect_timeout_s=2.0))
     assert time.monotonic() - started < 2.5
 
 

@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import echo_expert as echo
 import pytest
 import torch
+from google.protobuf.message import Message
 
+from moe_ray.config import load_config
 from moe_ray.core import ExpertCall
 from moe_ray.errors import ConfigError, LinkBroken
-from moe_ray.transport.base import LinkOptions, TlsFiles
+from moe_ray.pb import moe_ray_pb2 as pb
+from moe_ray.transport import connect
+from moe_ray.transport.base import Link, LinkOptions, TlsFiles
+from moe_ray.transport.handshake import welcome
+from moe_ray.transport.native_socket import NativeSocketLink, links_library
 from moe_ray.transport.socket import SocketExpertServer, SocketLink
 
 OPTIONS = LinkOptions(token=echo.TOKEN, connect_timeout_s=3.0)
+
+
+CACHE = load_config().cache_dir
+
+
+def frame(header: Message) -> bytes:
+    packed = header.SerializeToString()
+    return struct.pack("<I", len(packed)) + packed
+
+
+@contextlib.contextmanager
+def replica_that(answers: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a replica that knows the token and does this, once, when it is called; then it hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with welcome(listener.accept()[0], None, OPTIONS) as peer:
+                peer.recv(1 << 16)
+                answers(peer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]},"
+        thread.join()
 
 
 @pytest.fixture
@@ -42,6 +74,15 @@ def assert_answers(link: SocketLink) -> None:
 
 def link_to(address: str, options: LinkOptions = OPTIONS) -> SocketLink:
     return SocketLink(echo.info({"socket": address}), options)
+
+
+def native_link_to(address: str) -> Link:
+    options = replace(OPTIONS, native_dir=CACHE)
+    if links_library(CACHE) is None:
+        pytest.skip("the native library cannot be built here")
+    link = connect("socket", echo.info({"socket": address}), options)
+    assert isinstance(link, NativeSocketLink)
+    return link
 
 
 @pytest.mark.parametrize("shown", ["wrong", "", None])
@@ -73,9 +114,12 @@ def test_a_unix_socket_on_one_machine_and_tcp_without_it(server: SocketExpertSer
     assert_answers(link_to(f"127.0.0.1:1,{name}"))  # TCP is not even tried
 
 
+@pytest.mark.parametrize("make", [link_to, native_link_to])
 @pytest.mark.parametrize("way", ["unix", "tcp"])
-def test_large_calls_in_flight_do_not_deadlock(server: SocketExpertServer, way: str) -> None:
-    link = link_to(server.address if way == "unix" else server.address.split(",")[0] + ",")
+def test_large_calls_in_flight_do_not_deadlock(
+    server: SocketExpertServer, way: str, make: Callable[[str], Link]
+) -> None:
+    link = make(server.address if way == "unix" else server.address.split(",")[0] + ",")
     calls = [make_call(rows=2048, seed=seed, hidden=1024) for seed in range(6)]  # 8 MiB each way, far above any buffer
     pending = [link.send(call) for call in calls]
     for call, reply in reversed(list(zip(calls, pending, strict=True))):
@@ -92,6 +136,62 @@ def test_garbage_ends_that_connection_alone(server: SocketExpertServer, garbage:
     with pytest.raises(LinkBroken):
         rude.send(make_call()).result(5)
     assert_answers(healthy)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"\xff\xff\xff\xff", "a header of 4294967295 bytes"),
+        (struct.pack("<I", 3) + b"\xff\xff\xff", "ends within"),
+        (frame(pb.ExpertReplyHeader(call_id=99, num_rows=3, hidden_size=8, dtype=pb.FLOAT32)), "not in flight"),
+        (frame(pb.ExpertReplyHeader(call_id=1, num_rows=3, hidden_size=8, dtype=9)), "dtype is 9"),
+        (frame(pb.ExpertReplyHeader(call_id=1, num_rows=1 << 31, hidden_size=1 << 31, dtype=pb.FLOAT32)), "num_rows"),
+        (b"\x05", "ended the connection"),
+    ],
+)
+def test_a_replica_that_speaks_garbage(answer: bytes, says: str) -> None:
+    def reply(peer: socket.socket) -> None:
+        peer.sendall(answer)
+
+    with replica_that(reply) as address:
+        link = native_link_to(address)
+        with pytest.raises(LinkBroken, match=says):
+            link.send(make_call()).result(10)
+        assert link.broken
+        with pytest.raises(LinkBroken, match=says):
+            link.send(make_call())
+
+
+def test_replies_in_pieces_and_unknown_fields() -> None:
+    """A replica of a later version, behind a network that delivers byte by byte."""
+    rows = torch.randn(2, 8)
+    header = pb.ExpertReplyHeader(call_id=1, num_rows=2, hidden_size=8, dtype=pb.FLOAT32, queued_rows=300)
+    packed = header.SerializeToString() + b"\x98\x06\x01" + b"\xa2\x06\x02hi" + b"\xa9\x06" + bytes(8)
+    message = struct.pack("<I", len(packed)) + packed + rows.numpy().tobytes()
+
+    def reply(peer: socket.socket) -> None:
+        for byte in message:
+            peer.sendall(bytes([byte]))
+
+    with replica_that(reply) as address:
+        link = native_link_to(address)
+        got = link.send(make_call(rows=2)).result(10)
+        assert torch.equal(got.rows, rows)
+        assert got.load.queued_rows == 300
+
+
+def test_a_forgotten_reply_is_not_written_to_memory_that_is_gone(server: SocketExpertServer) -> None:
+    link = native_link_to(server.address)
+    for _ in range(5):
+        late = ExpertCall(100, echo.SLOW, torch.randn(64, 512), torch.rand(64))
+        assert link.together is not None
+        replies = link.together.scatter([link], late.layer, [late.expert], [64], late.rows, late.weights)
+        target = replies.rows
+        target.fill_(7.0)
+        replies.forget()
+        call = make_call(rows=64, hidden=512)
+        assert torch.equal(link.send(call).result(10).rows, echo.weighted(call))
+        assert bool((target == 7.0).all())
 
 
 def test_closing_the_server_breaks_its_links() -> None:

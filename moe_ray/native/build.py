@@ -1,0 +1,89 @@
+"""Builds the native libraries with the machine's own C++ compiler, once per machine and version."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from moe_ray.errors import KernelsUnavailable
+
+COMPILERS: Final = ("c++", "g++", "clang++")
+COMMON: Final = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+AVX512: Final = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC's own intrinsics headers set these off
+)
+LIBRARIES: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {  # name → sources (first: to compile), flags
+    "kernels": (("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h", "host.h", "frames.h"), AVX512),
+    "links": (("links.cpp", "frames.h"), ()),
+}
+TIMEOUT_S: Final = 300
+
+
+def shared_library(name: str, cache_dir: Path) -> ctypes.CDLL:
+    """Load a library of `LIBRARIES`, building it into `cache_dir`/native first if it is not there (several seconds).
+
+    Safe to call from many processes at once: one builds, the others wait. Raises `KernelsUnavailable` saying what
+    this machine lacks.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise KernelsUnavailable(f"they exist for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+    sources, flags = LIBRARIES[name]
+    if flags is AVX512 and not torch.cpu._is_avx512_bf16_supported():
+        raise KernelsUnavailable("this CPU has no AVX512-BF16 instructions")
+    path = cache_dir / "native" / f"{name}-{_fingerprint(sources, flags)}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    _compile(path, sources[0], flags)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"{path}: {error}") from None
+
+
+def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
+    """Tell ctypes the functions of a library: name → (result, arguments)."""
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def _fingerprint(sources: Sequence[str], flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(" ".join((*COMMON, *flags)).encode())
+    for name in sources:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(path: Path, source: str, flags: Sequence[str]) -> None:
+    wanted = os.environ.get("CXX")
+    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise KernelsUnavailable(f"no C++ compiler found (looked for {wanted or ', '.join(COMPILERS)})")
+    made = path.with_suffix(f".{os.getpid()}.tmp")
+    command = [compiler, *COMMON, *flags, "-o", str(made), str(Path(__file__).parent / source)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        if done.returncode:
+            last = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+            raise KernelsUnavailable(f"{compiler} could not build them: {last}")
+        made.rename(path)
+    except subprocess.TimeoutExpired:
+        raise KernelsUnavailable(f"{compiler} took more than {TIMEOUT_S} s") from None
+    finally:
+        made.unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+// The replica's end of the socket carrier: reads calls from one connection, computes them, answers, without the
+// interpreter. Calls of the same layer that wait together (from several trunks) are computed as one batch.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "frames.h"
+#include "simd.h"
+
+namespace moe_ray {
+
+struct HostStats {
+  uint64_t calls, batches, rows, queued_rows, busy_ns;
+};
+
+class Host {
+ public:
+  // ffn(w13, w2, rows, weights, count, out)
+  using Ffn = void (*)(void* pool, const bf16* x, const float* weights, int64_t rows, const bf16* w13, const bf16* w2,
+                       int64_t hidden, int64_t inner, bf16* out);
+
+  Host(void* pool, Ffn ffn, int64_t hidden, int64_t inner, int64_t most)
+      : pool_(pool), ffn_(ffn), hidden_(hidden), inner_(inner), most_(most) {}
+
+  void add(uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) { held_[{layer, expert}] = {w13, w2}; }
+
+  // Answers calls until the connection ends.
+  void serve(int fd) {
+    std::vector<uint8_t> stage(4096 + kMaxHeader);
+    std::vector<bf16> out;
+    Call call;
+    size_t start = 0, end = 0;
+    const auto more = [&](uint8_t* target, size_t size, bool may_idle) {
+      for (;;) {
+        if (const size_t got = receive(fd, target, size)) return got;
+        if (!ready(fd, POLLIN, may_idle ? -1 : kStallMs)) throw Closed("nothing came for 30 s amid a message");
+      }
+    };
+    const auto stage_up_to = [&](size_t size) {
+      if (start) std::memmove(stage.data(), stage.data() + start, end - start), end -= start, start = 0;
+      while (end < size) end += more(stage.data() + end, std::max<size_t>(size, 4096) - end, end == 0);
+    };
+    const auto read_into = [&](void* target, size_t size) {
+      auto* to = static_cast<uint8_t*>(target);
+      const size_t staged = std::min(size, end - start);
+      std::memcpy(to, stage.data() + start, staged);
+      start += staged;
+      for (size_t at = staged; at < size;) at += more(to + at, size - at, false);
+    };
+    for (;;) {
+      if (end - start < 4) stage_up_to(4);
+      uint32_t length;
+      std::memcpy(&length, stage.data() + start, 4);
+      if (length > kMaxHeader) throw Malformed("a header of " + std::to_string(length) + " bytes");
+      if (end - start < 4 + length) stage_up_to(4 + length);
+      const Header h = parse(stage.data() + start + 4, length, false);
+      start += 4 + length;
+      // Room for rows that fit; what does not is read, so that the calls behind it are found, and refused.
+      const uint64_t bytes = h.row_bytes();
+      call.rows.resize((bytes + 1) / 2);
+      call.weights.resize(h.num_rows);
+      read_into(call.rows.data(), bytes);
+      read_into(call.weights.data(), h.num_rows * sizeof(float));
+      const std::string why = refusal(h);
+      Writer w;
+      w.number(1, h.call_id);
+      if (!why.empty()) {
+        w.number(2, kRefused);
+        w.text(3, why);
+        iovec part = w.done();
+        send_all(fd, &part, 1, [&] { ready(fd, POLLOUT, -1); });
+        continue;
+      }
+      out.resize(h.num_rows * hidden_);
+      call.key = {h.layer, h.expert};
+      call.count = static_cast<int64_t>(h.num_rows);
+      call.out = out.data();
+      compute(call);
+      w.number(4, h.num_rows);
+      w.number(5, h.hidden_size);
+      w.number(6, h.dtype);
+      w.number(7, call.queued);
+      w.number(8, (call.ended - call.started) / 1000);
+      w.number(9, (call.started - call.arrived) / 1000);
+      iovec parts[] = {w.done(), {out.data(), bytes}};
+      send_all(fd, parts, 2, [&] { ready(fd, POLLOUT, -1); });
+    }
+  }
+
+  HostStats stats() {
+    std::lock_guard<std::mutex> lock(state_);
+    return stats_;
+  }
+
+ private:
+  using Key = std::pair<uint64_t, uint64_t>;
+
+  struct Call {
+    Key key;
+    std::vector<bf16> rows;
+    std::vector<float> weights;
+    bf16* out = nullptr;
+    int64_t count = 0;
+    uint64_t arrived = 0, started = 0, ended = 0, queued = 0;
+    bool done = false;
+  };
+
+  static uint64_t now() {
+    return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+  }
+
+  std::string refusal(const Header& h) const {
+    if (!held_.count({h.layer, h.expert}))
+      return "layer " + std::to_string(h.layer) + " expert " + std::to_string(h.expert) +
+             " is not held by this replica";
+    if (static_cast<int64_t>(h.hidden_size) != hidden_)
+      return "rows have " + std::to_string(h.hidden_size) + " columns, expected " + std::to_string(hidden_);
+    if (h.dtype != kBFloat16) return "rows are not bfloat16, in which this replica computes";
+    return "";
+  }
+
+  void compute(Call& call) {
+    call.done = false;
+    call.arrived = now();
+    {
+      std::lock_guard<std::mutex> lock(state_);
+      waiting_.push_back(&call);
+      stats_.queued_rows += call.count;
+    }
+    std::lock_guard<std::mutex> lock(compute_);
+    if (!call.done) run(call);  // else whoever held the lock before has computed it along
+    std::lock_guard<std::mutex> counting(state_);
+    call.queued = stats_.queued_rows;
+  }
+
+  void run(Call& first) {  // under compute_
+    std::vector<Call*> batch{&first};
+    int64_t rows = first.count;
+    {
+      std::lock_guard<std::mutex> lock(state_);
+      for (Call* other : waiting_)
+        if (other != &first && other->key == first.key && rows + other->count <= most_)
+          batch.push_back(other), rows += other->count;
+      waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(),
+                                    [&](Call* c) { return std::count(batch.begin(), batch.end(), c) > 0; }),
+                     waiting_.end());
+    }
+    const auto& weights = held_.at(first.key);
+    const uint64_t started = now();
+    if (batch.size() == 1) {
+      ffn_(pool_, first.rows.data(), first.weights.data(), rows, weights.first, weights.second, hidden_, inner_,
+           first.out);
+    } else {
+      std::vector<bf16> x(rows * hidden_), out(rows * hidden_);
+      std::vector<float> factors(rows);
+      int64_t at = 0;
+      for (const Call* c : batch) {
+        std::memcpy(x.data() + at * hidden_, c->rows.data(), c->count * hidden_ * sizeof(bf16));
+        std::memcpy(factors.data() + at, c->weights.data(), c->count * sizeof(float));
+        at += c->count;
+      }
+      ffn_(pool_, x.data(), factors.data(), rows, weights.first, weights.second, hidden_, inner_, out.data());
+      at = 0;
+      for (const Call* c : batch) {
+        std::memcpy(c->out, out.data() + at * hidden_, c->count * hidden_ * sizeof(bf16));
+        at += c->count;
+      }
+    }
+    const uint64_t ended = now();
+    std::lock_guard<std::mutex> lock(state_);
+    stats_.batches++;
+    stats_.busy_ns += ended - started;
+    for (Call* c : batch) {
+      c->started = started, c->ended = ended, c->done = true;
+      stats_.calls++;
+      stats_.rows += c->count;
+      stats_.queued_rows -= c->count;
+    }
+  }
+
+  void* pool_;
+  Ffn ffn_;
+  const int64_t hidden_, inner_, most_;
+  std::map<Key, std::pair<const bf16*, const bf16*>> held_;
+  std::mutex compute_, state_;
+  std::vector<Call*> waiting_;
+  HostStats stats_{};
+};
+
+}  // namespace moe_ray

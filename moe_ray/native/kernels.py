@@ -1,0 +1,182 @@
+"""The kernels as Python calls them: tensors in, tensors out, the interpreter lock released while they compute."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from ctypes import POINTER, c_float, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from moe_ray.native.build import declare, shared_library
+
+PANEL: Final = 16
+"""Outputs of a linear layer that are packed side by side."""
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of kernels.cpp: what all layers of a model share."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "experts", "top_k")),
+        *((name, c_float) for name in ("eps", "scale")),
+        ("window", c_int64),
+    )
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of kernels.cpp: where one layer's weights and cache are."""
+
+    _fields_ = tuple(
+        (name, c_void_p) for name in ("input_norm", "qkv", "out", "post_norm", "gate", "k_cache", "v_cache")
+    )
+
+
+class Step(ctypes.Structure):
+    """`Step` of kernels.cpp: the tokens of one forward pass."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "block_size")),
+        *((name, c_void_p) for name in ("positions", "slots", "sequence", "tables", "table_start", "rope")),
+    )
+
+
+_SIGNATURES: Final = {
+    "pool_new": (c_void_p, (c_int,)),
+    "pool_free": (None, (c_void_p,)),
+    "pack": (None, (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64)),
+    "unpack_rows": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p)),
+    "linear_f32": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
+    "expert_ffn": (None, (*(c_void_p,) * 3, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
+    "layer_supported": (c_int, (c_int64, c_int64, c_int64)),
+    "layer_front": (None, (c_void_p, POINTER(Shape), POINTER(Layer), POINTER(Step), *(c_void_p,) * 5)),
+    "combine": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "host_new": (c_void_p, (c_void_p, c_int64, c_int64, c_int64)),
+    "host_free": (None, (c_void_p,)),
+    "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
+    "host_stats": (None, (c_void_p, c_void_p)),
+    "host_serve": (None, (c_void_p, c_int)),
+    "head": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_void_p)),
+}
+
+
+class Kernels:
+    """The library and the threads it computes with. One caller at a time; tensors are contiguous, on the CPU."""
+
+    def __init__(self, cache_dir: Path, threads: int) -> None:
+        """Load (on first use: build) the library. Raises `KernelsUnavailable`."""
+        library = declare(shared_library("kernels", cache_dir), _SIGNATURES)
+        self.threads = threads
+        self.library = library
+        self._pool: int | None = library.pool_new(threads)
+        self.layer_front = library.layer_front
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None) is not None:
+            self.library.pool_free(self._pool)
+
+    @property
+    def pool(self) -> int | None:
+        """The threads, as the library knows them."""
+        return self._pool
+
+    def supports_attention(self, heads: int, kv_heads: int, head_dim: int) -> bool:
+        """Whether `layer_front` has a kernel for this shape."""
+        return bool(self.library.layer_supported(heads, kv_heads, head_dim))
+
+    def pack(self, *weights: torch.Tensor) -> torch.Tensor:
+        """Return bfloat16 matrices of one shape [N, K] packed, [panels, K/2, 16, 2]; K is a multiple of 32.
+
+        Several matrices alternate panel by panel, in memory that the kernel may back with huge pages: a product with
+        few rows is bound by reading it, and with small pages by looking their addresses up.
+        """
+        n, k = weights[0].shape
+        panels = -(-n // PANEL)
+        out = _huge((panels * len(weights), k // 2, PANEL, 2))
+        for index, weight in enumerate(weights):
+            source = weight.contiguous()
+            self.library.pack(source.data_ptr(), n, k, out.data_ptr(), index, len(weights))
+        return out
+
+    def unpack_rows(self, packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return `rows` (int64 [T]) of a packed matrix, float32 [T, K]."""
+        k = 2 * packed.shape[1]
+        out = torch.empty((rows.shape[0], k))
+        self.library.unpack_rows(packed.data_ptr(), k, rows.data_ptr(), rows.shape[0], out.data_ptr())
+        return out
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, n: int) -> torch.Tensor:
+        """Return x [T, K] (bfloat16) times a packed [n, K] transposed, float32 [T, n]."""
+        out = torch.empty((x.shape[0], n))
+        self.library.linear_f32(self._pool, x.data_ptr(), x.shape[0], packed.data_ptr(), n, x.shape[1], out.data_ptr())
+        return out
+
+    def expert_ffn(
+        self, x: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, inner: int
+    ) -> torch.Tensor:
+        """Return (silu(x w1^T) * (x w3^T)) w2^T * weights, bfloat16 [T, D]; w13 is `pack(w1, w3)`."""
+        out = torch.empty_like(x)
+        self.library.expert_ffn(
+            self._pool,
+            *(x.data_ptr(), weights.data_ptr(), x.shape[0], w13.data_ptr(), w2.data_ptr()),
+            *(x.shape[1], inner, out.data_ptr()),
+        )
+        return out
+
+    def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> None:
+        """Add to hidden [T, D] float32 each token's expert rows (of bfloat16 [T * K, D]), in expert order."""
+        tokens, width = hidden.shape
+        self.library.combine(hidden.data_ptr(), tokens, width, row_of.shape[1], rows.data_ptr(), row_of.data_ptr())
+
+    def head(
+        self, hidden: torch.Tensor, which: torch.Tensor, norm: torch.Tensor, eps: float, packed: torch.Tensor, n: int
+    ) -> torch.Tensor:
+        """Return the logits float32 [S, n] of rows `which` (int64 [S]) of hidden [T, D] after the final norm."""
+        out = torch.empty((which.shape[0], n))
+        self.library.head(
+            *(self._pool, hidden.data_ptr(), hidden.shape[1], which.data_ptr(), which.shape[0]),
+            *(norm.data_ptr(), eps, packed.data_ptr(), n, out.data_ptr()),
+        )
+        return out
+
+
+class HostStats(ctypes.Structure):
+    """`HostStats` of host.h."""
+
+    _fields_ = tuple((name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns"))
+
+
+class Host:
+    """Serves packed experts on sockets, without the interpreter. Thread-safe once all are added."""
+
+    def __init__(self, kernels: Kernels, hidden: int, inner: int, max_batched_rows: int) -> None:
+        self._kernels, self._held = kernels, list[torch.Tensor]()
+        self._host: int | None = kernels.library.host_new(kernels.pool, hidden, inner, max_batched_rows)
+
+    def __del__(self) -> None:
+        if getattr(self, "_host", None) is not None:
+            self._kernels.library.host_free(self._host)
+
+    def add(self, layer: int, expert: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        """Serve this expert's layer, packed as `expert_ffn` wants it."""
+        self._held += (w13, w2)
+        self._kernels.library.host_add(self._host, layer, expert, w13.data_ptr(), w2.data_ptr())
+
+    def serve(self, fd: int) -> None:
+        """Answer calls that come on a connected socket until it ends."""
+        self._kernels.library.host_serve(self._host, fd)
+
+    def stats(self) -> HostStats:
+        """Counters since the start; rows that wait now."""
+        stats = HostStats()
+        self._kernels.library.host_stats(self._host, ctypes.byref(stats))
+        return stats
+
+
+def _huge(shape: tuple[int, ...]) -> torch.Tensor:
+    memory = mmap.mmap(-1, 2 * int(np.prod(shape)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.int16)).view(torch.bfloat16).view(shape)

@@ -1,0 +1,292 @@
+// The trunk's end of the socket carrier: calls go out from tensor memory and replies come into tensor memory, for all
+// experts of a layer in one call and without the interpreter. No thread: whoever waits also receives.
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "frames.h"
+
+using namespace moe_ray;
+using Clock = std::chrono::steady_clock;
+
+namespace {
+
+enum Outcome : int32_t { kWaiting = 0, kDone = 1, kError = 2, kBroken = 3 };
+
+struct Pending {
+  uint64_t id = 0, num_rows = 0, hidden_size = 0, dtype = 0;
+  uint8_t* target = nullptr;  // null: forgotten, the reply is dropped when it comes
+  Outcome outcome = kWaiting;
+  Header reply;
+  bool misfit = false, infinite = false;
+};
+
+bool finite(const uint8_t* bytes, uint64_t size, uint64_t dtype) {
+  uint32_t bad = 0;
+  if (dtype == kFloat32) {
+    const auto* p = reinterpret_cast<const uint32_t*>(bytes);
+    for (uint64_t i = 0; i < size / 4; i++) bad |= (p[i] & 0x7f800000u) == 0x7f800000u;
+  } else {
+    const uint16_t mask = dtype == kBFloat16 ? 0x7f80 : 0x7c00;
+    const auto* p = reinterpret_cast<const uint16_t*>(bytes);
+    for (uint64_t i = 0; i < size / 2; i++) bad |= (p[i] & mask) == mask;
+  }
+  return !bad;
+}
+
+class Link {
+ public:
+  explicit Link(int fd) : fd(fd) {}
+
+  void send(uint64_t id, uint64_t layer, uint64_t expert, uint64_t rows, uint64_t hidden, uint64_t dtype,
+            const void* data, const void* weights, uint8_t* target) {
+    Pending p;
+    p.id = id, p.num_rows = rows, p.hidden_size = hidden, p.dtype = dtype, p.target = target;
+    pending.push_back(p);
+    if (broken()) {
+      pending.back().outcome = kBroken;
+      return;
+    }
+    Writer w;
+    const uint64_t fields[] = {id, layer, expert, rows, hidden, dtype};
+    for (int i = 0; i < 6; i++) w.number(i + 1, fields[i]);
+    iovec parts[] = {w.done(),
+                     {const_cast<void*>(data), rows * hidden * (dtype == kFloat32 ? 4 : 2)},
+                     {const_cast<void*>(weights), rows * 4}};
+    guarded([&] {
+      send_all(fd, parts, 3, [&] {
+        pollfd p{fd, POLLIN | POLLOUT, 0};
+        const int count = ::poll(&p, 1, kStallMs);
+        if (count == 0) throw Closed("the peer took nothing for 30 s");
+        // The replica may itself wait for us to take a reply before it reads on.
+        if (count > 0 && (p.revents & POLLIN)) pump();
+      });
+    });
+  }
+
+  // Takes in what has arrived.
+  void receive_ready() {
+    if (!broken()) guarded([&] { pump(); });
+  }
+
+  Pending* find(uint64_t id) {
+    for (auto& p : pending)
+      if (p.id == id) return &p;
+    return nullptr;
+  }
+
+  void drop(uint64_t id) {
+    for (size_t i = 0; i < pending.size(); i++)
+      if (pending[i].id == id) {
+        if (pending[i].outcome == kWaiting && !broken()) {
+          pending[i].target = nullptr;
+          if (body_ == id) body_target_ = nullptr;
+        } else {
+          pending.erase(pending.begin() + i);
+        }
+        return;
+      }
+  }
+
+  void fail(const std::string& why) {
+    if (broken()) return;
+    reason = why;
+    ::shutdown(fd, SHUT_RDWR);
+    for (auto& p : pending)
+      if (p.outcome == kWaiting) p.outcome = kBroken;
+  }
+
+  bool broken() const { return !reason.empty(); }
+
+  const int fd;
+  std::mutex using_;
+  std::string reason;
+  std::vector<Pending> pending;
+
+ private:
+  template <class Act>
+  void guarded(const Act& act) {
+    try {
+      act();
+    } catch (const std::exception& error) {
+      fail(error.what());
+    }
+  }
+
+  void pump() {
+    for (;;) {
+      if (body_left_) {
+        const size_t want = body_target_ ? body_left_ : std::min<size_t>(body_left_, sizeof(stage_));
+        size_t got = std::min(want, end_ - start_);
+        if (got) {
+          if (body_target_) std::memcpy(body_target_, stage_ + start_, got);
+          start_ += got;
+        } else {
+          start_ = end_ = 0;
+          got = receive(fd, body_target_ ? body_target_ : stage_, want);
+          if (!got) return;
+        }
+        if (body_target_) body_target_ += got;
+        body_left_ -= got;
+        if (!body_left_) finish();
+        continue;
+      }
+      uint32_t length = 0;
+      const size_t staged = end_ - start_;
+      if (staged >= 4) {
+        std::memcpy(&length, stage_ + start_, 4);
+        if (length > kMaxHeader) throw Malformed("a header of " + std::to_string(length) + " bytes");
+        if (staged >= 4 + length) {
+          begin(parse(stage_ + start_ + 4, length, true));
+          start_ += 4 + length;
+          continue;
+        }
+      }
+      if (start_) std::memmove(stage_, stage_ + start_, staged), start_ = 0, end_ = staged;
+      const size_t got = receive(fd, stage_ + end_, std::max<size_t>(4096, 4 + length) - end_);
+      if (!got) return;
+      end_ += got;
+    }
+  }
+
+  void begin(const Header& h) {
+    Pending* p = find(h.call_id);
+    if (!p || p->outcome != kWaiting)
+      throw Malformed("the replica answered call " + std::to_string(h.call_id) + ", which is not in flight");
+    p->reply = h;
+    body_ = h.call_id;
+    if (h.status != kOk) return finish();
+    body_left_ = h.row_bytes();
+    p->misfit = h.num_rows != p->num_rows || h.hidden_size != p->hidden_size || h.dtype != p->dtype;
+    body_target_ = p->misfit ? nullptr : p->target;
+  }
+
+  void finish() {
+    Pending* p = find(body_);
+    body_ = 0, body_target_ = nullptr;
+    if (!p->target) {  // forgotten
+      pending.erase(pending.begin() + (p - pending.data()));
+      return;
+    }
+    if (p->reply.status == kOk && !p->misfit)
+      p->infinite = !finite(p->target, p->num_rows * p->hidden_size * p->reply.item(), p->dtype);
+    p->outcome = p->reply.status != kOk || p->misfit || p->infinite ? kError : kDone;
+  }
+
+  uint8_t stage_[kMaxHeader + 8];
+  size_t start_ = 0, end_ = 0;
+  uint64_t body_ = 0, body_left_ = 0;
+  uint8_t* body_target_ = nullptr;
+};
+
+// Waits until every call has an outcome; false if some has none before the deadline.
+bool wait_all(int n, Link* const* links, const uint64_t* ids, int64_t timeout_us) {
+  const auto deadline = Clock::now() + std::chrono::microseconds(timeout_us);
+  std::vector<pollfd> polls(n);
+  for (;;) {
+    int waiting = 0;
+    for (int i = 0; i < n; i++) {
+      std::lock_guard<std::mutex> lock(links[i]->using_);
+      const Pending* p = links[i]->find(ids[i]);
+      if (!p || p->outcome != kWaiting) continue;
+      polls[waiting++] = {links[i]->fd, POLLIN, 0};
+    }
+    if (!waiting) return true;
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+    if (left < 0) return false;
+    ::poll(polls.data(), waiting, static_cast<int>(std::min<int64_t>(left + 1, 1000)));
+    for (int i = 0; i < n; i++)
+      for (int j = 0; j < waiting; j++)
+        if (polls[j].fd == links[i]->fd && polls[j].revents) {
+          std::lock_guard<std::mutex> lock(links[i]->using_);
+          links[i]->receive_ready();
+          break;
+        }
+  }
+}
+
+struct Result {  // as Python reads it
+  int32_t outcome, status, misfit, infinite;
+  uint64_t num_rows, hidden_size, dtype, queued_rows, compute_us, queue_us;
+};
+
+}  // namespace
+
+extern "C" {
+
+void* link_new(int fd) { return new Link(fd); }
+void link_free(void* link) { delete static_cast<Link*>(link); }
+
+// Ends the link; who waits on it is woken. From any thread.
+void link_fail(void* link, const char* why) {
+  auto* l = static_cast<Link*>(link);
+  ::shutdown(l->fd, SHUT_RDWR);  // before the lock: a thread that holds it may be waiting
+  std::lock_guard<std::mutex> lock(l->using_);
+  l->fail(why);
+}
+
+// Why the link is broken; 0 bytes while it is not.
+int link_reason(void* link, char* out, int size) {
+  auto* l = static_cast<Link*>(link);
+  std::lock_guard<std::mutex> lock(l->using_);
+  const int count = std::min<int>(size, static_cast<int>(l->reason.size()));
+  std::memcpy(out, l->reason.data(), count);
+  return count;
+}
+
+// Calls of one layer to n replicas: call i has counts[i] rows, which follow those of call i - 1 in `rows` [R, D] and
+// `weights` [R] float32; its reply goes to the same place in `target` [R, D].
+void scatter(int n, void* const* links, const uint64_t* ids, uint64_t layer, const uint64_t* experts,
+             const uint64_t* counts, uint64_t hidden, uint64_t dtype, const uint8_t* rows, const float* weights,
+             uint8_t* target) {
+  uint64_t at = 0;
+  for (int i = 0; i < n; i++) {
+    auto* l = static_cast<Link*>(links[i]);
+    const uint64_t offset = at * hidden * (dtype == kFloat32 ? 4 : 2);
+    std::lock_guard<std::mutex> lock(l->using_);
+    l->send(ids[i], layer, experts[i], counts[i], hidden, dtype, rows + offset, weights + at, target + offset);
+    at += counts[i];
+  }
+}
+
+// Waits for the replies of n calls, `timeout_us` at most, and says what became of each.
+void gather(int n, void* const* links, const uint64_t* ids, int64_t timeout_us, Result* results) {
+  wait_all(n, reinterpret_cast<Link* const*>(links), ids, timeout_us);
+  for (int i = 0; i < n; i++) {
+    auto* l = static_cast<Link*>(links[i]);
+    std::lock_guard<std::mutex> lock(l->using_);
+    Result r{};
+    const Pending* p = l->find(ids[i]);
+    r.outcome = p ? p->outcome : kBroken;
+    if (p) {
+      const Header& h = p->reply;
+      r = {p->outcome, static_cast<int32_t>(h.status), p->misfit, p->infinite, h.num_rows, h.hidden_size, h.dtype,
+           h.queued_rows, h.compute_us, h.queue_us};
+      if (p->outcome == kDone) l->drop(ids[i]);
+    }
+    results[i] = r;
+  }
+}
+
+// The error text of a call whose reply was an error.
+int call_error(void* link, uint64_t id, char* out, int size) {
+  auto* l = static_cast<Link*>(link);
+  std::lock_guard<std::mutex> lock(l->using_);
+  const Pending* p = l->find(id);
+  if (!p) return 0;
+  const int count = std::min<int>(size, static_cast<int>(p->reply.error.size()));
+  std::memcpy(out, p->reply.error.data(), count);
+  return count;
+}
+
+// Forgets a call: its memory is not written to from now on.
+void call_forget(void* link, uint64_t id) {
+  auto* l = static_cast<Link*>(link);
+  std::lock_guard<std::mutex> lock(l->using_);
+  l->drop(id);
+}
+
+}  // extern "C"

@@ -1,0 +1,189 @@
+"""The trunk's end of the `socket` carrier in C++: the same frames, and all calls of a layer in one step.
+
+`socket.SocketLink` does the same in Python, where there is no compiler, and over TLS. What counts here is not that the
+interpreter is slow but that it is large: after experts have streamed their weights through the caches, every layer
+would start by reading it back from memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.errors import KernelsUnavailable, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.native.links import BROKEN, DONE, WAITING, Links, Result
+from moe_ray.transport import wire
+from moe_ray.transport.base import Link, LinkOptions
+from moe_ray.transport.handshake import connect
+from moe_ray.transport.pending import address_of, peer_name
+
+
+@lru_cache
+def links_library(cache_dir: Path) -> Links | None:
+    """The library, once for this process; None where it cannot be built."""
+    try:
+        return Links(cache_dir)
+    except KernelsUnavailable:
+        return None
+
+
+class NativeSocketLink:
+    """`base.Link` over one connection; whoever waits receives."""
+
+    def __init__(self, info: ReplicaInfo, options: LinkOptions, library: Links) -> None:
+        """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""
+        self.info, self.peer = info, peer_name(info, "socket")
+        self.reason: str | None = None
+        self.together = Together(library)
+        self.library, self.ids = library, itertools.count(1)
+        try:
+            self._sock = connect(address_of(info, "socket"), options)
+        except (OSError, EOFError, ProtocolError) as error:
+            raise LinkBroken(f"{self.peer}: {getattr(error, 'strerror', None) or error}") from None
+        self._sock.setblocking(False)
+        self.handle = library.open(self._sock.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.library.free(self.handle)
+            self.handle = 0  # replies that die in one cycle with their link may come after it
+            self._sock.close()
+
+    @property
+    def broken(self) -> bool:
+        return self.reason is not None
+
+    def send(self, call: ExpertCall) -> NativePending:
+        """Write `call`, receiving replies while the peer takes no more. Raises `LinkBroken`, `ProtocolError`."""
+        wire.check_call(call)
+        if self.reason is not None:
+            raise LinkBroken(self.reason)
+        replies = self.together.scatter(
+            [self], call.layer, [call.expert], [call.rows.shape[0]], call.rows, call.weights
+        )
+        call.call_id = replies.ids[0]
+        return NativePending(call, replies)
+
+    def close(self) -> None:
+        """End the link; a thread that waits on it is woken. Idempotent, from any thread."""
+        self.broke("link closed")
+
+    def broke(self, why: str) -> LinkBroken:
+        """Note that the link is broken, if that is news."""
+        if self.reason is None:
+            self.reason = f"{self.peer}: {why}"
+            self.library.fail(self.handle, why)
+        return LinkBroken(self.reason)
+
+    def failure(self, call_id: int, result: Result, asked: str, rows: torch.Tensor, timeout_s: float) -> TransportError:
+        """Why a call that `asked` for the like of `rows` has none; the call is over."""
+        if result.outcome == BROKEN:
+            self.library.forget(self.handle, call_id)
+            return self.broke(self.library.reason(self.handle) or "broken")
+        if result.outcome == WAITING:
+            self.library.forget(self.handle, call_id)
+            return LinkTimeout(f"{self.peer} did not answer {asked} within {timeout_s:g} s")
+        error: TransportError = wire.error_of(result.status, self.library.error(self.handle, call_id))
+        if result.misfit:
+            shape = f"{wire.dtype_name(result.dtype)} [{result.num_rows}, {result.hidden_size}]"
+            error = ProtocolError(f"reply to {asked} is {shape}, expected {rows.dtype} {list(rows.shape)}")
+        elif result.infinite:
+            error = ProtocolError(f"reply to {asked} is not finite (NaN or Inf)")
+        self.library.forget(self.handle, call_id)
+        return type(error)(f"{self.peer}: {error}")
+
+
+class Together:
+    """`base.Together`: calls of one layer on several native links."""
+
+    def __init__(self, library: Links) -> None:
+        self._library = library
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Together) and other._library is self._library
+
+    def __hash__(self) -> int:
+        return id(self._library)
+
+    def scatter(
+        self,
+        links: Sequence[Link],
+        layer: int,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> NativeReplies:
+        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i]. Never fails: `wait` says."""
+        native: list[NativeSocketLink] = links  # type: ignore[assignment]  # whose `together` this is
+        rows, weights = wire.sendable(rows), wire.sendable(weights)
+        ids = [next(link.ids) for link in native]
+        target = torch.empty_like(rows)
+        replies = NativeReplies(self._library, native, ids, layer, experts, counts, target)
+        self._library.scatter(
+            [link.handle for link in native], ids, layer, experts, counts, wire.dtype_code(rows), rows, weights, target
+        )
+        return replies
+
+
+class NativeReplies:
+    """`base.Replies`: the replies of one scatter, which come into `rows` [R, D]."""
+
+    __slots__ = ("_counts", "_experts", "_layer", "_library", "_links", "_waiting", "ids", "rows")
+
+    def __init__(
+        self,
+        library: Links,
+        links: list[NativeSocketLink],
+        ids: list[int],
+        layer: int,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        rows: torch.Tensor,
+    ) -> None:
+        self._library, self._links, self.ids, self.rows = library, links, ids, rows
+        self._layer, self._experts, self._counts, self._waiting = layer, experts, counts, True
+
+    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError]:
+        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there. Once."""
+        results = self._library.gather([link.handle for link in self._links], self.ids, timeout_s)
+        self._waiting = False
+        outcomes: list[ReplicaLoad | TransportError] = []
+        for i, result in enumerate(results):
+            if result.outcome == DONE:
+                outcomes.append(ReplicaLoad(result.queued_rows, result.compute_us, result.queue_us))
+                continue
+            asked, rows = f"layer {self._layer} expert {self._experts[i]}", self.rows[: self._counts[i]]
+            outcomes.append(self._links[i].failure(self.ids[i], result, asked, rows, timeout_s))
+        return outcomes
+
+    def forget(self) -> None:
+        """Stop waiting: `rows` is not written to from now on. Idempotent."""
+        if self._waiting:
+            self._waiting = False
+            for link, call_id in zip(self._links, self.ids, strict=True):
+                self._library.forget(link.handle, call_id)
+
+    def __del__(self) -> None:
+        self.forget()
+
+
+class NativePending:
+    """`base.PendingReply` of a single call."""
+
+    __slots__ = ("_call", "_replies")
+
+    def __init__(self, call: ExpertCall, replies: NativeReplies) -> None:
+        self._call, self._replies = call, replies
+
+    def result(self, timeout_s: float) -> ExpertReply:
+        """Wait for the reply. Errors as in `base.PendingReply.result`."""
+        (outcome,) = self._replies.wait(timeout_s)
+        if isinstance(outcome, TransportError):
+            raise outcome
+        return ExpertReply(self._call.call_id, self._replies.rows, outcome)
