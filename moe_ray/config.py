@@ -88,8 +88,8 @@ class ActorOptions(_Section):
     num_gpus: float = Field(default=0, ge=0)
     resources: Mapping[str, float] = {}
     num_replicas: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1)
-    """Compute threads of the process (CPU)."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of the process (CPU); default: a trunk with native kernels takes all cores, else one."""
 
 
 class ExpertsSection(ActorOptions):

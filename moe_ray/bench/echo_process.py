@@ -7,12 +7,15 @@ import socket
 import struct
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
+from moe_ray.errors import KernelsUnavailable
+from moe_ray.native.kernels import Host, Kernels
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
 SIZE = struct.Struct("<I")
@@ -29,7 +32,7 @@ def listen(carrier: str, options: LinkOptions) -> ExpertServer:
     if carrier == "socket":
         from moe_ray.transport.socket import SocketExpertServer
 
-        return SocketExpertServer(echo, options=options)
+        return SocketExpertServer(echo, options=options, native=native_echo(options))
     if carrier == "grpc":
         from moe_ray.transport.grpc import GrpcExpertServer
 
@@ -37,6 +40,14 @@ def listen(carrier: str, options: LinkOptions) -> ExpertServer:
     from moe_ray.transport.ray import RayExpertServer
 
     return RayExpertServer(echo)
+
+
+def native_echo(options: LinkOptions) -> Host | None:
+    """Who answers sockets without the interpreter, as an expert does where its kernels are native."""
+    try:
+        return None if options.native_dir is None else Host.echo(Kernels(options.native_dir, 1))
+    except KernelsUnavailable:
+        return None
 
 
 def replica(name: str, pid: int, addresses: dict[str, str]) -> ReplicaInfo:
@@ -98,8 +109,10 @@ def main() -> None:
     torch.set_num_threads(1)
     servers: dict[str, Any] = {}
 
-    def open_ports(carriers: Iterable[str], raw: Iterable[str], token: str) -> dict[str, Any]:
-        servers.update({carrier: listen(carrier, LinkOptions(token=token)) for carrier in carriers})
+    def open_ports(carriers: Iterable[str], raw: Iterable[str], token: str, native_dir: str) -> dict[str, Any]:
+        servers.update(
+            {carrier: listen(carrier, LinkOptions(token=token, native_dir=Path(native_dir))) for carrier in carriers}
+        )
         servers.update({f"raw {path}": RawEchoServer(path == "unix") for path in raw})
         return {name: server.address for name, server in servers.items()}
 

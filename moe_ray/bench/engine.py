@@ -113,8 +113,8 @@ def run_engine(options: EngineBenchOptions, progress: Progress) -> Report:
         "output_tokens": options.output_tokens,
         "repeats": repeats,
         "local_threads": _cores(),
-        "trunk_threads": apart["trunk"]["threads"],
-        "expert_threads": apart["experts"]["threads"],
+        "trunk_threads": apart["trunk"]["threads"] or _cores(),
+        "expert_threads": apart["experts"]["threads"] or 1,
         "micro_batches": apart["engine"]["micro_batches"],
         **memory,
     }

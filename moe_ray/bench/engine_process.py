@@ -88,7 +88,7 @@ class EngineHost:
     ) -> dict[str, Any]:
         """Load the trunk and link it to its experts; answers how the engine computes. Raises `CheckpointError`."""
         settings = Config(**config)
-        torch.set_num_threads(settings.trunk.threads)
+        torch.set_num_threads(settings.trunk.threads or 1)
         checkpoint = Checkpoint.open(Path(directory))
         model, dtypes = checkpoint.config, list[torch.dtype]()
         infos = [unpacked(info) for info in experts]

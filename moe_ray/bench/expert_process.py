@@ -26,10 +26,11 @@ class ExpertHost:
     def __init__(self, config: dict[str, Any], directory: str, expert: int, progress: Progress | None = None) -> None:
         """Load every layer of `expert`. Raises `CheckpointError`, `ConfigError`."""
         settings = Config(**config)
-        torch.set_num_threads(settings.experts.threads)
+        threads = settings.experts.threads or 1
+        torch.set_num_threads(threads)
         checkpoint = Checkpoint.open(Path(directory))
         model = checkpoint.config
-        how = numerics(settings, model)
+        how = numerics(settings, model, threads)
         self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
         ffn = ExpertFFN.load(checkpoint, self._keys, how.dtype, how.device, progress, how.kernels)
         checkpoint.close()

@@ -6,11 +6,13 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from moe_ray.bars import Report as Progress
 from moe_ray.bench.child import children, gather
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
+from moe_ray.config import load_config
 from moe_ray.errors import ConfigError
 from moe_ray.transport.handshake import ABSTRACT_UNIX
 
@@ -33,6 +35,8 @@ class TransportBenchOptions:
     message_bytes: tuple[int, ...] = (8 * 1024, 64 * 1024)
     """Rows sent to each replica, and as many come back."""
     rounds: int = 1000
+    native_dir: Path = field(default_factory=lambda: load_config().cache_dir)
+    """Where the native code of the socket carrier is kept."""
 
     def check(self) -> None:
         """Raise `ConfigError` naming the option and what is allowed."""
@@ -62,7 +66,8 @@ def run_transport(options: TransportBenchOptions, progress: Progress) -> Report:
         progress("processes", 0, 1)
         served = [carrier for carrier in ("socket", "grpc") if carrier in options.carriers]
         for replica in replicas:
-            replica.tell("open", carriers=served, raw=PATHS if "raw" in options.carriers else (), token=token)
+            raw = PATHS if "raw" in options.carriers else ()
+            replica.tell("open", carriers=served, raw=raw, token=token, native_dir=str(options.native_dir))
         addresses = gather(replicas)
         trunk.ask("open", progress, known=addresses, ray="ray" in options.carriers)
         progress("processes", 1, 1)
@@ -75,6 +80,7 @@ def run_transport(options: TransportBenchOptions, progress: Progress) -> Report:
                 fan_out=fan_out,
                 size=size,
                 token=token,
+                native_dir=str(options.native_dir),
                 rounds=options.rounds,
                 warmup=min(WARMUP_ROUNDS, options.rounds),
             )

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.echo_process import SIZE, EchoActor, receive, replica
 from moe_ray.core import ExpertCall
-from moe_ray.errors import LinkBroken
+from moe_ray.errors import LinkBroken, TransportError
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
 
@@ -49,14 +50,26 @@ def rows_of(size: int) -> torch.Tensor:
     return torch.randn(max(1, elements // HIDDEN_SIZE), min(elements, HIDDEN_SIZE)).bfloat16()
 
 
-def link_round(lane: Lane, addresses: Addresses, size: int, token: str, closing: contextlib.ExitStack) -> Round:
-    """A round over real links to all `addresses`."""
-    options, links = LinkOptions(token=token), list[Link]()
+def link_round(
+    lane: Lane, addresses: Addresses, size: int, options: LinkOptions, closing: contextlib.ExitStack
+) -> Round:
+    """A round over real links to all `addresses`: together, if the carrier can, as `ExpertPool` does."""
+    links: list[Link] = []
     for i, known in enumerate(addresses):
         info = replica(f"Echo{i}", 0, {lane.carrier: lane.address(known)})
         links.append(connect(lane.carrier, info, options))
         closing.callback(links[-1].close)
-    rows = rows_of(size)
+    rows, together = rows_of(size), links[0].together
+    if together is not None:
+        each, experts = [len(rows)] * len(links), [0] * len(links)
+        batch, weights = rows.repeat(len(links), 1), torch.ones(len(rows) * len(links))
+
+        def run_together() -> None:
+            for outcome in together.scatter(links, 0, experts, each, batch, weights).wait(TIMEOUT_S):
+                if isinstance(outcome, TransportError):
+                    raise outcome
+
+        return run_together
     calls = [ExpertCall(0, 0, rows, torch.ones(len(rows))) for _ in links]
     pairs = list(zip(links, calls, strict=True))
 
@@ -68,7 +81,9 @@ def link_round(lane: Lane, addresses: Addresses, size: int, token: str, closing:
     return run
 
 
-def raw_round(lane: Lane, addresses: Addresses, size: int, token: str, closing: contextlib.ExitStack) -> Round:
+def raw_round(
+    lane: Lane, addresses: Addresses, size: int, options: LinkOptions, closing: contextlib.ExitStack
+) -> Round:
     """The floor: one sendall a peer, then recv_into until its message is complete."""
     socks: list[socket.socket] = []
     for known in addresses:
@@ -101,7 +116,7 @@ def raw_connect(lane: Lane, addresses: dict[str, str]) -> socket.socket:
 
 
 def measure(
-    lanes: list[Lane], addresses: Addresses, size: int, token: str, rounds: int, warmup: int
+    lanes: list[Lane], addresses: Addresses, size: int, options: LinkOptions, rounds: int, warmup: int
 ) -> list[list[float]]:
     """Microseconds of each round, per lane.
 
@@ -111,7 +126,7 @@ def measure(
     times: list[list[float]] = [[] for _ in lanes]
     with contextlib.ExitStack() as closing:
         runs = [
-            (raw_round if lane.carrier == "raw" else link_round)(lane, addresses, size, token, closing)
+            (raw_round if lane.carrier == "raw" else link_round)(lane, addresses, size, options, closing)
             for lane in lanes
         ]
         pairs, order = list(zip(runs, times, strict=True)), random.Random(0)
@@ -150,9 +165,12 @@ def main() -> None:
                     parent.progress("Ray actors", i + 1, len(actors))
             return {}
 
-        def run(lanes: list[list[str]], fan_out: int, size: int, **how: Any) -> dict[str, Any]:
+        def run(
+            lanes: list[list[str]], fan_out: int, size: int, token: str, native_dir: str, **how: int
+        ) -> dict[str, Any]:
             ways = [Lane(carrier, path or None) for carrier, path in lanes]
-            times = measure(ways, addresses[:fan_out], size, **how)
+            options = LinkOptions(token=token, native_dir=Path(native_dir))
+            times = measure(ways, addresses[:fan_out], size, options, **how)
             return {"lanes": [summary(taken) for taken in times]}
 
         answer_commands(parent, {"open": open_replicas, "measure": run})

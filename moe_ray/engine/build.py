@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ class Numerics:
     """Native kernels with this process's compute threads, where they are wanted and work."""
 
 
-def numerics(config: Config, model: ModelConfig) -> Numerics:
-    """Choose dtype, device and kernels; torch's number of threads holds for the kernels too.
+def numerics(config: Config, model: ModelConfig, threads: int | None = None) -> Numerics:
+    """Choose dtype, device and kernels. `threads` of native kernels; default: the cores of this process.
 
     Raises `ConfigError` when CUDA or native kernels are asked for and absent.
     """
@@ -50,17 +51,22 @@ def numerics(config: Config, model: ModelConfig) -> Numerics:
     cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
     dtype = getattr(torch, dtype_name(config, model, cuda))
-    return Numerics(dtype, device, _kernels(config, dtype, cuda))
+    return Numerics(dtype, device, _kernels(config, dtype, cuda, threads or cores()))
 
 
-def _kernels(config: Config, dtype: torch.dtype, cuda: bool) -> Kernels | None:
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _kernels(config: Config, dtype: torch.dtype, cuda: bool, threads: int) -> Kernels | None:
     wanted = config.model.kernels
     if wanted == "torch" or (wanted == "auto" and (cuda or dtype != torch.bfloat16)):
         return None
     try:
         if cuda or dtype != torch.bfloat16:
             raise KernelsUnavailable(f"they compute bfloat16 on a CPU, not {dtype} on {'CUDA' if cuda else 'a CPU'}")
-        return Kernels(config.cache_dir, torch.get_num_threads())
+        return Kernels(config.cache_dir, threads)
     except KernelsUnavailable as error:
         if wanted == "native":
             raise ConfigError(f"model.kernels is 'native': {error}") from None
@@ -134,7 +140,7 @@ def build_engine(
 ) -> Engine:
     """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`."""
     model = checkpoint.config
-    how = numerics(config, model)
+    how = numerics(config, model, config.trunk.threads)
     experts = make_experts(how)
     # On a GPU the cache takes what the weights leave, so the trunk is loaded first, with room for any position.
     longest = config.model.max_model_len or model.max_position_embeddings

@@ -121,7 +121,7 @@ class ExpertFFN:
         if len(native) < len(self._ffns) or not native:
             return None
         first = next(iter(native.values()))
-        host = Host(first.kernels, hidden_size, first.inner, max_batched_rows)
+        host = Host.of(first.kernels, hidden_size, first.inner, max_batched_rows)
         for key, ffn in native.items():
             host.add(*key, ffn.w13, ffn.w2)
         return host

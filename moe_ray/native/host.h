@@ -23,6 +23,7 @@ class Host {
   using Ffn = void (*)(void* pool, const bf16* x, const float* weights, int64_t rows, const bf16* w13, const bf16* w2,
                        int64_t hidden, int64_t inner, bf16* out);
 
+  // hidden 0: rows of any width.
   Host(void* pool, Ffn ffn, int64_t hidden, int64_t inner, int64_t most)
       : pool_(pool), ffn_(ffn), hidden_(hidden), inner_(inner), most_(most) {}
 
@@ -75,7 +76,8 @@ class Host {
         send_all(fd, &part, 1, [&] { ready(fd, POLLOUT, -1); });
         continue;
       }
-      out.resize(h.num_rows * hidden_);
+      out.resize(h.num_rows * h.hidden_size);
+      call.hidden = static_cast<int64_t>(h.hidden_size);
       call.key = {h.layer, h.expert};
       call.count = static_cast<int64_t>(h.num_rows);
       call.out = out.data();
@@ -104,7 +106,7 @@ class Host {
     std::vector<bf16> rows;
     std::vector<float> weights;
     bf16* out = nullptr;
-    int64_t count = 0;
+    int64_t count = 0, hidden = 0;
     uint64_t arrived = 0, started = 0, ended = 0, queued = 0;
     bool done = false;
   };
@@ -117,7 +119,7 @@ class Host {
     if (!held_.count({h.layer, h.expert}))
       return "layer " + std::to_string(h.layer) + " expert " + std::to_string(h.expert) +
              " is not held by this replica";
-    if (static_cast<int64_t>(h.hidden_size) != hidden_)
+    if (hidden_ && static_cast<int64_t>(h.hidden_size) != hidden_)
       return "rows have " + std::to_string(h.hidden_size) + " columns, expected " + std::to_string(hidden_);
     if (h.dtype != kBFloat16) return "rows are not bfloat16, in which this replica computes";
     return "";
@@ -143,30 +145,31 @@ class Host {
     {
       std::lock_guard<std::mutex> lock(state_);
       for (Call* other : waiting_)
-        if (other != &first && other->key == first.key && rows + other->count <= most_)
+        if (other != &first && other->key == first.key && other->hidden == first.hidden && rows + other->count <= most_)
           batch.push_back(other), rows += other->count;
       waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(),
                                     [&](Call* c) { return std::count(batch.begin(), batch.end(), c) > 0; }),
                      waiting_.end());
     }
     const auto& weights = held_.at(first.key);
+    const int64_t hidden = first.hidden;
     const uint64_t started = now();
     if (batch.size() == 1) {
-      ffn_(pool_, first.rows.data(), first.weights.data(), rows, weights.first, weights.second, hidden_, inner_,
+      ffn_(pool_, first.rows.data(), first.weights.data(), rows, weights.first, weights.second, hidden, inner_,
            first.out);
     } else {
-      std::vector<bf16> x(rows * hidden_), out(rows * hidden_);
+      std::vector<bf16> x(rows * hidden), out(rows * hidden);
       std::vector<float> factors(rows);
       int64_t at = 0;
       for (const Call* c : batch) {
-        std::memcpy(x.data() + at * hidden_, c->rows.data(), c->count * hidden_ * sizeof(bf16));
+        std::memcpy(x.data() + at * hidden, c->rows.data(), c->count * hidden * sizeof(bf16));
         std::memcpy(factors.data() + at, c->weights.data(), c->count * sizeof(float));
         at += c->count;
       }
-      ffn_(pool_, x.data(), factors.data(), rows, weights.first, weights.second, hidden_, inner_, out.data());
+      ffn_(pool_, x.data(), factors.data(), rows, weights.first, weights.second, hidden, inner_, out.data());
       at = 0;
       for (const Call* c : batch) {
-        std::memcpy(c->out, out.data() + at * hidden_, c->count * hidden_ * sizeof(bf16));
+        std::memcpy(c->out, out.data() + at * hidden, c->count * hidden * sizeof(bf16));
         at += c->count;
       }
     }

@@ -55,6 +55,7 @@ _SIGNATURES: Final = {
     "layer_front": (None, (c_void_p, POINTER(Shape), POINTER(Layer), POINTER(Step), *(c_void_p,) * 5)),
     "combine": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "host_new": (c_void_p, (c_void_p, c_int64, c_int64, c_int64)),
+    "host_new_echo": (c_void_p, ()),
     "host_free": (None, (c_void_p,)),
     "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
     "host_stats": (None, (c_void_p, c_void_p)),
@@ -152,9 +153,20 @@ class HostStats(ctypes.Structure):
 class Host:
     """Serves packed experts on sockets, without the interpreter. Thread-safe once all are added."""
 
-    def __init__(self, kernels: Kernels, hidden: int, inner: int, max_batched_rows: int) -> None:
+    def __init__(self, kernels: Kernels, host: int) -> None:
+        """`host`: as the library made it; it is freed with this object."""
         self._kernels, self._held = kernels, list[torch.Tensor]()
-        self._host: int | None = kernels.library.host_new(kernels.pool, hidden, inner, max_batched_rows)
+        self._host: int | None = host
+
+    @staticmethod
+    def of(kernels: Kernels, hidden: int, inner: int, max_batched_rows: int) -> Host:
+        """A host of experts that are yet to be added."""
+        return Host(kernels, kernels.library.host_new(kernels.pool, hidden, inner, max_batched_rows))
+
+    @staticmethod
+    def echo(kernels: Kernels) -> Host:
+        """A host that returns the bfloat16 rows of (layer 0, expert 0) as they come: to measure what carries them."""
+        return Host(kernels, kernels.library.host_new_echo())
 
     def __del__(self) -> None:
         if getattr(self, "_host", None) is not None:

@@ -34,10 +34,11 @@ class ExpertReplica:
         """Load and listen. Raises `CheckpointError`, `ConfigError`."""
         telemetry.configure(config.log_level)
         started, name = time.perf_counter(), serve.get_replica_context().deployment
-        torch.set_num_threads(config.experts.of(expert).threads)
+        threads = config.experts.of(expert).threads or 1
+        torch.set_num_threads(threads)
         checkpoint = Checkpoint.open(resolve_model(config))
         model = checkpoint.config
-        how = numerics(config, model)
+        how = numerics(config, model, threads)
         keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
         ffn = ExpertFFN.load(checkpoint, keys, how.dtype, how.device, reporter(name), how.kernels)
         checkpoint.close()

@@ -43,7 +43,7 @@ class TrunkReplica:
         """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`."""
         telemetry.configure(config.log_level)
         started, context = time.perf_counter(), serve.get_replica_context()
-        torch.set_num_threads(config.trunk.threads)
+        torch.set_num_threads(config.trunk.threads or 1)
         checkpoint = Checkpoint.open(resolve_model(config))
 
         def make_experts(how: Numerics) -> ExpertPool:
