@@ -2,6 +2,8 @@
 // interpreter. Calls of the same layer that wait together (from several trunks) are computed as one batch.
 #pragma once
 
+#include <sched.h>
+
 #include <algorithm>
 #include <chrono>
 #include <map>
@@ -31,6 +33,10 @@ class Host {
 
   // Answers calls until the connection ends.
   void serve(int fd) {
+    // A batch thread that wakes does not preempt others: else, on a machine shared with the trunk, the first call that
+    // the trunk sends would take its core, and the calls to the other experts would wait for that expert to finish.
+    const sched_param normal{};
+    sched_setscheduler(0, SCHED_BATCH, &normal);
     std::vector<uint8_t> stage(4096 + kMaxHeader);
     std::vector<bf16> out;
     Call call;
