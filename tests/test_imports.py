@@ -35,8 +35,21 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "hub": {*BASE, "config", "demo"},
     "report": {*DATA, "plan", "model", "engine"},
     "llm": {*DATA, "model", "experts", "engine"},
-    "serve": {*DATA, "pb", "plan", "report", "bars", "transport", "model", "experts", "engine", "__init__"},
-    "bench": {*DATA, "pb", "plan", "bars", "llm", "transport", "model", "experts", "engine", "serve", "__init__"},
+    "serve": {*DATA, "pb", "native", "plan", "report", "bars", "transport", "model", "experts", "engine", "__init__"},
+    "bench": {
+        *DATA,
+        "pb",
+        "native",
+        "plan",
+        "bars",
+        "llm",
+        "transport",
+        "model",
+        "experts",
+        "engine",
+        "serve",
+        "__init__",
+    },
 }
 NEVER = {  # room → packages that must not appear in it
     "core": {"ray", "grpc", "transformers", "numpy"},

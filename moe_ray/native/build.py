@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -13,8 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from moe_ray.errors import KernelsUnavailable
 
@@ -40,7 +39,7 @@ def shared_library(name: str, cache_dir: Path) -> ctypes.CDLL:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise KernelsUnavailable(f"they exist for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
     sources, flags = LIBRARIES[name]
-    if flags is AVX512 and not torch.cpu._is_avx512_bf16_supported():
+    if flags is AVX512 and not _has_avx512_bf16():
         raise KernelsUnavailable("this CPU has no AVX512-BF16 instructions")
     path = cache_dir / "native" / f"{name}-{_fingerprint(sources, flags)}.so"
     try:
@@ -55,12 +54,24 @@ def shared_library(name: str, cache_dir: Path) -> ctypes.CDLL:
         raise KernelsUnavailable(f"{path}: {error}") from None
 
 
+def prepare(cache_dir: Path) -> None:
+    """Build what this machine can run, so that nobody has to wait for it later."""
+    for name in LIBRARIES:
+        with contextlib.suppress(KernelsUnavailable):
+            shared_library(name, cache_dir)
+
+
 def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
     """Tell ctypes the functions of a library: name → (result, arguments)."""
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def _has_avx512_bf16() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and " avx512_bf16" in cpu.read_text(encoding="utf-8", errors="replace")
 
 
 def _fingerprint(sources: Sequence[str], flags: Sequence[str]) -> str:

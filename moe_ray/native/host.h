@@ -3,17 +3,24 @@
 #pragma once
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "frames.h"
 #include "simd.h"
 
 namespace moe_ray {
+
+constexpr size_t kFewCores = 4;  // from more on there is a free core for every thread that wakes
+
+constexpr int64_t kShortCall = 16;  // rows up to which a call is bound by reading weights
 
 struct HostStats {
   uint64_t calls, batches, rows, queued_rows, busy_ns;
@@ -32,71 +39,21 @@ class Host {
   void add(uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) { held_[{layer, expert}] = {w13, w2}; }
 
   // Answers calls until the connection ends.
+  //
+  // On a machine of few cores, as many threads as cores wait for the next call, each bound to its own core, and the one
+  // whose core is free first takes it. Left to the scheduler, two experts that are called one right after the other
+  // often queue on one core while the other idles, and every layer of a single stream takes twice as long.
   void serve(int fd) {
-    // A batch thread that wakes does not preempt others: else, on a machine shared with the trunk, the first call that
-    // the trunk sends would take its core, and the calls to the other experts would wait for that expert to finish.
-    const sched_param normal{};
-    sched_setscheduler(0, SCHED_BATCH, &normal);
-    std::vector<uint8_t> stage(4096 + kMaxHeader);
-    std::vector<bf16> out;
-    Call call;
-    size_t start = 0, end = 0;
-    const auto more = [&](uint8_t* target, size_t size, bool may_idle) {
-      for (;;) {
-        if (const size_t got = receive(fd, target, size)) return got;
-        if (!ready(fd, POLLIN, may_idle ? -1 : kStallMs)) throw Closed("nothing came for 30 s amid a message");
-      }
-    };
-    const auto stage_up_to = [&](size_t size) {
-      if (start) std::memmove(stage.data(), stage.data() + start, end - start), end -= start, start = 0;
-      while (end < size) end += more(stage.data() + end, std::max<size_t>(size, 4096) - end, end == 0);
-    };
-    const auto read_into = [&](void* target, size_t size) {
-      auto* to = static_cast<uint8_t*>(target);
-      const size_t staged = std::min(size, end - start);
-      std::memcpy(to, stage.data() + start, staged);
-      start += staged;
-      for (size_t at = staged; at < size;) at += more(to + at, size - at, false);
-    };
-    for (;;) {
-      if (end - start < 4) stage_up_to(4);
-      uint32_t length;
-      std::memcpy(&length, stage.data() + start, 4);
-      if (length > kMaxHeader) throw Malformed("a header of " + std::to_string(length) + " bytes");
-      if (end - start < 4 + length) stage_up_to(4 + length);
-      const Header h = parse(stage.data() + start + 4, length, false);
-      start += 4 + length;
-      // Room for rows that fit; what does not is read, so that the calls behind it are found, and refused.
-      const uint64_t bytes = h.row_bytes();
-      call.rows.resize((bytes + 1) / 2);
-      call.weights.resize(h.num_rows);
-      read_into(call.rows.data(), bytes);
-      read_into(call.weights.data(), h.num_rows * sizeof(float));
-      const std::string why = refusal(h);
-      Writer w;
-      w.number(1, h.call_id);
-      if (!why.empty()) {
-        w.number(2, kRefused);
-        w.text(3, why);
-        iovec part = w.done();
-        send_all(fd, &part, 1, [&] { ready(fd, POLLOUT, -1); });
-        continue;
-      }
-      out.resize(h.num_rows * h.hidden_size);
-      call.hidden = static_cast<int64_t>(h.hidden_size);
-      call.key = {h.layer, h.expert};
-      call.count = static_cast<int64_t>(h.num_rows);
-      call.out = out.data();
-      compute(call);
-      w.number(4, h.num_rows);
-      w.number(5, h.hidden_size);
-      w.number(6, h.dtype);
-      w.number(7, call.queued);
-      w.number(8, (call.ended - call.started) / 1000);
-      w.number(9, (call.started - call.arrived) / 1000);
-      iovec parts[] = {w.done(), {out.data(), bytes}};
-      send_all(fd, parts, 2, [&] { ready(fd, POLLOUT, -1); });
+    Connection connection{fd};
+    const std::vector<int> cores = cores_of_this_process();
+    if (cores.size() > kFewCores) {
+      answer(connection, -1);
+      return;
     }
+    std::vector<std::thread> others;
+    for (size_t i = 1; i < cores.size(); i++) others.emplace_back([&, i] { answer(connection, cores[i]); });
+    answer(connection, cores[0]);
+    for (auto& other : others) other.join();
   }
 
   HostStats stats() {
@@ -116,6 +73,127 @@ class Host {
     uint64_t arrived = 0, started = 0, ended = 0, queued = 0;
     bool done = false;
   };
+
+  struct Connection {
+    explicit Connection(int fd) : fd(fd), stage(4096 + kMaxHeader) {}
+
+    size_t more(uint8_t* target, size_t size) {
+      for (;;) {
+        if (const size_t got = receive(fd, target, size)) return got;
+        if (!ready(fd, POLLIN, kStallMs)) throw Closed("nothing came for 30 s amid a message");
+      }
+    }
+    void stage_up_to(size_t size) {
+      if (start) std::memmove(stage.data(), stage.data() + start, end - start), end -= start, start = 0;
+      while (end < size) end += more(stage.data() + end, std::max<size_t>(size, 4096) - end);
+    }
+    void read_into(void* target, size_t size) {
+      auto* to = static_cast<uint8_t*>(target);
+      const size_t staged = std::min(size, end - start);
+      std::memcpy(to, stage.data() + start, staged);
+      start += staged;
+      for (size_t at = staged; at < size;) at += more(to + at, size - at);
+    }
+
+    const int fd;
+    std::mutex reading;  // held from the first byte of a call to the last of its reply
+    bool over = false;
+    std::atomic<bool> staged{false};  // the next call has begun to come
+    std::vector<uint8_t> stage;
+    size_t start = 0, end = 0;
+    Call call;
+    std::vector<bf16> out;
+  };
+
+  static std::vector<int> cores_of_this_process() {
+    cpu_set_t set;
+    std::vector<int> cores;
+    if (sched_getaffinity(getpid(), sizeof(set), &set) == 0)
+      for (int i = 0; i < CPU_SETSIZE; i++)
+        if (CPU_ISSET(i, &set)) cores.push_back(i);
+    return cores.empty() ? std::vector<int>{-1} : cores;
+  }
+
+  // One thread's share of a connection; `core` -1: any.
+  void answer(Connection& c, int core) {
+    // A batch thread that wakes does not preempt others: else, on a machine shared with the trunk, the first call that
+    // the trunk sends would take its core, and the calls to the other experts would wait for that expert to finish.
+    const sched_param normal{};
+    sched_setscheduler(0, SCHED_BATCH, &normal);
+    cpu_set_t mine, all;
+    CPU_ZERO(&mine);
+    if (core >= 0) CPU_SET(core, &mine);
+    const bool bound = core >= 0 && sched_getaffinity(getpid(), sizeof(all), &all) == 0 && bind(mine);
+    for (;;) {
+      try {
+        if (!c.staged.load(std::memory_order_relaxed)) ready(c.fd, POLLIN, -1);
+        std::lock_guard<std::mutex> lock(c.reading);
+        if (c.over) return;
+        if (c.end == c.start) {
+          c.start = 0;
+          c.end = receive(c.fd, c.stage.data(), 4096);
+          if (!c.end) continue;  // another thread took the call
+        }
+        one(c, [&](int64_t rows, const auto& work) {
+          // A long call may be moved to a core that has become free.
+          const bool loose = bound && rows > kShortCall && bind(all);
+          work();
+          if (loose) bind(mine);
+        });
+        c.staged.store(c.end != c.start, std::memory_order_relaxed);
+      } catch (const std::exception&) {
+        std::lock_guard<std::mutex> lock(c.reading);
+        c.over = true;
+        ::shutdown(c.fd, SHUT_RDWR);  // wakes the other threads
+        return;
+      }
+    }
+  }
+
+  static bool bind(const cpu_set_t& set) { return sched_setaffinity(0, sizeof(set), &set) == 0; }
+
+  // Reads a call that has begun, computes it by around(rows, work) and replies.
+  template <class Around>
+  void one(Connection& c, const Around& around) {
+    if (c.end - c.start < 4) c.stage_up_to(4);
+    uint32_t length;
+    std::memcpy(&length, c.stage.data() + c.start, 4);
+    if (length > kMaxHeader) throw Malformed("a header of " + std::to_string(length) + " bytes");
+    if (c.end - c.start < 4 + length) c.stage_up_to(4 + length);
+    const Header h = parse(c.stage.data() + c.start + 4, length, false);
+    c.start += 4 + length;
+    // What does not fit is read, so that the calls behind it are found, and refused.
+    const uint64_t bytes = h.row_bytes();
+    Call& call = c.call;
+    call.rows.resize((bytes + 1) / 2);
+    call.weights.resize(h.num_rows);
+    c.read_into(call.rows.data(), bytes);
+    c.read_into(call.weights.data(), h.num_rows * sizeof(float));
+    const std::string why = refusal(h);
+    Writer w;
+    w.number(1, h.call_id);
+    if (!why.empty()) {
+      w.number(2, kRefused);
+      w.text(3, why);
+      iovec part = w.done();
+      send_all(c.fd, &part, 1, [&] { ready(c.fd, POLLOUT, -1); });
+      return;
+    }
+    c.out.resize(h.num_rows * h.hidden_size);
+    call.key = {h.layer, h.expert};
+    call.count = static_cast<int64_t>(h.num_rows);
+    call.hidden = static_cast<int64_t>(h.hidden_size);
+    call.out = c.out.data();
+    around(call.count, [&] { compute(call); });
+    w.number(4, h.num_rows);
+    w.number(5, h.hidden_size);
+    w.number(6, h.dtype);
+    w.number(7, call.queued);
+    w.number(8, (call.ended - call.started) / 1000);
+    w.number(9, (call.started - call.arrived) / 1000);
+    iovec parts[] = {w.done(), {c.out.data(), bytes}};
+    send_all(c.fd, parts, 2, [&] { ready(c.fd, POLLOUT, -1); });
+  }
 
   static uint64_t now() {
     return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());

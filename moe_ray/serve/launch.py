@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,12 @@ from moe_ray.config import Config
 from moe_ray.engine.tokenizer import Tokenizer
 from moe_ray.errors import ConfigError, MoeRayError, NotReady
 from moe_ray.hub import resolve_model
+from moe_ray.native.build import prepare
 from moe_ray.report import Planned, planned, print_plan
 from moe_ray.serve.app import APP_NAME, build_app
 from moe_ray.serve.local_ray import reach
 from moe_ray.serve.progress import NAME, NAMESPACE, LoadingBoard
+from moe_ray.serve.timeline import Timeline
 
 INGRESSES = ("python", "haproxy")
 DEFAULT_PORT = 8000
@@ -60,7 +63,7 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
 
     Raises `CheckpointError` or `ConfigError` before anything is started, `DeployFailed` if an actor does not come up.
     """
-    started = time.monotonic()
+    timeline = Timeline()
     if options.ingress not in INGRESSES:
         raise ConfigError(f"ingress {options.ingress!r} is not one of {', '.join(INGRESSES)}")
     with loading_bars(console) as progress:
@@ -69,6 +72,7 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     plan = planned(config, directory)
     Tokenizer(directory)
     print_plan(console, plan, None)
+    timeline.mark("model")
     if options.address is None:
         _check_port(options.host, options.port)
     # Both, and by name: a shell starts background jobs with SIGINT ignored.
@@ -76,11 +80,13 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with console.status("starting Ray" if options.address is None else f"joining Ray at {options.address}"):
-            dashboard = _start_ray(options, config)
+            with _native_code(config):
+                dashboard = _start_ray(options, config)
+            timeline.mark("Ray")
         # Ray takes SIGTERM for itself while it starts.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        _deploy(config, options, plan, console)
-        _greet(config, options, dashboard, console, time.monotonic() - started)
+        _deploy(config, options, plan, console, timeline)
+        _greet(config, options, dashboard, console, timeline)
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -90,6 +96,17 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _stop(options)
     console.print("stopped")
+
+
+@contextlib.contextmanager
+def _native_code(config: Config) -> Iterator[None]:
+    """Build what is native meanwhile, if this machine has not yet: so that no actor has to. None is needed to run."""
+    thread = threading.Thread(target=prepare, args=(config.cache_dir,), name="native-build", daemon=True)
+    if config.model.kernels != "torch":
+        thread.start()
+    yield
+    if thread.ident is not None:
+        thread.join()
 
 
 def _start_ray(options: LaunchOptions, config: Config) -> str:
@@ -117,7 +134,7 @@ def _start_ray(options: LaunchOptions, config: Config) -> str:
     return context.dashboard_url or ""
 
 
-def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Console) -> None:
+def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Console, timeline: Timeline) -> None:
     log_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         proxy_location="HeadOnly" if options.address is None else "EveryNode",
@@ -135,20 +152,28 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
 
     thread = threading.Thread(target=deploy, name="deploy", daemon=True)
     thread.start()
+    ahead = ["weights", "actors"]  # stretches that have not ended
     with loading_bars(console) as progress:
         for actor, total in plan.bytes_to_read.items():
             progress(actor, 0, total)
         while thread.is_alive():
-            for actor, (done, total) in ray.get(board.rows.remote()).items():
+            rows = ray.get(board.rows.remote())
+            for actor, (done, total) in rows.items():
                 progress(actor, done, total)
+            if rows and "actors" in ahead:
+                timeline.mark(ahead.pop())
+            if len(rows) == len(plan.bytes_to_read) and all(done == total for done, total in rows.values()) and ahead:
+                timeline.mark(ahead.pop())
             _raise_if_failed(failure)
             thread.join(timeout=0.2)
         for actor, (done, total) in ray.get(board.rows.remote()).items():
             progress(actor, done, total)
     ray.kill(board)
     _raise_if_failed(failure)
+    timeline.mark("Serve")
     with console.status("linking trunk and experts"):
         _wait_ready(f"http://{_reachable(options)}/health")
+    timeline.mark("links")
 
 
 def _raise_if_failed(failure: list[BaseException]) -> None:
@@ -181,11 +206,12 @@ def _wait_ready(url: str) -> None:
     raise NotReady(f"not ready after {READY_TIMEOUT_S:g} s; still missing: {', '.join(missing)}")
 
 
-def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Console, seconds: float) -> None:
+def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Console, timeline: Timeline) -> None:
     url = f"http://{_reachable(options)}"
     question = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"model": config.served_name, "messages": question, "temperature": 0}
-    console.print(f"\n[bold green]ready[/] in {seconds:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)\n")
+    console.print(f"\n[bold green]ready[/] in {timeline.total:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)")
+    console.print(f"  {timeline}\n", style="dim", highlight=False)
     console.print(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n",
         soft_wrap=True,
