@@ -100,7 +100,8 @@ class ExpertsSection(ActorOptions):
     deadline_s: float = Field(default=60.0, gt=0)
     """How long a call waits for a live replica before its requests fail with 503."""
     call_timeout_s: float = Field(default=30.0, gt=0)
-    refresh_s: float = Field(default=2.0, gt=0)
+    refresh_s: float = Field(default=5.0, gt=0)
+    """How often a trunk asks who the replicas are; at once when a link breaks."""
 
     def of(self, expert: int) -> ActorOptions:
         """The actor options of one expert. Raises `ConfigError` on an unknown key in its override."""

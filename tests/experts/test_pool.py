@@ -1,4 +1,4 @@
-"""The pool and its directory over real gRPC links: who is chosen, who answers when somebody dies, and what is said."""
+"""The pool and its directory over real links, gRPC and native sockets: who is chosen, who answers when one dies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import ConfigError, ExpertFailed, ExpertUnavailable, NotReady, ProtocolError, TransportError
 from moe_ray.experts.discovery import Directory, Replica
 from moe_ray.experts.pool import ExpertPool, PoolOptions, choose
-from moe_ray.transport.base import Link
-from moe_ray.transport.grpc import GrpcExpertServer, GrpcLink
+from moe_ray.model.moe import Routed
+from moe_ray.transport import connect
+from moe_ray.transport.base import Link, LinkOptions
+from moe_ray.transport.grpc import GrpcExpertServer
 from moe_ray.transport.local import LocalLink
+from moe_ray.transport.socket import SocketExpertServer
 
+NATIVE = LinkOptions(native_dir=load_config().cache_dir)
 WIDTH, EXPERT, KEY = 8, 3, (0, 3)
 
 
@@ -31,9 +36,10 @@ def expected(asked: ExpertCall) -> torch.Tensor:
 
 @dataclass(eq=False)
 class Server:
-    """A real gRPC expert in this process whose behaviour a test can change."""
+    """A real expert in this process whose behaviour a test can change."""
 
     name: str
+    carrier: str
     keys: frozenset[tuple[int, int]] = frozenset({KEY})
     error: TransportError | None = None
     gate: threading.Event = field(default_factory=threading.Event)
@@ -45,7 +51,7 @@ class Server:
         self.listen()
 
     def listen(self) -> None:
-        self.server = GrpcExpertServer(self.handle)
+        self.server = {"grpc": GrpcExpertServer, "socket": SocketExpertServer}[self.carrier](self.handle)
 
     def handle(self, asked: ExpertCall) -> ExpertReply:
         self.calls += 1
@@ -56,7 +62,7 @@ class Server:
         return ExpertReply(asked.call_id, asked.rows * asked.weights[:, None], ReplicaLoad(queued_rows=self.calls))
 
     def info(self) -> ReplicaInfo:
-        return ReplicaInfo(self.name, "node", 1, self.keys, WIDTH, "float32", {"grpc": self.server.address})
+        return ReplicaInfo(self.name, "node", 1, self.keys, WIDTH, "float32", {self.carrier: self.server.address})
 
     def die(self) -> None:
         """End at once; a call being computed is lost."""
@@ -67,7 +73,8 @@ class Server:
 class World:
     """Servers, what discovery says of them, and everything to be closed in the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, carrier: str) -> None:
+        self.carrier = carrier
         self.servers: list[Server] = []
         self.found: list[Server] = []
         self.away = False
@@ -75,7 +82,7 @@ class World:
         self.directories: list[Directory] = []
 
     def server(self, name: str, **how: object) -> Server:
-        server = Server(name, **how)  # type: ignore[arg-type]
+        server = Server(name, self.carrier, **how)  # type: ignore[arg-type]
         self.servers.append(server)
         self.found.append(server)
         return server
@@ -86,7 +93,7 @@ class World:
         return [server.info() for server in self.found]
 
     def connect(self, info: ReplicaInfo) -> Link:
-        link = GrpcLink(info)
+        link = connect(self.carrier, info, NATIVE)
         self.links.append(link)
         return link
 
@@ -109,9 +116,9 @@ class World:
             server.die()
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    world = World()
+@pytest.fixture(params=["grpc", "socket"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(request.param)
     yield world
     world.close()
     assert all(link.broken for link in world.links), "a link outlived its directory"
@@ -358,7 +365,7 @@ def test_a_replica_that_restarts_under_its_name_at_another_address(world: World)
     server.server.close()
     server.listen()
     assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
-    eventually(lambda: [r.info.addresses["grpc"] for r in pool.replicas()] == [server.server.address])
+    eventually(lambda: [r.info.addresses[world.carrier] for r in pool.replicas()] == [server.server.address])
 
 
 def test_a_new_address_counts_even_while_the_old_one_still_answers(world: World) -> None:
@@ -371,7 +378,7 @@ def test_a_new_address_counts_even_while_the_old_one_still_answers(world: World)
     directory.refresh()
     (new,) = pool.replicas()
     assert old.link.broken
-    assert new.info.addresses == {"grpc": server.server.address}
+    assert new.info.addresses == {world.carrier: server.server.address}
     assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
     left_behind.close()
 
@@ -428,3 +435,86 @@ def test_close_ends_the_thread_and_every_wait(world: World) -> None:
     waiting.join(timeout=5)
     assert not waiting.is_alive()
     assert not [t for t in threading.enumerate() if t.name == "expert-directory"]
+
+
+TWO = frozenset({(0, 3), (0, 6)})
+
+
+def routed() -> tuple[Routed, torch.Tensor]:
+    """Two rows for expert 3 and three for expert 6, and what comes of them."""
+    rows, weights = torch.randn(5, WIDTH), torch.rand(5)
+    return Routed(rows, weights, [0, 0, 0, 2, 0, 0, 3, 0], torch.arange(5).view(5, 1)), rows * weights[:, None]
+
+
+def spoil(reply: ExpertReply) -> ExpertReply:
+    reply.rows[0, 0] = float("nan")
+    return reply
+
+
+def test_a_layer_goes_out_at_once_and_comes_home_in_order(world: World) -> None:
+    servers = [world.server(name, keys=TWO) for name in "ab"]
+    pool = world.pool()
+    for _ in range(20):
+        layer, wanted = routed()
+        pending = pool.submit(0, layer)
+        assert torch.equal(pending.gather(), wanted)
+        pending.abandon()
+    assert idle(pool)
+    assert sum(server.calls for server in servers) == 40
+    assert {replica.load.queued_rows for replica in pool.replicas()} == {server.calls for server in servers}
+    assert pool.retries == 0
+
+
+@pytest.mark.parametrize("fault", ["fails", "refuses", "nan", "dies", "late"])
+def test_a_layer_survives_a_replica(world: World, fault: str) -> None:
+    """The replica that is chosen first spoils its part; the other has to do all."""
+    bad = world.server("a", keys=TWO)
+    pool = world.pool(call_timeout_s=0.3 if fault == "late" else 10.0)
+    world.server("b", keys=TWO)
+    eventually(lambda: len(pool.replicas()) == 2)
+    if fault == "nan":
+        good = bad.handle
+        world.found.remove(bad)
+        bad.server.close()
+        bad.handle = lambda asked: spoil(good(asked))  # type: ignore[method-assign]
+        bad.listen()
+        bad.name = "a2"
+        world.found.insert(0, bad)
+        eventually(lambda: {r.info.replica_id for r in pool.replicas()} == {"a2", "b"})
+    bad.error = {"fails": ExpertFailed("no"), "refuses": ProtocolError("no")}.get(fault)
+    if fault in ("dies", "late"):
+        bad.gate.clear()
+    layer, wanted = routed()
+    for replica in pool.replicas():
+        replica.calls += 10 * (replica.info.replica_id == "b")  # so that the bad one is chosen first
+    pending = pool.submit(0, layer)
+    if fault == "dies":
+        assert bad.entered.acquire(timeout=10)
+        bad.die()
+    assert torch.equal(pending.gather(), wanted)
+    assert pool.retries >= 1
+    assert idle(pool)
+    bad.gate.set()
+
+
+def test_a_layer_that_is_given_up_leaves_nothing_behind(world: World) -> None:
+    server = world.server("a", keys=TWO)
+    pool = world.pool()
+    server.gate.clear()
+    layer, _ = routed()
+    pending = pool.submit(0, layer)
+    assert sum(replica.outstanding_rows for replica in pool.replicas()) == 5
+    pending.abandon()
+    pending.abandon()
+    assert idle(pool)
+    server.gate.set()
+    layer, wanted = routed()
+    assert torch.equal(pool.submit(0, layer).gather(), wanted)
+
+
+def test_a_layer_without_an_expert_waits_and_says_who_is_missing(world: World) -> None:
+    world.server("a", keys=frozenset({(0, 3)}))
+    pool = world.pool(deadline_s=0.3)
+    with pytest.raises(ExpertUnavailable, match="expert 6"):
+        pool.submit(0, routed()[0]).gather()
+    assert idle(pool)
