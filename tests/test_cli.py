@@ -86,7 +86,7 @@ def mixtral_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command() -> None:
     said = moe_ray("--help").stdout
-    for command in ("serve", "chat", "generate", "plan", "status", "convert", "version"):
+    for command in ("serve", "chat", "generate", "plan", "status", "convert", "bench", "version"):
         assert re.search(rf"\b{command}\b", said)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", moe_ray("version").stdout)
 

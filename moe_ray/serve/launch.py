@@ -152,7 +152,7 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
 
     thread = threading.Thread(target=deploy, name="deploy", daemon=True)
     thread.start()
-    ahead = ["weights", "actors"]  # stretches that have not ended
+    ahead = ["weights", "actors"]  # stretches to come: until the first actor loads, until all have loaded
     with loading_bars(console) as progress:
         for actor, total in plan.bytes_to_read.items():
             progress(actor, 0, total)
@@ -211,7 +211,7 @@ def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Cons
     question = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"model": config.served_name, "messages": question, "temperature": 0}
     console.print(f"\n[bold green]ready[/] in {timeline.total:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)")
-    console.print(f"  {timeline}\n", style="dim", highlight=False)
+    console.print(f"  {timeline}\n", style="dim", highlight=False, soft_wrap=True)
     console.print(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n",
         soft_wrap=True,

@@ -24,4 +24,4 @@ class Timeline:
         return self._last - self.started
 
     def __str__(self) -> str:
-        return " · ".join(f"{what} {seconds:.1f} s" for what, seconds in self.stretches)
+        return " · ".join(f"{what} {seconds:.1f}" for what, seconds in self.stretches) + " s"
