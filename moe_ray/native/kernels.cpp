@@ -1,4 +1,4 @@
-// The bfloat16 kernels of trunk and experts for CPUs with AVX512-BF16, behind a C interface (see library.py).
+// The bfloat16 kernels of trunk and experts for CPUs with AVX512-BF16, behind a C interface (see kernels.py).
 // Pointers are to contiguous memory that the caller keeps alive; sizes are in elements; nothing here allocates what
 // outlives a call, except pools.
 

@@ -71,8 +71,9 @@ inline void tile_of(int rows, const bf16* x, int64_t ldx, const bf16* panels, in
   }
 }
 
-// Computes x [rows, k] times packed panels and hands each finished piece to
-// store(row, panel, values): `values` are the 16 outputs of one panel, or with PAIRS of panels 2p (gate) and 2p+1 (up).
+// Computes x [rows, k] times packed panels and hands each finished piece to store(row, panel, values): `values` are the 16
+// outputs of one panel, aligned. Those of an odd panel follow those of the even one before it in memory, so that a store
+// can take gate and up together.
 template <class Store>
 void linear(Pool& pool, const bf16* x, int64_t ldx, int64_t rows, const bf16* w, int64_t k, int64_t panels,
             const Store& store) {
