@@ -20,6 +20,11 @@ def configure(level: str) -> None:
         logger.propagate = False
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_status(process: psutil.Process) -> dict[str, Any]:
     """Pid, resident and proportional memory in bytes, CPU seconds."""
     memory, cpu = process.memory_info(), process.cpu_times()

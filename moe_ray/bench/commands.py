@@ -107,17 +107,14 @@ def roofline(
 ) -> None:
     """Measure memory bandwidth and matrix speed, what they allow for the model, and how much of it we reach."""
     from moe_ray.bars import loading_bars
-    from moe_ray.bench.report import check_plot, draw, publish
+    from moe_ray.bench.report import check_plot, publish
     from moe_ray.bench.roofline import PLOT, RooflineOptions, curves, run_roofline
 
     check_plot(plot)
     options = RooflineOptions(model, numbers(concurrency, "--concurrency"), repeats, prompt_tokens, output_tokens, seed)
     with loading_bars(console) as progress:
         report = run_roofline(options, progress)
-    publish(report, json_output=json_output, plot=None, axes=PLOT, console=console)
-    if plot is not None:
-        draw(curves(report), plot, PLOT)
-        console.print(f"wrote {plot}", markup=False, soft_wrap=True)
+    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console, curves=curves)
 
 
 @bench_app.command()
@@ -135,7 +132,7 @@ def transport(
 ) -> None:
     """Time scatter and gather on every carrier, against a bare socket between the same processes."""
     from moe_ray.bars import loading_bars
-    from moe_ray.bench.report import check_plot, draw, publish
+    from moe_ray.bench.report import check_plot, publish
     from moe_ray.bench.transport import PLOT, TransportBenchOptions, curves, run_transport
 
     check_plot(plot)
@@ -147,10 +144,7 @@ def transport(
     )
     with loading_bars(console) as progress:
         report = run_transport(options, progress)
-    publish(report, json_output=json_output, plot=None, axes=PLOT, console=console)
-    if plot is not None:
-        draw(curves(report), plot, PLOT)
-        console.print(f"wrote {plot}", markup=False, soft_wrap=True)
+    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console, curves=curves)
 
 
 @bench_app.command()

@@ -17,6 +17,7 @@ from moe_ray.bench.report import GIB, Plot, Report, Row, machine_facts
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.telemetry import cores
 
 LOCAL: Final[str] = "local"
 CARRIERS: Final[tuple[str, ...]] = (LOCAL, "socket", "grpc", "ray")
@@ -79,7 +80,7 @@ class EngineBenchOptions:
         whole = self.config.model_dump(mode="json")
         whole["model"]["max_model_len"] = self.prompt_tokens + self.output_tokens
         for part, asked in (("trunk", self.trunk_threads), ("experts", self.expert_threads)):
-            whole[part]["threads"] = _cores() if local else asked or whole[part]["threads"]
+            whole[part]["threads"] = cores() if local else asked or whole[part]["threads"]
         return {**whole, "engine": section}
 
 
@@ -112,8 +113,8 @@ def run_engine(options: EngineBenchOptions, progress: Progress) -> Report:
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,
         "repeats": repeats,
-        "local_threads": _cores(),
-        "trunk_threads": apart["trunk"]["threads"] or _cores(),
+        "local_threads": cores(),
+        "trunk_threads": apart["trunk"]["threads"] or cores(),
         "expert_threads": apart["experts"]["threads"] or 1,
         "micro_batches": apart["engine"]["micro_batches"],
         **memory,
@@ -237,10 +238,6 @@ def _seeds() -> Iterator[int]:
     while True:
         base += 1
         yield base
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _gib(size: int | None) -> float | None:

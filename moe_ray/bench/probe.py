@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from moe_ray.engine.engine import torch_threads
 
 PROBE_BYTES = 2**30
 """Much more than any cache, so that a sweep finds nothing of the one before."""
@@ -56,17 +57,6 @@ class Probe:
                 read.append(PROBE_BYTES / _median_s(self._buffer.sum))
                 products += [_flop_per_s(left, right) for left, right in self._pairs if threads == self._threads[-1]]
         return Machine(max(read) / 1e9, max(products) / 1e9)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch's compute threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _flop_per_s(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from moe_ray import __version__
 from moe_ray.errors import ConfigError
+from moe_ray.telemetry import cores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def machine_facts() -> dict[str, object]:
     return {
         "date": date.today().isoformat(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "python": platform.python_version(),
         "torch": _installed("torch"),
@@ -64,18 +65,26 @@ def machine_facts() -> dict[str, object]:
     }
 
 
-def publish(report: Report, *, json_output: bool, plot: Path | None, axes: Plot, console: Console) -> None:
+def publish(
+    report: Report,
+    *,
+    json_output: bool,
+    plot: Path | None,
+    axes: Plot,
+    console: Console,
+    curves: Callable[[Report], Report] | None = None,
+) -> None:
     """Print `report` on standard output, as one JSON object or as a table, and draw it into the PNG file `plot`.
 
-    `console` is told about the plot. Raises `ConfigError` where matplotlib is absent or the file cannot be written;
-    by then the numbers are printed.
+    `curves` turns the rows into those that are drawn, where they differ. `console` is told about the plot. Raises
+    `ConfigError` where matplotlib is absent or the file cannot be written; by then the numbers are printed.
     """
     if json_output:
         print(as_json(report))
     else:
         print_table(report, Console(highlight=False))
     if plot is not None:
-        draw(report, plot, axes)
+        draw(curves(report) if curves else report, plot, axes)
         console.print(f"wrote {plot}", markup=False, soft_wrap=True)
 
 

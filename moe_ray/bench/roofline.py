@@ -6,7 +6,6 @@ and at least as long as computing its operations.
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
@@ -25,6 +24,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.model.checkpoint import expert_specs, trunk_specs
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.plan import DTYPE_BYTES
+from moe_ray.telemetry import cores
 
 if TYPE_CHECKING:
     from moe_ray.llm import LLM
@@ -150,10 +150,10 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     if how.device.type != "cpu":
         raise ConfigError("the roofline is the CPU's: set MOE_RAY_MODEL__DEVICE=cpu")
     dtype = str(how.dtype).removeprefix("torch.")
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
+    threads = cores()
+    torch.set_num_threads(threads)
     llm = LLM(directory, progress=on_progress)
-    probe = Probe(cores, matmul_shapes(model), how.dtype)
+    probe = Probe(threads, matmul_shapes(model), how.dtype)
     work = work_of(model, dtype)
     fresh = count()  # no two requests share a prefix, so that nothing comes out of the prefix cache
 
@@ -175,7 +175,7 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     facts = {
         "model": directory.name,
         "dtype": dtype,
-        "threads": cores,
+        "threads": threads,
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,
         "repeats": options.repeats,

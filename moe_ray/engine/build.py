@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from moe_ray.model.model_config import DTYPES, ModelConfig
 from moe_ray.model.moe import Experts
 from moe_ray.model.trunk import Trunk
 from moe_ray.native.kernels import Kernels
+from moe_ray.telemetry import cores
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,6 @@ def numerics(config: Config, model: ModelConfig, threads: int | None = None) -> 
     device = torch.device("cuda" if cuda else "cpu")
     dtype = getattr(torch, dtype_name(config, model, cuda))
     return Numerics(dtype, device, _kernels(config, dtype, cuda, threads or cores()))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _kernels(config: Config, dtype: torch.dtype, cuda: bool, threads: int) -> Kernels | None:

@@ -145,7 +145,8 @@ class Engine:
         parts = self.options.micro_batches or self._overlap.choose(batch.num_tokens, sequences)
         started, waited = time.perf_counter(), self._trunk.waited_s
         passes = [self._trunk.forward(part, self._cache) for part in split(batch, parts)]
-        with one_torch_thread(self._trunk.native):
+        # After a product torch's pool spins, on the cores of native threads.
+        with torch_threads(1) if self._trunk.native else contextlib.nullcontext():
             logits = interleave(passes)
         if not self.options.micro_batches:
             seconds = time.perf_counter() - started
@@ -187,13 +188,10 @@ def _rows(batch: Batch) -> tuple[list[Sequence], list[list[int]]]:
 
 
 @contextlib.contextmanager
-def one_torch_thread(wanted: bool) -> Iterator[None]:
-    """Let torch compute with one thread meanwhile: after a product its pool spins, on the cores of native threads."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads meanwhile."""
     before = torch.get_num_threads()
-    if not wanted or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

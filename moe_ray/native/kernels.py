@@ -70,7 +70,6 @@ class Kernels:
     def __init__(self, cache_dir: Path, threads: int) -> None:
         """Load (on first use: build) the library. Raises `KernelsUnavailable`."""
         library = declare(shared_library("kernels", cache_dir), _SIGNATURES)
-        self.threads = threads
         self.library = library
         self._pool: int | None = library.pool_new(threads)
         self.layer_front = library.layer_front

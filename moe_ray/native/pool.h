@@ -32,8 +32,6 @@ class Pool {
 
   std::mutex using_;  // for callers who are not alone
 
-  int threads() const { return 1 + static_cast<int>(helpers_.size()); }
-
   // Calls work(chunk, thread) for every chunk in [0, chunks), on any thread; returns when all are done. One caller at
   // a time. `alone` says that the job is too short to be worth waking anybody.
   template <class Work>
