@@ -71,9 +71,7 @@ class LLM:
         self._engine = build_engine(
             self.config,
             checkpoint,
-            lambda how: local_pool(
-                checkpoint, how.dtype, how.device, lambda expert: watch(f"Expert{expert}") or _ignore, how.kernels
-            ),
+            lambda how: local_pool(checkpoint, how, lambda expert: watch(f"Expert{expert}") or _ignore),
             watch("Trunk"),
         )
         checkpoint.close()

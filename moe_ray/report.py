@@ -33,7 +33,7 @@ def planned(config: Config, directory: Path, without_weights: bool = False) -> P
 
     `without_weights`: a directory with no more than its config.json will do.
     """
-    from moe_ray.engine.build import dtype_name
+    from moe_ray.engine.numerics import dtype_name
 
     model = ModelConfig.load(directory)
     cuda = config.model.device == "cuda"

@@ -11,18 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_ray.bench.child import ChildFailed, Parent, answer_commands
 from moe_ray.bench.expert_process import ExpertHost, unpacked
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo, Request, SamplingParams
-from moe_ray.engine.build import Numerics, build_engine
+from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.experts.discovery import Directory
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.experts.pool import ExpertPool, PoolOptions
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.numerics import Numerics, limit_torch_threads
 from moe_ray.transport import connect
 from moe_ray.transport.base import LinkOptions
 
@@ -88,9 +87,9 @@ class EngineHost:
     ) -> dict[str, Any]:
         """Load the trunk and link it to its experts; answers how the engine computes. Raises `CheckpointError`."""
         settings = Config(**config)
-        torch.set_num_threads(settings.trunk.threads or 1)
+        limit_torch_threads(settings.trunk.threads or 1)
         checkpoint = Checkpoint.open(Path(directory))
-        model, dtypes = checkpoint.config, list[torch.dtype]()
+        model, dtypes = checkpoint.config, list[str]()
         infos = [unpacked(info) for info in experts]
         if carrier == "ray":
             infos = self._start_actors(config, directory, model.num_local_experts)
@@ -99,14 +98,14 @@ class EngineHost:
             dtypes.append(how.dtype)
             if carrier == "local":
                 bars = partial(self._expert_bar, name)
-                return local_pool(checkpoint, how.dtype, how.device, bars, how.kernels)
+                return local_pool(checkpoint, how, bars)
             keys = model_keys(model.num_hidden_layers, model.num_local_experts)
             return self._linked(settings, infos, keys, carrier, token)
 
         self._engine = build_engine(settings, checkpoint, pool, self._bar(f"{name} Trunk"))
         self._vocab_size = model.vocab_size
         checkpoint.close()
-        return {"dtype": str(dtypes[0]).removeprefix("torch.")}
+        return {"dtype": dtypes[0]}
 
     def run(self, concurrency: int, prompt_tokens: int, output_tokens: int, seed: int) -> Wave:
         """Time one wave of `concurrency` prompts."""

@@ -8,15 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
-from moe_ray.engine.build import numerics
+from moe_ray.engine.numerics import numerics
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.numerics import limit_torch_threads
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
 
@@ -27,15 +26,15 @@ class ExpertHost:
         """Load every layer of `expert`. Raises `CheckpointError`, `ConfigError`."""
         settings = Config(**config)
         threads = settings.experts.threads or 1
-        torch.set_num_threads(threads)
+        limit_torch_threads(threads)
         checkpoint = Checkpoint.open(Path(directory))
         model = checkpoint.config
         how = numerics(settings, model, threads)
         self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, self._keys, how.dtype, how.device, progress, how.kernels)
+        ffn = ExpertFFN.load(checkpoint, self._keys, how, progress)
         checkpoint.close()
-        self._worker = ExpertWorker(ffn, model.hidden_size, how.dtype, how.device)
-        self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, str(how.dtype)
+        self._worker = ExpertWorker(ffn, model.hidden_size, how)
+        self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, how.dtype
         self._servers: dict[str, ExpertServer] = {}
 
     def listen(self, carriers: Iterable[str], token: str) -> ReplicaInfo:
@@ -49,7 +48,7 @@ class ExpertHost:
             pid=os.getpid(),
             keys=self._keys,
             hidden_size=self._hidden_size,
-            dtype=self._dtype.removeprefix("torch."),
+            dtype=self._dtype,
             addresses={carrier: server.address for carrier, server in self._servers.items()},
         )
 

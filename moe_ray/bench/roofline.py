@@ -138,7 +138,7 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     """
     import torch
 
-    from moe_ray.engine.build import numerics
+    from moe_ray.engine.numerics import numerics
     from moe_ray.llm import LLM
 
     if options.output_tokens < 2:
@@ -147,14 +147,13 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     directory = resolve_bench_model(options.model, config, on_progress)
     model = ModelConfig.load(directory)
     how = numerics(config, model)
-    if how.device.type != "cpu":
+    if how.device != "cpu":
         raise ConfigError("the roofline is the CPU's: set MOE_RAY_MODEL__DEVICE=cpu")
-    dtype = str(how.dtype).removeprefix("torch.")
     threads = cores()
     torch.set_num_threads(threads)
     llm = LLM(directory, progress=on_progress)
-    probe = Probe(threads, matmul_shapes(model), how.dtype)
-    work = work_of(model, dtype)
+    probe = Probe(threads, matmul_shapes(model), how.torch_dtype)
+    work = work_of(model, how.dtype)
     fresh = count()  # no two requests share a prefix, so that nothing comes out of the prefix cache
 
     def run(concurrency: int, output_tokens: int) -> Rates:
@@ -174,7 +173,7 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
         rows.append(roofline_row(options, concurrency, work, middle(machines), rates))
     facts = {
         "model": directory.name,
-        "dtype": dtype,
+        "dtype": how.dtype,
         "threads": threads,
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,

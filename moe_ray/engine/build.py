@@ -1,11 +1,9 @@
-"""Turns configuration and a checkpoint into an engine: dtype, device, cache size, context length."""
+"""Turns configuration and a checkpoint into an engine: cache size, context length, limits."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -14,81 +12,27 @@ import torch
 from moe_ray.config import Config
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.kv_cache import num_blocks_for
+from moe_ray.engine.numerics import numerics
 from moe_ray.engine.scheduler import SchedulerLimits
-from moe_ray.errors import CheckpointError, ConfigError, KernelsUnavailable
+from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.model_config import DTYPES, ModelConfig
+from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.moe import Experts
+from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
-from moe_ray.native.kernels import Kernels
-from moe_ray.telemetry import cores
-
-logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.2, 4 * GIB
 GPU_CACHE_SHARE = 0.85
 
 
-@dataclass(frozen=True, slots=True)
-class Numerics:
-    """How tensors are held and computed in one process."""
-
-    dtype: torch.dtype
-    device: torch.device
-    kernels: Kernels | None = None
-    """Native kernels with this process's compute threads, where they are wanted and work."""
-
-
-def numerics(config: Config, model: ModelConfig, threads: int | None = None) -> Numerics:
-    """Choose dtype, device and kernels. `threads` of native kernels; default: the cores of this process.
-
-    Raises `ConfigError` when CUDA or native kernels are asked for and absent.
-    """
-    wanted = config.model.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device is 'cuda', but this process sees no CUDA device")
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype = getattr(torch, dtype_name(config, model, cuda))
-    return Numerics(dtype, device, _kernels(config, dtype, cuda, threads or cores()))
-
-
-def _kernels(config: Config, dtype: torch.dtype, cuda: bool, threads: int) -> Kernels | None:
-    wanted = config.model.kernels
-    if wanted == "torch" or (wanted == "auto" and (cuda or dtype != torch.bfloat16)):
-        return None
-    try:
-        if cuda or dtype != torch.bfloat16:
-            raise KernelsUnavailable(f"they compute bfloat16 on a CPU, not {dtype} on {'CUDA' if cuda else 'a CPU'}")
-        return Kernels(config.cache_dir, threads)
-    except KernelsUnavailable as error:
-        if wanted == "native":
-            raise ConfigError(f"model.kernels is 'native': {error}") from None
-        logger.warning("computing with torch's kernels, native ones cannot be used: %s", error)
-        return None
-
-
-def dtype_name(config: Config, model: ModelConfig, cuda: bool) -> str:
-    """The dtype that `config` means for this model on this machine."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    if model.dtype not in DTYPES:
-        raise CheckpointError(f"config.json: dtype {model.dtype!r}, supported: {', '.join(DTYPES)}")
-    if not cuda and model.dtype != "float32":
-        # float16 has no fast CPU kernels; bfloat16 has them only with the instructions for it.
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bfloat16" if fast else "float32"
-    return model.dtype
-
-
 def num_blocks(config: Config, model: ModelConfig, how: Numerics) -> int:
     """How many KV blocks the configured (or default) memory holds, never more than all sequences can use."""
-    size, itemsize = config.engine.block_size, how.dtype.itemsize
+    size, itemsize = config.engine.block_size, how.torch_dtype.itemsize
     if config.engine.kv_cache_gib is not None:
         budget = int(config.engine.kv_cache_gib * GIB)
-    elif how.device.type == "cuda":
-        budget = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(how.device)[0])
+    elif how.device == "cuda":
+        budget = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(how.torch_device)[0])
     else:
         budget = min(int(CPU_CACHE_SHARE * psutil.virtual_memory().available), CPU_CACHE_MOST)
     longest = config.model.max_model_len or model.max_position_embeddings
@@ -139,7 +83,7 @@ def build_engine(
     experts = make_experts(how)
     # On a GPU the cache takes what the weights leave, so the trunk is loaded first, with room for any position.
     longest = config.model.max_model_len or model.max_position_embeddings
-    trunk = Trunk.load(checkpoint, experts, how.dtype, how.device, longest, progress, how.kernels)
+    trunk = Trunk.load(checkpoint, experts, how.torch_dtype, how.torch_device, longest, progress, how.kernels)
     blocks = num_blocks(config, model, how)
     options = EngineOptions(
         num_blocks=blocks,

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import torch
-
 from moe_ray.core import ReplicaInfo
 from moe_ray.experts.discovery import Directory
 from moe_ray.experts.pool import ExpertPool
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.expert import ExpertFFN
-from moe_ray.native.kernels import Kernels
+from moe_ray.model.numerics import Numerics
 from moe_ray.transport.local import LocalLink
 
 
@@ -22,13 +20,7 @@ def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
 
 
-def local_pool(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int], Progress] | None = None,
-    kernels: Kernels | None = None,
-) -> ExpertPool:
+def local_pool(checkpoint: Checkpoint, how: Numerics, progress: Callable[[int], Progress] | None = None) -> ExpertPool:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
     `progress(expert)` gives the progress callback of one expert.
@@ -38,9 +30,9 @@ def local_pool(
     infos = []
     for expert in range(config.num_local_experts):
         keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, keys, dtype, device, progress(expert) if progress else None, kernels)
+        ffn = ExpertFFN.load(checkpoint, keys, how, progress(expert) if progress else None)
         replica_id = f"Expert{expert}#local"
-        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, dtype, device)
+        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, how)
         infos.append(
             ReplicaInfo(
                 replica_id=replica_id,
@@ -48,7 +40,7 @@ def local_pool(
                 pid=os.getpid(),
                 keys=keys,
                 hidden_size=config.hidden_size,
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=how.dtype,
                 addresses={"local": replica_id},
             )
         )

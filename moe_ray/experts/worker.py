@@ -6,13 +6,15 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
 from moe_ray.errors import ExpertFailed, ProtocolError
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.numerics import Numerics
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BATCHED_ROWS: Final = 1024
 """Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
@@ -50,8 +52,8 @@ class ExpertWorker:
     not multiplying by them, is what a small call costs.
     """
 
-    def __init__(self, ffn: ExpertFFN, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._ffn, self._hidden_size, self._dtype, self._device = ffn, hidden_size, dtype, device
+    def __init__(self, ffn: ExpertFFN, hidden_size: int, how: Numerics) -> None:
+        self._ffn, self._hidden_size, self._how = ffn, hidden_size, how
         self._compute = threading.Lock()
         self._state = threading.Lock()
         self._waiting: list[_Waiting] = []
@@ -94,6 +96,8 @@ class ExpertWorker:
         return batch
 
     def _run(self, batch: list[_Waiting]) -> None:
+        import torch
+
         call, started = batch[0].call, time.perf_counter()
         calls = [waiting.call for waiting in batch]
         error: Exception | None = None
@@ -101,7 +105,8 @@ class ExpertWorker:
         try:
             rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
             weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
-            out = self._ffn.forward((call.layer, call.expert), rows.to(self._device), weights.to(self._device))
+            device = self._how.torch_device
+            out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device))
             out = out.to(call.rows.device)
             outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
         except RuntimeError as failure:  # torch: out of memory, a lost device
@@ -128,11 +133,13 @@ class ExpertWorker:
         return WorkerStats(calls, batches, rows, busy_s, queued, self._ffn.nbytes)
 
     def _check(self, call: ExpertCall) -> None:
+        import torch
+
         if (call.layer, call.expert) not in self._ffn.keys:
             raise ProtocolError(f"layer {call.layer} expert {call.expert} is not held by this replica")
         if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
             raise ProtocolError(f"rows have shape {list(call.rows.shape)}, expected [at least 1, {self._hidden_size}]")
-        if call.rows.dtype != self._dtype:
-            raise ProtocolError(f"rows are {call.rows.dtype}, this replica computes in {self._dtype}")
+        if call.rows.dtype != self._how.torch_dtype:
+            raise ProtocolError(f"rows are {call.rows.dtype}, this replica computes in torch.{self._how.dtype}")
         if call.weights.shape != (call.rows.shape[0],) or call.weights.dtype != torch.float32:
             raise ProtocolError(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")

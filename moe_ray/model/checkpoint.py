@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.model_config import ModelConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 INDEX: Final = "model.safetensors.index.json"
@@ -77,7 +78,7 @@ class Checkpoint:
     files: dict[str, str]
     """Tensor name → file name."""
     bytes_read: int = 0
-    _handles: dict[str, object] = field(default_factory=dict)
+    _handles: dict[tuple[str, str], object] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
@@ -103,21 +104,33 @@ class Checkpoint:
 
     def read(self, spec: TensorSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return one tensor in memory of its own (never a view of the file). Raises `CheckpointError`."""
-        from safetensors import SafetensorError
-
-        stored = self._dtype(spec)
-        try:
-            tensor = self._handle(self.files[spec.name]).get_tensor(spec.name)  # type: ignore[attr-defined]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
-        self.bytes_read += spec.numel * DTYPE_BYTES[stored]
+        tensor: torch.Tensor = self._read(spec, "pt")
         return tensor.to(device=device, dtype=dtype, copy=True)
+
+    def read_bfloat16(self, spec: TensorSpec) -> np.ndarray:
+        """Return one tensor as bfloat16 (of ml_dtypes), rounded to even. Needs no torch. Raises `CheckpointError`."""
+        import ml_dtypes  # which tells numpy, and so safetensors, what bfloat16 is
+
+        array: np.ndarray = self._read(spec, "np")
+        return array.astype(ml_dtypes.bfloat16, copy=False)
 
     def close(self) -> None:
         """Unmap the files."""
         self._handles.clear()
 
-    def _dtype(self, spec: TensorSpec) -> str:
+    def _read(self, spec: TensorSpec, framework: str) -> Any:
+        from safetensors import SafetensorError
+
+        stored = self._dtype(spec, framework)
+        try:
+            tensor = self._handle(self.files[spec.name], framework).get_tensor(spec.name)  # type: ignore[attr-defined]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
+        self.bytes_read += spec.numel * DTYPE_BYTES[stored]
+        return tensor
+
+    def _dtype(self, spec: TensorSpec, framework: str = "np") -> str:
+        """Check the tensor's header; return its dtype on disk."""
         from safetensors import SafetensorError
 
         if spec.name not in self.files:
@@ -125,7 +138,8 @@ class Checkpoint:
         if not (self.directory / self.files[spec.name]).is_file():
             raise CheckpointError(f"{self._where(spec)}: the file is named in {INDEX} but missing")
         try:
-            header = self._handle(self.files[spec.name], self._where(spec)).get_slice(spec.name)  # type: ignore[attr-defined]
+            file = self._handle(self.files[spec.name], framework, self._where(spec))
+            header = file.get_slice(spec.name)  # type: ignore[attr-defined]
         except SafetensorError:
             raise CheckpointError(f"{self._where(spec)}: named in {INDEX} but not in the file") from None
         shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
@@ -139,20 +153,21 @@ class Checkpoint:
         return f"{self.directory / self.files[spec.name]}: tensor {spec.name}"
 
     def _keys(self, file: str) -> list[str]:
-        return list(self._handle(file).keys())  # type: ignore[attr-defined]
+        return list(self._handle(file, "np").keys())  # type: ignore[attr-defined]
 
-    def _handle(self, file: str, where: str | None = None) -> object:
+    def _handle(self, file: str, framework: str, where: str | None = None) -> object:
         from safetensors import SafetensorError, safe_open
 
-        if file not in self._handles:
+        key = (file, framework)
+        if key not in self._handles:
             try:
-                self._handles[file] = safe_open(str(self.directory / file), framework="pt", device="cpu")
+                self._handles[key] = safe_open(str(self.directory / file), framework=framework, device="cpu")
             except (SafetensorError, OSError) as error:
                 where = where or str(self.directory / file)
                 raise CheckpointError(
                     f"{where}: not a whole safetensors file ({error}); download or copy it again"
                 ) from None
-        return self._handles[file]
+        return self._handles[key]
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -1,24 +1,22 @@
-"""One expert: a SwiGLU feed-forward network for each layer it holds. Stateless between calls."""
+"""One expert: a SwiGLU feed-forward network for each layer it holds. Stateless between calls.
+
+Where its kernels are native nothing here imports torch, unless a call comes as tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final, Protocol
-
-import torch
-import torch.nn.functional as F
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from moe_ray.core import ExpertKey
 from moe_ray.model.checkpoint import Checkpoint, Progress, expert_specs
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.numerics import Numerics
 from moe_ray.native.kernels import Host, Kernels
 
-ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 class FFN(Protocol):
@@ -31,43 +29,27 @@ class FFN(Protocol):
         ...
 
 
-class TorchFFN:
-    """`FFN` by torch: any device and dtype."""
-
-    def __init__(self, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor, hidden_act: str) -> None:
-        """w1 and w3 [I, D], w2 [D, I]."""
-        self._w13 = torch.cat((w1, w3))  # gate and up share their input: one matrix, one pass over the rows
-        self._w2 = w2
-        self._act = ACTIVATIONS[hidden_act]
-        self.nbytes = self._w13.nbytes + w2.nbytes
-
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(rows, self._w13).chunk(2, dim=-1)  # [T, I] each
-        out = F.linear(self._act(gate) * up, self._w2)  # [T, D]
-        return (out * weights.unsqueeze(-1)).to(rows.dtype)
-
-
 class NativeFFN:
     """`FFN` by the native kernels: bfloat16 on a CPU, sums in float32, a row's result independent of its neighbours."""
 
-    def __init__(self, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor, kernels: Kernels) -> None:
-        """w1 and w3 [I, D], w2 [D, I]; D and I multiples of 32."""
-        self.kernels, self.inner = kernels, w1.shape[0]
+    def __init__(self, w1: np.ndarray, w3: np.ndarray, w2: np.ndarray, kernels: Kernels) -> None:
+        """w1 and w3 [I, D], w2 [D, I], of bfloat16 items; D and I multiples of 32."""
+        self.kernels = kernels
         self.w13, self.w2 = kernels.pack(w1, w3), kernels.pack(w2)
         self.nbytes = self.w13.nbytes + self.w2.nbytes
 
     @staticmethod
-    def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    def supports(config: ModelConfig, how: Numerics) -> bool:
         """Whether there are kernels for this model, dtype and device."""
         return (
-            dtype == torch.bfloat16
-            and device.type == "cpu"
+            how.dtype == "bfloat16"
+            and how.device == "cpu"
             and config.hidden_act == "silu"
             and config.hidden_size % 32 == config.intermediate_size % 32 == 0
         )
 
     def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2, self.inner)
+        return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2)
 
 
 class ExpertFFN:
@@ -82,25 +64,23 @@ class ExpertFFN:
 
     @staticmethod
     def load(
-        checkpoint: Checkpoint,
-        keys: Iterable[ExpertKey],
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress | None = None,
-        kernels: Kernels | None = None,
+        checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
     ) -> ExpertFFN:
-        """Read just the tensors of `keys`; `kernels` are used where they exist for them. Raises `CheckpointError`."""
+        """Read just the tensors of `keys`. Raises `CheckpointError`."""
         config = checkpoint.config
         specs = {key: expert_specs(config, *key) for key in sorted(keys)}
         total = checkpoint.check(spec for group in specs.values() for spec in group)
         start, ffns = checkpoint.bytes_read, dict[ExpertKey, FFN]()
-        native = kernels is not None and NativeFFN.supports(config, dtype, device)
+        native = how.kernels if NativeFFN.supports(config, how) else None
         for key, group in specs.items():
-            w1, w3, w2 = (checkpoint.read(spec, dtype, device) for spec in group)
-            if native and kernels is not None:
-                ffns[key] = NativeFFN(w1, w3, w2, kernels)
+            if native is not None:
+                w1, w3, w2 = map(checkpoint.read_bfloat16, group)
+                ffns[key] = NativeFFN(w1, w3, w2, native)
             else:
-                ffns[key] = TorchFFN(w1, w3, w2, config.hidden_act)
+                from moe_ray.model.torch_expert import TorchFFN
+
+                gate, up, down = (checkpoint.read(spec, how.torch_dtype, how.torch_device) for spec in group)
+                ffns[key] = TorchFFN(gate, up, down, config.hidden_act)
             if progress is not None:
                 progress(checkpoint.bytes_read - start, total)
         return ExpertFFN(ffns)
@@ -110,7 +90,6 @@ class ExpertFFN:
         """Bytes of weights held in memory."""
         return sum(ffn.nbytes for ffn in self._ffns.values())
 
-    @torch.inference_mode()
     def forward(self, key: ExpertKey, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
         return self._ffns[key].forward(rows, weights)
@@ -121,7 +100,7 @@ class ExpertFFN:
         if len(native) < len(self._ffns) or not native:
             return None
         first = next(iter(native.values()))
-        host = Host.of(first.kernels, hidden_size, first.inner, max_batched_rows)
+        host = Host.of(first.kernels, hidden_size, first.w13.n, max_batched_rows)
         for key, ffn in native.items():
             host.add(*key, ffn.w13, ffn.w2)
         return host

@@ -18,7 +18,7 @@ from moe_ray.model import moe
 from moe_ray.model.attention import KVCacheView
 from moe_ray.model.layers import rope_table
 from moe_ray.model.weights import TrunkWeights
-from moe_ray.native.kernels import Kernels, Layer, Shape, Step
+from moe_ray.native.kernels import Kernels, Layer, Packed, Shape, Step
 
 LANES = 32
 """Row lengths that the kernels work on are multiples of this."""
@@ -32,13 +32,13 @@ class NativeTrunk:
         self.config, self.kernels = weights.config, kernels
         c = self.config
         embed = weights.embed()  # [V, D]
-        self._held: list[torch.Tensor] = []
+        self._held: list[torch.Tensor | Packed] = []
         self.layers = [self._layer(weights, index) for index in range(c.num_hidden_layers)]
         self.norm = weights.norm()
         head = weights.head()
         # A tied embedding is kept in the head's packed form only, and rows are looked up there.
         self.embed = None if head is None else embed
-        self.head = kernels.pack(embed if head is None else head)
+        self.head = self._pack(embed if head is None else head)
         half = c.head_dim // 2
         table = rope_table(c, max_model_len, torch.float32, weights.device)
         self.rope = table[..., :half].contiguous()  # [max_model_len, 2, head_dim / 2]
@@ -46,8 +46,8 @@ class NativeTrunk:
             *(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
             *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.head_dim**-0.5, c.sliding_window or 0),
         )
-        tensors = [*self._held, self.norm, self.head, *(() if self.embed is None else (self.embed,))]
-        self.nbytes = sum(t.nbytes for t in tensors)
+        held = [*self._held, self.norm, self.head, *(() if self.embed is None else (self.embed,))]
+        self.nbytes = sum(weights.nbytes for weights in held)
 
     @staticmethod
     def supports(weights: TrunkWeights, kernels: Kernels) -> bool:
@@ -71,9 +71,12 @@ class NativeTrunk:
 
     def _layer(self, weights: TrunkWeights, index: int) -> Layer:
         w = weights.layer(index)
-        held = (w.input_norm, *map(self.kernels.pack, (w.qkv, w.out)), w.post_norm, self.kernels.pack(w.gate))
-        self._held += held
-        return Layer(*(tensor.data_ptr() for tensor in held))
+        qkv, out, gate = map(self._pack, (w.qkv, w.out, w.gate))
+        self._held += (w.input_norm, qkv, out, w.post_norm, gate)
+        return Layer(w.input_norm.data_ptr(), qkv.address, out.address, w.post_norm.data_ptr(), gate.address)
+
+    def _pack(self, weight: torch.Tensor) -> Packed:
+        return self.kernels.pack(weight.view(torch.int16).numpy())
 
 
 class NativePass:
@@ -120,6 +123,4 @@ class NativePass:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
         trunk = self._trunk
         which = torch.tensor(rows, dtype=torch.int64)
-        return trunk.kernels.head(
-            self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head, trunk.config.vocab_size
-        )
+        return trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +40,7 @@ def shared_library(name: str, cache_dir: Path) -> ctypes.CDLL:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise KernelsUnavailable(f"they exist for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
     sources, flags = LIBRARIES[name]
-    if flags is AVX512 and not _has_avx512_bf16():
+    if flags is AVX512 and "avx512_bf16" not in cpu_flags():
         raise KernelsUnavailable("this CPU has no AVX512-BF16 instructions")
     path = cache_dir / "native" / f"{name}-{_fingerprint(sources, flags)}.so"
     try:
@@ -61,17 +62,20 @@ def prepare(cache_dir: Path) -> None:
             shared_library(name, cache_dir)
 
 
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets of this machine's CPU, as Linux names them; none elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+
+
 def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
     """Tell ctypes the functions of a library: name → (result, arguments)."""
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
-
-
-def _has_avx512_bf16() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and " avx512_bf16" in cpu.read_text(encoding="utf-8", errors="replace")
 
 
 def _fingerprint(sources: Sequence[str], flags: Sequence[str]) -> str:

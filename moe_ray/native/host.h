@@ -130,7 +130,7 @@ class Host {
         std::lock_guard<std::mutex> lock(c.reading);
         if (c.over) return;
         if (c.end == c.start) {
-          c.start = 0;
+          c.start = c.end = 0;  // before what may throw: the other thread must not find an old call again
           c.end = receive(c.fd, c.stage.data(), 4096);
           if (!c.end) continue;  // another thread took the call
         }

@@ -1,17 +1,23 @@
-"""The kernels as Python calls them: tensors in, tensors out, the interpreter lock released while they compute."""
+"""The kernels as Python calls them: tensors in, tensors out, the interpreter lock released while they compute.
+
+Weights are packed from arrays, and torch is imported where tensors are asked for: a process that only holds experts
+and serves them on sockets (`Host`) is smaller by the 140 MB that torch takes before its first tensor.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 from ctypes import POINTER, c_float, c_int, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Final
 
 from moe_ray.native.build import declare, shared_library
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 PANEL: Final = 16
 """Outputs of a linear layer that are packed side by side."""
@@ -64,6 +70,24 @@ _SIGNATURES: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """bfloat16 matrices of one shape, [panels, K/2, 16, 2], as the kernels read them; several alternate by panel."""
+
+    address: int
+    n: int
+    """Outputs of each matrix."""
+    k: int
+    """Inputs."""
+    memory: mmap.mmap
+    """Which the kernel may back with huge pages: a product with few rows is bound by reading it, and with small pages
+    by looking their addresses up."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.memory)
+
+
 class Kernels:
     """The library and the threads it computes with. One caller at a time; tensors are contiguous, on the CPU."""
 
@@ -87,42 +111,44 @@ class Kernels:
         """Whether `layer_front` has a kernel for this shape."""
         return bool(self.library.layer_supported(heads, kv_heads, head_dim))
 
-    def pack(self, *weights: torch.Tensor) -> torch.Tensor:
-        """Return bfloat16 matrices of one shape [N, K] packed, [panels, K/2, 16, 2]; K is a multiple of 32.
-
-        Several matrices alternate panel by panel, in memory that the kernel may back with huge pages: a product with
-        few rows is bound by reading it, and with small pages by looking their addresses up.
-        """
+    def pack(self, *weights: np.ndarray) -> Packed:
+        """Return matrices [N, K] packed, K a multiple of 32; items are bfloat16, whatever numpy takes them for."""
         n, k = weights[0].shape
-        panels = -(-n // PANEL)
-        out = _huge((panels * len(weights), k // 2, PANEL, 2))
+        memory = mmap.mmap(-1, 2 * -(-n // PANEL) * PANEL * k * len(weights), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        packed = Packed(ctypes.addressof(ctypes.c_char.from_buffer(memory)), n, k, memory)
         for index, weight in enumerate(weights):
-            source = weight.contiguous()
-            self.library.pack(source.data_ptr(), n, k, out.data_ptr(), index, len(weights))
-        return out
+            source = weight if weight.flags.c_contiguous else weight.copy()
+            self.library.pack(source.ctypes.data, n, k, packed.address, index, len(weights))
+        return packed
 
-    def unpack_rows(self, packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def unpack_rows(self, packed: Packed, rows: torch.Tensor) -> torch.Tensor:
         """Return `rows` (int64 [T]) of a packed matrix, float32 [T, K]."""
-        k = 2 * packed.shape[1]
-        out = torch.empty((rows.shape[0], k))
-        self.library.unpack_rows(packed.data_ptr(), k, rows.data_ptr(), rows.shape[0], out.data_ptr())
+        import torch
+
+        out = torch.empty((rows.shape[0], packed.k))
+        self.library.unpack_rows(packed.address, packed.k, rows.data_ptr(), rows.shape[0], out.data_ptr())
         return out
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, n: int) -> torch.Tensor:
-        """Return x [T, K] (bfloat16) times a packed [n, K] transposed, float32 [T, n]."""
-        out = torch.empty((x.shape[0], n))
-        self.library.linear_f32(self._pool, x.data_ptr(), x.shape[0], packed.data_ptr(), n, x.shape[1], out.data_ptr())
+    def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Return x [T, K] (bfloat16) times a packed [N, K] transposed, float32 [T, N]."""
+        import torch
+
+        out = torch.empty((x.shape[0], packed.n))
+        self.library.linear_f32(
+            *(self._pool, x.data_ptr(), x.shape[0], packed.address, packed.n, packed.k, out.data_ptr())
+        )
         return out
 
-    def expert_ffn(
-        self, x: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, inner: int
-    ) -> torch.Tensor:
+    def expert_ffn(self, x: torch.Tensor, weights: torch.Tensor, w13: Packed, w2: Packed) -> torch.Tensor:
         """Return (silu(x w1^T) * (x w3^T)) w2^T * weights, bfloat16 [T, D]; w13 is `pack(w1, w3)`."""
+        import torch
+
         out = torch.empty_like(x)
         self.library.expert_ffn(
             self._pool,
-            *(x.data_ptr(), weights.data_ptr(), x.shape[0], w13.data_ptr(), w2.data_ptr()),
-            *(x.shape[1], inner, out.data_ptr()),
+            *(x.data_ptr(), weights.data_ptr(), x.shape[0], w13.address, w2.address),
+            *(x.shape[1], w13.n, out.data_ptr()),
         )
         return out
 
@@ -132,13 +158,15 @@ class Kernels:
         self.library.combine(hidden.data_ptr(), tokens, width, row_of.shape[1], rows.data_ptr(), row_of.data_ptr())
 
     def head(
-        self, hidden: torch.Tensor, which: torch.Tensor, norm: torch.Tensor, eps: float, packed: torch.Tensor, n: int
+        self, hidden: torch.Tensor, which: torch.Tensor, norm: torch.Tensor, eps: float, packed: Packed
     ) -> torch.Tensor:
-        """Return the logits float32 [S, n] of rows `which` (int64 [S]) of hidden [T, D] after the final norm."""
-        out = torch.empty((which.shape[0], n))
+        """Return the logits float32 [S, N] of rows `which` (int64 [S]) of hidden [T, D] after the final norm."""
+        import torch
+
+        out = torch.empty((which.shape[0], packed.n))
         self.library.head(
             *(self._pool, hidden.data_ptr(), hidden.shape[1], which.data_ptr(), which.shape[0]),
-            *(norm.data_ptr(), eps, packed.data_ptr(), n, out.data_ptr()),
+            *(norm.data_ptr(), eps, packed.address, packed.n, out.data_ptr()),
         )
         return out
 
@@ -154,7 +182,7 @@ class Host:
 
     def __init__(self, kernels: Kernels, host: int) -> None:
         """`host`: as the library made it; it is freed with this object."""
-        self._kernels, self._held = kernels, list[torch.Tensor]()
+        self._kernels, self._held = kernels, list[Packed]()
         self._host: int | None = host
 
     @staticmethod
@@ -171,10 +199,10 @@ class Host:
         if getattr(self, "_host", None) is not None:
             self._kernels.library.host_free(self._host)
 
-    def add(self, layer: int, expert: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    def add(self, layer: int, expert: int, w13: Packed, w2: Packed) -> None:
         """Serve this expert's layer, packed as `expert_ffn` wants it."""
         self._held += (w13, w2)
-        self._kernels.library.host_add(self._host, layer, expert, w13.data_ptr(), w2.data_ptr())
+        self._kernels.library.host_add(self._host, layer, expert, w13.address, w2.address)
 
     def serve(self, fd: int) -> None:
         """Answer calls that come on a connected socket until it ends."""
@@ -185,9 +213,3 @@ class Host:
         stats = HostStats()
         self._kernels.library.host_stats(self._host, ctypes.byref(stats))
         return stats
-
-
-def _huge(shape: tuple[int, ...]) -> torch.Tensor:
-    memory = mmap.mmap(-1, 2 * int(np.prod(shape)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.from_numpy(np.frombuffer(memory, dtype=np.int16)).view(torch.bfloat16).view(shape)

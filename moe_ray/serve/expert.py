@@ -9,17 +9,17 @@ from typing import Any
 
 import psutil
 import ray
-import torch
 from ray import serve
 
 from moe_ray import telemetry
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
-from moe_ray.engine.build import numerics
+from moe_ray.engine.numerics import numerics
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.numerics import limit_torch_threads
 from moe_ray.serve.links import link_options
 from moe_ray.serve.progress import reporter
 from moe_ray.transport.base import ExpertServer
@@ -35,14 +35,14 @@ class ExpertReplica:
         telemetry.configure(config.log_level)
         started, name = time.perf_counter(), serve.get_replica_context().deployment
         threads = config.experts.of(expert).threads or 1
-        torch.set_num_threads(threads)
+        limit_torch_threads(threads)
         checkpoint = Checkpoint.open(resolve_model(config))
         model = checkpoint.config
         how = numerics(config, model, threads)
         keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, keys, how.dtype, how.device, reporter(name), how.kernels)
+        ffn = ExpertFFN.load(checkpoint, keys, how, reporter(name))
         checkpoint.close()
-        self._worker = ExpertWorker(ffn, model.hidden_size, how.dtype, how.device)
+        self._worker = ExpertWorker(ffn, model.hidden_size, how)
         self._servers = self._listen(config)
         context = ray.get_runtime_context()
         self._info = ReplicaInfo(
@@ -51,7 +51,7 @@ class ExpertReplica:
             pid=os.getpid(),
             keys=keys,
             hidden_size=model.hidden_size,
-            dtype=str(how.dtype).removeprefix("torch."),
+            dtype=how.dtype,
             addresses={carrier: server.address for carrier, server in self._servers.items()},
         )
         logger.info(

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import list_named_actors
 
@@ -197,9 +196,8 @@ def _serve_call(
     if server is None:
         return _GONE, "", "", None, (0, 0, 0)
     try:
-        call = ExpertCall(
-            layer, expert, wire.from_numpy(dtype, rows, "rows"), torch.from_numpy(weights.copy()), call_id
-        )
+        tensors = wire.from_numpy(dtype, rows, "rows"), wire.weights_from_numpy(weights)
+        call = ExpertCall(layer, expert, *tensors, call_id)
         wire.check_call(call)
         reply = answer(server.handler, call)
     except ProtocolError as error:

@@ -21,7 +21,6 @@ import threading
 import time
 from typing import TypeVar
 
-import torch
 from google.protobuf.message import DecodeError, Message
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
@@ -220,7 +219,7 @@ class SocketExpertServer:
             sock.close()
 
     def _answer(self, stream: FrameStream, header: pb.ExpertCallHeader) -> None:
-        rows, weights = wire.empty_rows(header), torch.empty(header.num_rows, dtype=torch.float32)
+        rows, weights = wire.empty_rows(header), wire.empty_weights(header.num_rows)
         stream.read_into(wire.buffer(rows), STALL_S)
         stream.read_into(wire.buffer(weights), STALL_S)
         body: list[memoryview] = []

@@ -2,38 +2,52 @@
 
 Tensors travel as raw bytes, row-major, little-endian (as on every CPU that torch runs on). Sending copies a tensor once
 (twice from a CUDA device); receiving copies once, so that received tensors are writable CPU tensors of their own.
+
+torch is imported by the first call, not by opening a port: an expert whose calls all come over native sockets never
+needs it.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaLoad
 from moe_ray.errors import ExpertFailed, ProtocolError
 from moe_ray.pb import moe_ray_pb2 as pb
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_TENSOR_BYTES = 1 << 30
 """Rows of one message; protobuf itself ends at 2 GiB. 64 Ki rows of a Mixtral in bf16 are half of it."""
 _MAX_UINT32 = 2**32 - 1
 
-_DTYPES: Mapping[str, tuple[torch.dtype, pb.DType]] = {
-    "float32": (torch.float32, pb.FLOAT32),
-    "bfloat16": (torch.bfloat16, pb.BFLOAT16),
-    "float16": (torch.float16, pb.FLOAT16),
-}
-_NAMES = {dtype: name for name, (dtype, _) in _DTYPES.items()}
-_TO_PB = dict(_DTYPES.values())
-_FROM_PB = {code: dtype for dtype, code in _DTYPES.values()}
+_CODES: Mapping[str, pb.DType] = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT16}
+_NAMES = {code: name for name, code in _CODES.items()}
+_ITEM_BYTES: Mapping[int, int] = {pb.FLOAT32: 4, pb.BFLOAT16: 2, pb.FLOAT16: 2}
+
+
+@cache
+def _torch_dtypes() -> Mapping[torch.dtype, str]:
+    import torch
+
+    return {getattr(torch, name): name for name in _CODES}
+
+
+@cache
+def _torch_dtype(name: str) -> torch.dtype:
+    return next(dtype for dtype, its in _torch_dtypes().items() if its == name)
 
 
 def check_rows(rows: torch.Tensor, field: str) -> None:
     """Raise `ProtocolError` naming `field` unless `rows` is a [T, D] tensor that a message can carry."""
-    if rows.dtype not in _NAMES:
-        raise ProtocolError(f"{field} is {rows.dtype}, not one of {', '.join(_DTYPES)}")
+    if rows.dtype not in _torch_dtypes():
+        raise ProtocolError(f"{field} is {rows.dtype}, not one of {', '.join(_CODES)}")
     if rows.dim() != 2 or 0 in rows.shape:
         raise ProtocolError(f"{field} has shape {list(rows.shape)}, expected [T, D] with T and D at least 1")
     if rows.numel() * rows.itemsize > MAX_TENSOR_BYTES:
@@ -43,7 +57,7 @@ def check_rows(rows: torch.Tensor, field: str) -> None:
 def check_call(call: ExpertCall) -> None:
     """Raise `ProtocolError` naming the field unless every carrier can carry `call`."""
     check_rows(call.rows, "rows")
-    if call.weights.dtype != torch.float32 or call.weights.shape != call.rows.shape[:1]:
+    if call.weights.dtype != _torch_dtype("float32") or call.weights.shape != call.rows.shape[:1]:
         raise ProtocolError(
             f"weights is {call.weights.dtype} {list(call.weights.shape)}, expected torch.float32 [{len(call.rows)}]"
         )
@@ -54,16 +68,18 @@ def check_call(call: ExpertCall) -> None:
 
 def dtype_code(rows: torch.Tensor) -> int:
     """The dtype of `rows` as the wire numbers it."""
-    return int(_TO_PB[rows.dtype])
+    return int(_CODES[_torch_dtypes()[rows.dtype]])
 
 
 def dtype_name(code: int) -> str:
     """The name of a dtype on the wire."""
-    return str(_FROM_PB.get(code, f"dtype {code}"))  # type: ignore[call-overload]
+    return _NAMES.get(code, f"dtype {code}")  # type: ignore[call-overload]
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of `tensor` as uint8 [n]; no copy if it is contiguous and on the CPU."""
+    import torch
+
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
 
 
@@ -87,7 +103,7 @@ def call_header(call: ExpertCall) -> pb.ExpertCallHeader:
         expert=call.expert,
         num_rows=num_rows,
         hidden_size=hidden_size,
-        dtype=_TO_PB[call.rows.dtype],
+        dtype=_CODES[_torch_dtypes()[call.rows.dtype]],
     )
 
 
@@ -109,6 +125,8 @@ def read_call(header: pb.ExpertCallHeader, rows: bytes, weights: bytes) -> Exper
         raise ProtocolError(
             f"weights has {len(weights)} bytes, expected {4 * header.num_rows} for {header.num_rows} rows"
         )
+    import torch
+
     return ExpertCall(
         layer=header.layer,
         expert=header.expert,
@@ -126,7 +144,7 @@ def reply_header(reply: ExpertReply) -> pb.ExpertReplyHeader:
         status=pb.OK,
         num_rows=num_rows,
         hidden_size=hidden_size,
-        dtype=_TO_PB[reply.rows.dtype],
+        dtype=_CODES[_torch_dtypes()[reply.rows.dtype]],
         queued_rows=reply.load.queued_rows,
         compute_us=reply.load.compute_us,
         queue_us=reply.load.queue_us,
@@ -171,38 +189,59 @@ def error_of(status: int, message: str) -> ExpertFailed | ProtocolError:
 
 def to_numpy(rows: torch.Tensor) -> tuple[str, np.ndarray]:
     """The dtype's name and `rows` as a numpy array; 16-bit floats as int16, for numpy knows no bfloat16. No copy."""
+    import torch
+
     array = rows.detach().cpu().contiguous()
-    return _NAMES[rows.dtype], (array if array.dtype == torch.float32 else array.view(torch.int16)).numpy()
+    bits = array if array.dtype == torch.float32 else array.view(torch.int16)
+    return _torch_dtypes()[rows.dtype], bits.numpy()
 
 
 def from_numpy(dtype: str, array: np.ndarray, field: str) -> torch.Tensor:
     """Check and copy what `to_numpy` made. Raises `ProtocolError` naming `field`."""
-    if dtype not in _DTYPES:
-        raise ProtocolError(f"{field} is {dtype!r}, not one of {', '.join(_DTYPES)}")
+    import torch
+
+    if dtype not in _CODES:
+        raise ProtocolError(f"{field} is {dtype!r}, not one of {', '.join(_CODES)}")
     expected = np.dtype(np.float32 if dtype == "float32" else np.int16)
     if not isinstance(array, np.ndarray) or array.dtype != expected:
         raise ProtocolError(f"{field} is not a numpy array of {expected}")
-    rows = torch.from_numpy(array.copy()).view(_DTYPES[dtype][0])
+    rows = torch.from_numpy(array.copy()).view(_torch_dtype(dtype))
     check_rows(rows, field)
     return rows
 
 
+def weights_from_numpy(array: np.ndarray) -> torch.Tensor:
+    """A copy of routing weights that came as an array; `check_call` says whether they are what they should be."""
+    import torch
+
+    return torch.from_numpy(array.copy())
+
+
 def empty_rows(header: pb.ExpertCallHeader | pb.ExpertReplyHeader) -> torch.Tensor:
     """The tensor [T, D] that a header announces, for its bytes to be received into."""
+    import torch
+
     dtype, num_rows, hidden_size = header.dtype, header.num_rows, header.hidden_size
-    if dtype not in _FROM_PB:
-        raise ProtocolError(f"header.dtype is {dtype}, not one of {', '.join(_DTYPES)}")
+    if dtype not in _NAMES:
+        raise ProtocolError(f"header.dtype is {dtype}, not one of {', '.join(_CODES)}")
     if num_rows < 1:
         raise ProtocolError("header.num_rows is 0, expected at least 1")
     if hidden_size < 1:
         raise ProtocolError("header.hidden_size is 0, expected at least 1")
-    size = num_rows * hidden_size * _FROM_PB[dtype].itemsize
+    size = num_rows * hidden_size * _ITEM_BYTES[dtype]
     if size > MAX_TENSOR_BYTES:
         raise ProtocolError(
             f"header.num_rows x header.hidden_size is {num_rows} x {hidden_size}: {size} bytes, "
             f"more than {MAX_TENSOR_BYTES}"
         )
-    return torch.empty((num_rows, hidden_size), dtype=_FROM_PB[dtype])
+    return torch.empty((num_rows, hidden_size), dtype=_torch_dtype(_NAMES[dtype]))
+
+
+def empty_weights(num_rows: int) -> torch.Tensor:
+    """The tensor float32 [T] for the routing weights of as many rows."""
+    import torch
+
+    return torch.empty(num_rows, dtype=torch.float32)
 
 
 def load_of(header: pb.ExpertReplyHeader) -> ReplicaLoad:

@@ -43,7 +43,7 @@ class Rig:
         checkpoint = Checkpoint.open(directory)
 
         def experts(how: Any) -> Fragile:
-            self.experts = Fragile(local_pool(checkpoint, how.dtype, how.device))
+            self.experts = Fragile(local_pool(checkpoint, how))
             return self.experts
 
         self.engine: Engine = build_engine(config, checkpoint, experts)

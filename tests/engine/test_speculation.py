@@ -22,6 +22,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.experts.local import local_pool
 from moe_ray.llm import LLM, RequestOutput
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
 from moe_ray.serve.openai_stream import _Choice
 
@@ -55,7 +56,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trunk(directory: Path) -> Iterator[Trunk]:
     checkpoint, cpu = Checkpoint.open(directory), torch.device("cpu")
-    yield Trunk.load(checkpoint, local_pool(checkpoint, torch.float32, cpu), torch.float32, cpu, 256)
+    yield Trunk.load(checkpoint, local_pool(checkpoint, Numerics("float32", "cpu")), torch.float32, cpu, 256)
     checkpoint.close()
 
 

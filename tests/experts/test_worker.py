@@ -12,7 +12,9 @@ import torch
 from moe_ray.core import ExpertCall
 from moe_ray.errors import ExpertFailed, ProtocolError
 from moe_ray.experts.worker import MAX_BATCHED_ROWS, ExpertWorker
-from moe_ray.model.expert import ExpertFFN, TorchFFN
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.numerics import Numerics
+from moe_ray.model.torch_expert import TorchFFN
 
 WIDTH = 16
 
@@ -44,7 +46,7 @@ def layers() -> list[Gated]:
 @pytest.fixture
 def worker(layers: list[Gated]) -> ExpertWorker:
     ffn = ExpertFFN({(layer, 5): gated for layer, gated in enumerate(layers)})
-    return ExpertWorker(ffn, WIDTH, torch.float32, torch.device("cpu"))
+    return ExpertWorker(ffn, WIDTH, Numerics("float32", "cpu"))
 
 
 def call(layer: int, rows: int, seed: int = 0) -> ExpertCall:

@@ -17,6 +17,7 @@ from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import INDEX, SINGLE, Checkpoint, TensorSpec, expert_specs, trunk_specs
 from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
 
 CPU = torch.device("cpu")
@@ -105,12 +106,12 @@ def test_each_process_reads_its_own_bytes_only(random_model: Path) -> None:
     for expert in range(EXPERTS):
         checkpoint = Checkpoint.open(random_model)
         assert checkpoint.bytes_read == 0, "opening reads no tensor"
-        ffn = ExpertFFN.load(checkpoint, {(layer, expert) for layer in range(LAYERS)}, torch.bfloat16, CPU)
+        ffn = ExpertFFN.load(checkpoint, {(layer, expert) for layer in range(LAYERS)}, Numerics("bfloat16", "cpu"))
         own = sum(t.nbytes for name, t in tensors.items() if _owner(name) == f"expert{expert}")
         assert checkpoint.bytes_read == own
         assert ffn.nbytes == own // 2
     part = Checkpoint.open(random_model)
-    ExpertFFN.load(part, {(2, 5)}, torch.float32, CPU)
+    ExpertFFN.load(part, {(2, 5)}, Numerics("float32", "cpu"))
     assert part.bytes_read == 3 * 4 * 64 * 112
 
 
@@ -120,7 +121,7 @@ def test_an_expert_does_not_need_the_shards_of_others(sharded: Path, damage: str
         if path.stem != "expert3":
             path.unlink() if damage == "deleted" else path.write_bytes(b"garbage")
     checkpoint = Checkpoint.open(sharded)
-    ffn = ExpertFFN.load(checkpoint, {(layer, 3) for layer in range(LAYERS)}, torch.float32, CPU)
+    ffn = ExpertFFN.load(checkpoint, {(layer, 3) for layer in range(LAYERS)}, Numerics("float32", "cpu"))
     assert checkpoint.bytes_read == ffn.nbytes == LAYERS * 3 * 4 * 64 * 112
     specs = expert_specs(checkpoint.config, 0, 2)
     refused(lambda: checkpoint.check(iter(specs)), "expert2.safetensors")
@@ -136,7 +137,7 @@ def test_missing_tensor(whole: Path) -> None:
     name = "model.layers.2.block_sparse_moe.experts.6.w2.weight"
     change(whole, lambda tensors: tensors.pop(name))
     refused(lambda: check_all(whole), str(whole), name, "missing")
-    refused(lambda: local_pool(Checkpoint.open(whole), torch.float32, CPU), name)
+    refused(lambda: local_pool(Checkpoint.open(whole), Numerics("float32", "cpu")), name)
 
 
 def test_tensor_that_the_index_names_and_the_file_lacks(sharded: Path) -> None:

@@ -19,6 +19,7 @@ from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.layers import rope_table
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk, interleave
 
 torch.set_num_threads(1)  # a second thread only waits for the first on models this small
@@ -67,7 +68,7 @@ class Parts:
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         checkpoint = Checkpoint.open(directory)
-        self.pool = local_pool(checkpoint, dtype, torch.device(device))
+        self.pool = local_pool(checkpoint, Numerics(str(dtype).removeprefix("torch."), device))
         self.trunk = Trunk.load(checkpoint, self.pool, dtype, torch.device(device), 512)
 
     def engine(

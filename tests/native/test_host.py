@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from moe_ray.core import ExpertCall, ReplicaInfo
 from moe_ray.errors import KernelsUnavailable, LinkBroken, ProtocolError
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.expert import ExpertFFN, NativeFFN
+from moe_ray.model.numerics import Numerics
 from moe_ray.native.kernels import Kernels
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
@@ -31,8 +33,9 @@ except KernelsUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
-def matrix(*shape: int, seed: int) -> torch.Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.2).bfloat16()
+def matrix(*shape: int, seed: int) -> np.ndarray:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.2
+    return values.bfloat16().view(torch.int16).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def worker() -> ExpertWorker:
         )
         for layer in range(LAYERS)
     }
-    return ExpertWorker(ExpertFFN(ffns), WIDTH, torch.bfloat16, torch.device("cpu"))
+    return ExpertWorker(ExpertFFN(ffns), WIDTH, Numerics("bfloat16", "cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,20 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from moe_ray.config import load_config
 from moe_ray.core import Batch, Request, SamplingParams, Sequence
-from moe_ray.engine.build import numerics
 from moe_ray.engine.kv_cache import KVCache
+from moe_ray.engine.numerics import numerics
 from moe_ray.errors import ConfigError, KernelsUnavailable
 from moe_ray.model import moe
 from moe_ray.model.expert import NativeFFN
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.native_trunk import NativeTrunk
+from moe_ray.model.numerics import Numerics
 from moe_ray.model.torch_trunk import TorchTrunk
 from moe_ray.model.trunk import Pass
 from moe_ray.model.weights import LayerWeights
@@ -37,6 +39,10 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).bfloat16()
 
 
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(torch.int16).numpy()
+
+
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
     return Kernels(CACHE, 1)
@@ -51,15 +57,15 @@ def threaded() -> Kernels:
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (64, 64), (200, 96), (1000, 512), (8, 1024)])
 def test_linear(kernels: Kernels, threaded: Kernels, n: int, k: int) -> None:
     weight = random(n, k, scale=k**-0.5)
-    packed = kernels.pack(weight)
+    packed = kernels.pack(bits(weight))
     assert torch.equal(kernels.unpack_rows(packed, torch.arange(n)), weight.float())
     x = random(40, k)
     exact = x.double() @ weight.double().T
-    whole = kernels.linear(x, packed, n)
+    whole = kernels.linear(x, packed)
     torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-5)
     for rows in (1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 25):
-        assert torch.equal(kernels.linear(x[:rows], packed, n), whole[:rows]), f"{rows} rows"
-    assert torch.equal(threaded.linear(x, packed, n), whole)
+        assert torch.equal(kernels.linear(x[:rows], packed), whole[:rows]), f"{rows} rows"
+    assert torch.equal(threaded.linear(x, packed), whole)
 
 
 @needs_kernels
@@ -70,13 +76,14 @@ def test_expert(kernels: Kernels, threaded: Kernels, hidden: int, inner: int) ->
     x, weights = random(30, hidden, scale=3.0), torch.rand(30)
     gate, up = x.double() @ w1.double().T, x.double() @ w3.double().T
     exact = (torch.nn.functional.silu(gate) * up) @ w2.double().T * weights[:, None]
-    ffn = NativeFFN(w1, w3, w2, kernels)
+    matrices = [bits(w) for w in (w1, w3, w2)]
+    ffn = NativeFFN(*matrices, kernels)
     assert ffn.nbytes == 3 * 2 * hidden * inner
     out = ffn.forward(x, weights)
     torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2 * float(exact.abs().max()))
     one_by_one = [ffn.forward(x[i : i + 1], weights[i : i + 1]) for i in range(30)]
     assert torch.equal(torch.cat(one_by_one), out)
-    assert torch.equal(NativeFFN(w1, w3, w2, threaded).forward(x, weights), out)
+    assert torch.equal(NativeFFN(*matrices, threaded).forward(x, weights), out)
     assert torch.equal(ffn.forward(x[::2], weights[::2]), out[::2]), "strided rows"
 
 
@@ -219,10 +226,12 @@ def test_what_there_are_no_kernels_for(kernels: Kernels) -> None:
     assert not supported(model(4, 2, 48))
     assert not supported(model(18, 2, 64))
     assert not supported(model(4, 2, 64, hidden_size=80))
-    cpu = torch.device("cpu")
-    assert NativeFFN.supports(model(4, 2, 64), torch.bfloat16, cpu)
-    assert not NativeFFN.supports(model(4, 2, 64, hidden_act="gelu"), torch.bfloat16, cpu)
-    assert not NativeFFN.supports(model(4, 2, 64, intermediate_size=112), torch.bfloat16, cpu)
+    how = Numerics("bfloat16", "cpu")
+    assert NativeFFN.supports(model(4, 2, 64), how)
+    assert not NativeFFN.supports(model(4, 2, 64, hidden_act="gelu"), how)
+    assert not NativeFFN.supports(model(4, 2, 64, intermediate_size=112), how)
+    assert not NativeFFN.supports(model(4, 2, 64), Numerics("float32", "cpu"))
+    assert not NativeFFN.supports(model(4, 2, 64), Numerics("bfloat16", "cuda"))
 
 
 def test_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

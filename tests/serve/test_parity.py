@@ -26,6 +26,7 @@ from moe_ray.experts.discovery import Directory
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.experts.pool import ExpertPool
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.numerics import Numerics
 from moe_ray.serve.discovery import discover_experts
 from moe_ray.serve.links import link_options
 from moe_ray.transport import connect
@@ -53,7 +54,7 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
 
     def experts(how: object) -> ExpertPool:
         if carrier == "local":
-            pool = local_pool(checkpoint, torch.float32, torch.device("cpu"))
+            pool = local_pool(checkpoint, Numerics("float32", "cpu"))
         else:
             model = checkpoint.config
             handles = [
