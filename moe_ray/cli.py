@@ -222,7 +222,7 @@ def upcycle(
 ) -> None:
     """Turn a dense model into a mixture of experts by sparse upcycling (arXiv:2212.05055)."""
     from moe_ray.bars import loading_bars
-    from moe_ray.model.upcycle import UpcycleConfig
+    from moe_ray.model.recipe import UpcycleConfig
     from moe_ray.model.upcycle import upcycle as run_upcycle
 
     options = UpcycleConfig(num_experts=experts, top_k=top_k, noise=noise, seed=seed, dtype=dtype)

@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_ray.errors import CheckpointError
-from moe_ray.model.calibrate import text_bytes
-from moe_ray.model.upcycle import Progress, UpcycleConfig, directory_at_once, no_progress, upcycle
+from moe_ray.model.recipe import Progress, UpcycleConfig, directory_at_once, no_progress, text_bytes
 
 __all__ = ["Progress", "demo_model_path"]
 
@@ -64,6 +63,8 @@ def demo_model_path(cache_dir: Path, progress: Progress | None = None, force: bo
     key = hashlib.sha256(json.dumps(version, sort_keys=True).encode()).hexdigest()
 
     def build(work: Path, target: Path) -> None:
+        from moe_ray.model.upcycle import upcycle
+
         free = shutil.disk_usage(work).free
         if free < NEEDED_BYTES:
             raise CheckpointError(

@@ -182,7 +182,7 @@ def f():
             "torch ray grpc",
         ),
         ("moe_ray.llm moe_ray.experts.local moe_ray.engine.build", "ray grpc transformers.models.mixtral"),
-        ("moe_ray.serve.expert moe_ray.serve.gateway moe_ray.serve.launch moe_ray.transport.ray", "torch"),
+        ("moe_ray.serve.expert moe_ray.serve.gateway moe_ray.serve.launch moe_ray.transport.ray moe_ray.demo", "torch"),
         ("moe_ray.cli", "torch ray grpc transformers httpx matplotlib"),
     ],
 )

@@ -88,7 +88,8 @@ def make_model(directory: Path, recipe: Recipe, progress: Progress) -> None:
     """
     from moe_ray.model.checkpoint import expert_specs, trunk_specs
     from moe_ray.model.model_config import ModelConfig
-    from moe_ray.model.upcycle import ShardWriter, UpcycleConfig
+    from moe_ray.model.recipe import UpcycleConfig
+    from moe_ray.model.upcycle import ShardWriter
 
     raw = config_json(recipe)
     config = ModelConfig.from_dict(raw)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from moe_ray.model.dense import ATTENTION_TENSORS, DenseConfig, DenseModel
+from moe_ray.model.recipe import text_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,11 +26,6 @@ RESTARTS, FIRST_ITERATIONS, NEXT_ITERATIONS = 4, 20, 6
 class Document:
     category: str
     token_ids: tuple[int, ...]
-
-
-def text_bytes() -> bytes:
-    """The built-in calibration text as stored (part of what a recipe's version depends on)."""
-    return resources.files("moe_ray").joinpath("data/upcycle_text.json").read_bytes()
 
 
 def built_in_documents(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[Document]:

@@ -12,6 +12,8 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",  # else every level of actors runs 15 steps lower
     # Every tenth of a second, by default: three per cent of a core that the experts could use.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # With --ingress haproxy, stopping waits for this long: for load balancers, of which there are none here.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 
 

@@ -29,7 +29,8 @@ from moe_ray import demo
 from moe_ray.demo import cached_model, demo_model_path, find_fault
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.dense import open_dense
-from moe_ray.model.upcycle import UpcycleConfig, no_progress, upcycle
+from moe_ray.model.recipe import UpcycleConfig, no_progress
+from moe_ray.model.upcycle import upcycle
 
 EXACT = UpcycleConfig(num_experts=4, noise=0.0, dtype="float32", max_document_tokens=64)
 NOISY = UpcycleConfig(num_experts=4, noise=0.02, dtype="float32", max_document_tokens=64)
