@@ -124,6 +124,8 @@ class TokenEvent:
     """The stop token that ended the sequence; it is in `token_ids` too, and not part of the text."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
+    degraded_positions: tuple[int, ...] = ()
+    """Positions (of prompt and output) that were computed without one of their experts, since the last event."""
     error: Exception | None = None
 
     @property
@@ -153,6 +155,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache key of each full block, in order; extended lazily."""
+    degraded: list[int] = field(default_factory=list)
+    """Positions that were computed without one of their experts. Nothing from then on goes into the prefix cache."""
+    degraded_told: int = 0
+    """How many of them were in an event."""
 
     @property
     def num_prompt(self) -> int:
@@ -186,6 +192,8 @@ class Batch:
     0: the chunk does not reach the sequence's last token. 1: it does. k + 1: k drafts follow that token in the chunk;
     they are in no sequence yet, and become true as far as they are sampled in their places.
     """
+    degraded: set[int] = field(default_factory=set)
+    """Flat positions that were computed without one of their experts (`on_expert_loss: renormalise`)."""
 
     @property
     def num_tokens(self) -> int:
@@ -271,3 +279,5 @@ class EngineStats:
     """Guessed tokens that were verified (speculative decoding)."""
     accepted_draft_tokens: int = 0
     """Those of them that are in the output."""
+    degraded_tokens: int = 0
+    """Tokens that were computed without one of their experts."""

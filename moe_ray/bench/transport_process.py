@@ -16,8 +16,8 @@ import torch
 
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.echo_process import SIZE, EchoActor, receive, replica
-from moe_ray.core import ExpertCall
-from moe_ray.errors import LinkBroken, TransportError
+from moe_ray.core import ExpertCall, ReplicaLoad
+from moe_ray.errors import LinkBroken, LinkTimeout
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
 
@@ -66,8 +66,8 @@ def link_round(
 
         def run_together() -> None:
             for outcome in together.scatter(links, 0, experts, each, batch, weights).wait(TIMEOUT_S):
-                if isinstance(outcome, TransportError):
-                    raise outcome
+                if not isinstance(outcome, ReplicaLoad):
+                    raise outcome or LinkTimeout(f"no reply within {TIMEOUT_S:g} s")
 
         return run_together
     calls = [ExpertCall(0, 0, rows, torch.ones(len(rows))) for _ in links]

@@ -50,7 +50,7 @@ class Engine:
         self._scheduler = Scheduler(options.limits, self._allocator, options.eos_token_ids, options.max_model_len)
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
-        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -134,8 +134,10 @@ class Engine:
                     finish_reason=outcome.finish_reason,
                     stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
+                    degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
                 )
             )
+            seq.degraded_told = len(seq.degraded)
             row += count
         return events
 
@@ -144,14 +146,24 @@ class Engine:
         sequences = len(batch.sequences)
         parts = self.options.micro_batches or self._overlap.choose(batch.num_tokens, sequences)
         started, waited = time.perf_counter(), self._trunk.waited_s
-        passes = [self._trunk.forward(part, self._cache) for part in split(batch, parts)]
+        batches = split(batch, parts)
+        passes = [self._trunk.forward(part, self._cache) for part in batches]
         # After a product torch's pool spins, on the cores of native threads.
         with torch_threads(1) if self._trunk.native else contextlib.nullcontext():
             logits = interleave(passes)
+        for part in batches:
+            if part.degraded:
+                self._note_degraded(part)
         if not self.options.micro_batches:
             seconds = time.perf_counter() - started
             self._overlap.record(batch.num_tokens, sequences, parts, seconds, self._trunk.waited_s - waited)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _note_degraded(self, batch: Batch) -> None:
+        self._degraded_tokens += len(batch.degraded)
+        for i, seq in enumerate(batch.sequences):
+            chunk = range(batch.query_start[i], batch.query_start[i + 1])
+            seq.degraded += [batch.positions[flat] for flat in chunk if flat in batch.degraded]
 
     def stats(self) -> EngineStats:
         """A snapshot; callable from any thread."""
@@ -167,6 +179,7 @@ class Engine:
             steps=self._steps,
             draft_tokens=self._scheduler.draft_tokens,
             accepted_draft_tokens=self._scheduler.accepted_draft_tokens,
+            degraded_tokens=self._degraded_tokens,
         )
 
     def check_integrity(self) -> None:

@@ -238,7 +238,7 @@ class Scheduler:
         size = self.allocator.block_size
         old, new = seq.num_computed // size, context // size
         seq.num_computed = context
-        if new > old and self.limits.enable_prefix_caching:
+        if new > old and self.limits.enable_prefix_caching and not seq.degraded:
             self._extend_keys(seq, new)
             for block, key in zip(seq.block_table[old:new], seq.block_keys[old:new], strict=True):
                 self.allocator.register(block, key)

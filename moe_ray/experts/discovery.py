@@ -10,27 +10,73 @@ from dataclasses import dataclass, field
 
 from moe_ray.core import ExpertKey, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import MoeRayError
+from moe_ray.experts.choice import FRESH_S, Pace
 from moe_ray.transport.base import Link
 
 logger = logging.getLogger(__name__)
 
+QUARANTINE_S, QUARANTINE_MOST_S = 10.0, 300.0
 Discover = Callable[[], Sequence[ReplicaInfo]]
 """Asks who is there. Raises `NotReady` when it cannot be known now: then what is known is kept."""
 Connect = Callable[[ReplicaInfo], Link]
 """Opens a link. Raises `LinkBroken`, or `ConfigError` when the replica offers no carrier that may be used."""
+Members = Callable[[], object]
+"""Something cheap that differs once replicas have come or gone."""
+WATCH_S = 0.25
+"""How often `Members` is called."""
 
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One replica as the pool sees it. `outstanding_rows` and `load` belong to the pool's thread."""
+    """One replica as the pool sees it. All but `info`, `link` and `retiring` belongs to the pool's thread."""
 
     info: ReplicaInfo
     link: Link
     outstanding_rows: int = 0
     calls: int = 0
     load: ReplicaLoad = field(default_factory=ReplicaLoad)
+    load_at: float = 0.0
+    """When `load` came (monotonic seconds)."""
     retiring: bool = False
     """Gone from discovery while its link still lives: takes no new calls, closed when it has none outstanding."""
+    slowness: Pace = field(default_factory=Pace)
+    faults: int = 0
+    """Unusable answers in a row."""
+    quarantined_until: float = 0.0
+    """Monotonic seconds; until then it is called only where there is nobody else."""
+
+    @property
+    def replica_id(self) -> str:
+        return self.info.replica_id
+
+    @property
+    def node_id(self) -> str:
+        return self.info.node_id
+
+    @property
+    def usable(self) -> bool:
+        return not self.link.broken
+
+    def trusted(self, now: float) -> bool:
+        return self.quarantined_until <= now
+
+    def backlog(self, now: float) -> int:
+        said = self.load.queued_rows if now - self.load_at < FRESH_S else 0
+        return max(self.outstanding_rows, said)
+
+    def pace(self, now: float) -> float:
+        return self.slowness.read(now)
+
+    def answered(self, load: ReplicaLoad, now: float) -> None:
+        """Note a usable answer and what it said."""
+        self.load, self.load_at, self.faults = load, now, 0
+
+    def misbehaved(self, now: float) -> float:
+        """Note an unusable answer; return the seconds for which the replica is quarantined."""
+        self.faults += 1
+        seconds = min(QUARANTINE_S * 2 ** (self.faults - 1), QUARANTINE_MOST_S)
+        self.quarantined_until = now + seconds
+        return seconds
 
 
 Table = dict[ExpertKey, tuple[Replica, ...]]
@@ -40,15 +86,21 @@ class Directory:
     """The table (layer, expert) → live replicas, renewed by a thread of its own.
 
     The table is replaced, never changed, so that readers need no lock. It is renewed every `refresh_s` and at once
-    after `report_broken`; while `discover` fails, what is known stays.
+    after `report_broken` or when `members` changes; while `discover` fails, what is known stays.
     """
 
     def __init__(
-        self, discover: Discover, connect: Connect, keys: frozenset[ExpertKey], refresh_s: float = 2.0
+        self,
+        discover: Discover,
+        connect: Connect,
+        keys: frozenset[ExpertKey],
+        refresh_s: float = 2.0,
+        members: Members | None = None,
     ) -> None:
         """`keys` are the (layer, expert) pairs that the model needs."""
         self._discover, self._connect, self._refresh_s = discover, connect, refresh_s
-        self._keys = keys
+        self._keys, self._members = keys, members
+        self._seen: object = None  # what `members` said before the last refresh
         self._replicas: dict[str, Replica] = {}
         self._backoff: dict[str, tuple[float, float]] = {}  # replica id → (not before, delay)
         self._changed = threading.Condition()
@@ -152,16 +204,27 @@ class Directory:
 
     def _run(self) -> None:
         while not self._closed:
-            self._wake.wait(self._pause())
+            self._wait(self._pause())
             self._wake.clear()
             if self._closed:
                 return
+            if self._members is not None:
+                self._seen = self._members()
             try:
                 self.refresh()
             except Exception:  # this thread must outlive any surprise: without it no link is ever renewed
                 logger.exception("renewing the expert directory failed")
 
+    def _wait(self, seconds: float) -> None:
+        """Wait so long, or until woken, or until the members differ."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._wake.wait(left if self._members is None else min(left, WATCH_S)):
+                return
+            if self._members is not None and self._members() != self._seen:
+                return
+
     def _pause(self) -> float:
-        # While something is missing, look often: somebody is waiting for it.
-        urgent = self.missing() or any(replica.link.broken for replica in list(self._replicas.values()))
+        # While something is missing or going, look often: somebody is waiting for it.
+        urgent = self.missing() or any(r.link.broken or r.retiring for r in list(self._replicas.values()))
         return min(self._refresh_s, 0.25) if urgent else self._refresh_s

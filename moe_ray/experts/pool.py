@@ -1,32 +1,33 @@
-"""Sends expert calls to replicas: least outstanding rows first, failed calls again elsewhere, never without an end."""
+"""Sends expert calls to replicas: to whoever is done first, late ones twice, failed ones again elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from moe_ray.core import ExpertCall, ReplicaLoad
-from moe_ray.errors import ExpertUnavailable, LinkBroken, LinkTimeout, TransportError
+from moe_ray.errors import ExpertUnavailable, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.experts.choice import Costs, Lateness, choose, split
 from moe_ray.experts.discovery import Directory, Replica
-from moe_ray.model.moe import PendingCalls, Routed, calls_of
-from moe_ray.transport.base import PendingReply, Replies
+from moe_ray.experts.under_way import CallsUnderWay, Sent, SentAtOnce, SentOneByOne
+from moe_ray.model.moe import PendingCalls, Routed
+from moe_ray.transport.base import PendingReply
 
 logger = logging.getLogger(__name__)
 
-
-def choose(replicas: Iterable[Replica], avoid: Collection[str] = ()) -> Replica | None:
-    """Return the live replica with the fewest outstanding rows (then the fewest calls so far) outside `avoid`."""
-    usable = [r for r in replicas if not r.link.broken and r.info.replica_id not in avoid]
-    return min(usable, key=lambda r: (r.outstanding_rows, r.calls), default=None)
+LATE_PACE = 10.0
+"""How many times slower than usual a replica is taken to have been when a call to it was late, at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolOptions:
-    """How long the pool is patient."""
+    """How long the pool is patient, and what it does before it no longer is."""
 
     deadline_s: float = 60.0
     """A call without a live replica waits this long for one, then ends in `ExpertUnavailable`."""
@@ -34,92 +35,170 @@ class PoolOptions:
     """A replica that does not answer within this is taken for lost."""
     max_attempts: int = 3
     """Tries of one call that replicas answered with an error, before it ends in `ExpertUnavailable`."""
+    on_loss: Literal["wait", "fail", "renormalise"] = "wait"
+    """What a call without a live replica does: wait for one, fail at once, or leave its expert out.
+
+    renormalise: the token goes on with the weight of its other experts scaled to make up for it; `degraded` says which
+    tokens did. A call that ends in an error is left out in the same way.
+    """
+    hedge: bool = True
+    """Send a late call to a second replica too, where there is one, and take the first answer."""
+    hedge_budget: float = 0.02
+    """Second calls per call, at most, in the long run."""
+    split: bool = True
+    """Share large batches among an expert's replicas, where that pays."""
+    node_id: str | None = None
+    """Where the trunk is: of replicas as good as each other, those on its node are preferred."""
 
 
 @dataclass(slots=True, eq=False)
-class _InFlight:
+class Part:
+    """Rows of one expert in one layer that go to one replica: rows [start, start + count) of `Routed`."""
+
+    expert: int
+    start: int
+    count: int
+    replica: Replica | None
+
+
+@dataclass(slots=True, eq=False)
+class InFlight:
     call: ExpertCall
     replica: Replica | None
     pending: PendingReply | None
-    """None when sending failed: `gather` sends again."""
+    """None when sending failed: `wait` sends again."""
 
 
+@dataclass(slots=True)
+class Counters:
+    """What the pool has done since it was made."""
+
+    calls: int = 0
+    splits: int = 0
+    """Batches of one expert that were shared among replicas."""
+    retries: int = 0
+    """Calls that were sent again after they had failed."""
+    hedges: int = 0
+    """Calls that were sent a second time because they were late."""
+    hedge_wins: int = 0
+    """Second calls that were answered first."""
+    quarantines: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class ExpertPool:
     """All experts of one model, wherever they live. `submit` and `gather` belong to one thread."""
 
-    def __init__(self, directory: Directory, options: PoolOptions | None = None) -> None:
-        self._directory = directory
-        self.options = options or PoolOptions()
-        self.retries = 0
-        """Calls that were sent again."""
+    directory: Directory
+    options: PoolOptions = field(default_factory=PoolOptions)
+    counters: Counters = field(default_factory=Counters)
+    _costs: Costs = field(default_factory=Costs)
+    _lateness: Lateness = field(default_factory=Lateness)
+    _draw: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def __post_init__(self) -> None:
+        self._lateness.budget = self.options.hedge_budget
 
     def missing(self) -> list[int]:
         """Experts that have no live replica for some layer, ascending."""
-        return self._directory.missing()
+        return self.directory.missing()
 
     def replicas(self) -> list[Replica]:
         """The live replicas, by id."""
-        found = {r.info.replica_id: r for group in self._directory.table.values() for r in group}
+        found = {r.replica_id: r for group in self.directory.table.values() for r in group}
         return [found[replica_id] for replica_id in sorted(found)]
 
     def submit(self, layer: int, routed: Routed) -> PendingCalls:
-        """Put the rows of one layer on their way, each expert's to one replica, without waiting."""
-        return self._together(layer, routed) or _OneByOne(self.send(calls_of(layer, routed)))
-
-    def send(self, calls: list[ExpertCall]) -> Scattered:
-        """Put the calls on their way, each to one replica, without waiting."""
-        scattered = Scattered(self, [])
-        try:
-            for call in calls:
-                scattered.flights.append(self._send(call, ()))
-        except BaseException:
-            scattered.abandon()
-            raise
-        return scattered
+        """Put the rows of one layer on their way, without waiting; large batches to several replicas of an expert."""
+        parts = self._parts(layer, routed.counts)
+        return CallsUnderWay(self, layer, routed, parts, self._together(layer, routed, parts))
 
     def close(self) -> None:
         """Close every link."""
-        self._directory.close()
+        self.directory.close()
 
-    def _send(self, call: ExpertCall, avoid: Collection[str]) -> _InFlight:
-        replica = choose(self._directory.table.get((call.layer, call.expert), ()), avoid)
-        if replica is None:
-            return _InFlight(call, None, None)
-        replica.outstanding_rows += call.rows.shape[0]
-        replica.calls += 1
+    def _parts(self, layer: int, counts: list[int]) -> list[Part]:
+        table, parts, start, now = self.directory.table, list[Part](), 0, time.monotonic()
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            replicas = table.get((layer, expert), ())
+            if len(replicas) == 1 and not replicas[0].link.broken:
+                parts.append(Part(expert, start, count, replicas[0]))
+            else:
+                parts += self._shared(replicas, expert, start, count, now)
+            start += count
+        return parts
+
+    def _shared(self, replicas: tuple[Replica, ...], expert: int, start: int, count: int, now: float) -> list[Part]:
+        first = self._choose(replicas, count, now)
+        if first is None or not self.options.split:
+            return [Part(expert, start, count, first)]
+        others = [r for r in replicas if r is not first and r.usable and r.trusted(now) and not r.outstanding_rows]
+        others.sort(key=lambda r: r.pace(now))
+        shares = split(count, [r.pace(now) for r in (first, *others)], self._costs) if others else [count]
+        parts = []
+        for replica, share in zip((first, *others), shares, strict=False):
+            if share:
+                parts.append(Part(expert, start, share, replica))
+                start += share
+        self.counters.splits += len(parts) > 1
+        return parts
+
+    def _choose(
+        self, replicas: tuple[Replica, ...], rows: int, now: float, avoid: Collection[str] = ()
+    ) -> Replica | None:
+        return choose(replicas, rows, now, avoid, self.options.node_id, self._draw)
+
+    def _together(self, layer: int, routed: Routed, parts: list[Part]) -> Sent:
+        """Send the calls of a layer at once, if the carrier of all the chosen replicas can do that."""
+        replicas = [part.replica for part in parts if part.replica is not None]
+        links = [replica.link for replica in replicas]
+        how = links[0].together if links else None
+        if how is None or len(replicas) < len(parts) or any(link.together != how for link in links):
+            return self._one_by_one(layer, routed, parts)
+        experts, counts = [part.expert for part in parts], [part.count for part in parts]
+        replies = how.scatter(links, layer, experts, counts, routed.rows, routed.weights)
+        for replica, count in zip(replicas, counts, strict=True):
+            self._sent(replica, count)
+        return SentAtOnce(replies, parts)
+
+    def _one_by_one(self, layer: int, routed: Routed, parts: list[Part]) -> Sent:
+        sent = SentOneByOne()
         try:
-            return _InFlight(call, replica, replica.link.send(call))
+            for part in parts:
+                flight = self._send(part_call(layer, routed, part), (), part.replica)
+                part.replica = flight.replica
+                sent.add(flight.pending)
+        except BaseException:
+            for part in parts[: len(sent.pending)]:
+                self.drop(part)
+            raise
+        return sent
+
+    def _send(self, call: ExpertCall, avoid: Collection[str], replica: Replica | None = None) -> InFlight:
+        if replica is None:
+            group = self.directory.table.get((call.layer, call.expert), ())
+            replica = self._choose(group, call.rows.shape[0], time.monotonic(), avoid)
+        if replica is None:
+            return InFlight(call, None, None)
+        self._sent(replica, call.rows.shape[0])
+        try:
+            return InFlight(call, replica, replica.link.send(call))
         except LinkBroken as error:
             self.settle(replica, call.rows.shape[0])
             self._lost(replica, error)
-            return _InFlight(call, None, None)
+            return InFlight(call, None, None)
         except BaseException:  # a call that no carrier could carry
             self.settle(replica, call.rows.shape[0])
             raise
 
-    def _together(self, layer: int, routed: Routed) -> _Together | None:
-        """The calls of a layer sent at once, if the carrier of all the chosen replicas can do that."""
-        replicas, experts, counts = [], [], []
-        table = self._directory.table
-        for expert, count in enumerate(routed.counts):
-            if count:
-                replica = choose(table.get((layer, expert), ()))
-                if replica is None or replica.link.together is None:
-                    return None
-                replicas.append(replica)
-                experts.append(expert)
-                counts.append(count)
-        how = replicas[0].link.together
-        if how is None or any(replica.link.together != how for replica in replicas):
-            return None
-        for replica, count in zip(replicas, counts, strict=True):
-            replica.outstanding_rows += count
-            replica.calls += 1
-        links = [replica.link for replica in replicas]
-        replies = how.scatter(links, layer, experts, counts, routed.rows, routed.weights)
-        return _Together(self, layer, routed, replicas, replies)
+    def _sent(self, replica: Replica, rows: int) -> None:
+        replica.outstanding_rows += rows
+        replica.calls += 1
+        self.counters.calls += 1
 
-    def wait(self, flight: _InFlight, failure: TransportError | None = None) -> torch.Tensor:
+    def wait(self, flight: InFlight, failure: TransportError | None = None) -> torch.Tensor:
         """Return the rows of one call, sending it again as often as patience allows.
 
         `failure`: how its first try has ended already.
@@ -127,7 +206,7 @@ class ExpertPool:
         call, deadline = flight.call, time.monotonic() + self.options.deadline_s
         refused: dict[str, TransportError] = {}
         while True:
-            version = self._directory.version
+            version = self.directory.version
             if flight.replica is None or (flight.pending is None and failure is None):
                 flight = self._send(call, refused)
             replica, pending = flight.replica, flight.pending
@@ -135,7 +214,9 @@ class ExpertPool:
                 if refused:
                     # Every replica that there is has answered with an error: waiting will not change that.
                     self._give_up(call, "; ".join(map(str, refused.values())))
-                if not self._directory.wait_change(version, deadline - time.monotonic()):
+                if self.options.on_loss != "wait":
+                    self._give_up(call, "no live replica")
+                if not self.directory.wait_change(version, deadline - time.monotonic()):
                     self._give_up(call, f"no live replica within {self.options.deadline_s:g} s")
                 continue
             if failure is None and pending is not None:
@@ -147,94 +228,114 @@ class ExpertPool:
                     self.settle(replica, call.rows.shape[0], reply.load)
                     return reply.rows
             self.settle(replica, call.rows.shape[0])
-            if isinstance(failure, LinkBroken | LinkTimeout):
-                self._lost(replica, failure)
-            elif failure is not None:
-                refused[replica.info.replica_id] = failure
-                logger.warning("expert replica %s failed a call: %s", replica.info.replica_id, failure)
+            if failure is not None:
+                self._note_failure(replica, failure)
+            if failure is not None and not isinstance(failure, LinkBroken | LinkTimeout):
+                refused[replica.replica_id] = failure
                 if len(refused) >= self.options.max_attempts:
                     self._give_up(call, "; ".join(map(str, refused.values())))
             if time.monotonic() >= deadline:
                 self._give_up(call, f"no answer within {self.options.deadline_s:g} s")
-            self.retries += 1
-            flight, failure = _InFlight(call, None, None), None
+            self.counters.retries += 1
+            flight, failure = InFlight(call, None, None), None
 
-    def drop(self, flight: _InFlight) -> None:
+    def drop(self, part: Part) -> None:
         """Stop counting a call as outstanding without waiting for its reply."""
-        if flight.replica is not None:
-            self.settle(flight.replica, flight.call.rows.shape[0])
+        if part.replica is not None:
+            self.settle(part.replica, part.count)
 
     def settle(self, replica: Replica, rows: int, load: ReplicaLoad | None = None) -> None:
-        """Stop counting `rows` as outstanding at `replica`."""
+        """Stop counting `rows` as outstanding at `replica`; `load`: what it said when it answered."""
         replica.outstanding_rows -= rows
         if load is not None:
-            replica.load = load
+            now = time.monotonic()
+            replica.answered(load, now)
+            replica.slowness.observe(self._costs.observe(rows, load.compute_us), now)
+
+    def late_after_s(self, layer: int, parts: list[Part]) -> float | None:
+        """Seconds after which the calls of a layer are late; None: no second call could be made, or who knows."""
+        if not self.options.hedge:
+            return None
+        table = self.directory.table
+        if all(len(table.get((layer, part.expert), ())) < 2 for part in parts):
+            return None
+        return self._lateness.limit_s(max(part.count for part in parts))
+
+    def came_home(self, parts: list[Part], took_s: float) -> None:
+        """Learn how long the calls of one layer took."""
+        self._lateness.observe(max(part.count for part in parts), took_s, len(parts))
+
+    def hedge(self, layer: int, routed: Routed, part: Part, took_s: float) -> InFlight | None:
+        """Send a late call to another replica too; None where there is no other, or no budget left."""
+        late = part.replica
+        if late is not None:
+            usual_us = self._costs.expect(part.count)
+            times = max(LATE_PACE, 1e6 * took_s / usual_us) if usual_us else LATE_PACE
+            late.slowness.observe(times, time.monotonic())
+        others = [r for r in self.directory.table.get((layer, part.expert), ()) if r is not late and r.usable]
+        if late is None or not others or not self._lateness.spend():
+            return None
+        flight = self._send(part_call(layer, routed, part), {late.replica_id})
+        if flight.pending is None:
+            return None
+        self.counters.hedges += 1
+        return flight
+
+    def try_result(self, flight: InFlight, timeout_s: float) -> torch.Tensor | None:
+        """The rows of a second call, if they come within `timeout_s`; its `pending` is None once it has failed."""
+        replica, pending, rows = flight.replica, flight.pending, flight.call.rows.shape[0]
+        if replica is None or pending is None:
+            return None
+        try:
+            reply = pending.result(timeout_s)
+        except LinkTimeout:
+            return None
+        except TransportError as error:
+            flight.pending = None
+            self.settle(replica, rows)
+            self._note_failure(replica, error)
+            return None
+        self.settle(replica, rows, reply.load)
+        self.counters.hedge_wins += 1
+        return reply.rows
+
+    def lost_race(self, flight: InFlight) -> None:
+        """Forget a second call: the first was answered."""
+        if flight.replica is not None and flight.pending is not None:
+            self.settle(flight.replica, flight.call.rows.shape[0])
+
+    def forgive(self, part: Part, failure: TransportError | None) -> None:
+        """Settle a first call that failed while its second one was under way, which was answered."""
+        if part.replica is not None and failure is not None:
+            self.settle(part.replica, part.count)
+            self._note_failure(part.replica, failure)
+
+    def again(self, layer: int, routed: Routed, part: Part, failure: TransportError | None) -> torch.Tensor:
+        """The rows of a call that has failed, or could not be sent; errors as of `wait`."""
+        return self.wait(InFlight(part_call(layer, routed, part), part.replica, None), failure)
+
+    def _note_failure(self, replica: Replica, failure: TransportError) -> None:
+        if isinstance(failure, LinkBroken | LinkTimeout):
+            self._lost(replica, failure)
+        else:
+            self._refused(replica, failure)
+
+    def _refused(self, replica: Replica, failure: TransportError) -> None:
+        logger.warning("expert replica %s failed a call: %s", replica.replica_id, failure)
+        if isinstance(failure, ProtocolError):
+            seconds = replica.misbehaved(time.monotonic())
+            self.counters.quarantines += 1
+            logger.warning("expert replica %s is quarantined for %g s", replica.replica_id, seconds)
 
     def _lost(self, replica: Replica, error: Exception) -> None:
-        logger.warning("lost expert replica %s: %s", replica.info.replica_id, error)
-        self._directory.report_broken(replica)
+        logger.warning("lost expert replica %s: %s", replica.replica_id, error)
+        self.directory.report_broken(replica)
 
     def _give_up(self, call: ExpertCall, why: str) -> None:
         raise ExpertUnavailable(f"expert {call.expert} (layer {call.layer}) is unavailable: {why}")
 
 
-class Scattered:
-    """The calls of one layer under way; `gather` brings their rows home, once."""
-
-    def __init__(self, pool: ExpertPool, flights: list[_InFlight]) -> None:
-        self._pool, self.flights = pool, flights
-
-    def gather(self) -> list[torch.Tensor]:
-        """Wait for every reply; rows [T_e, D] in the order of the calls. Raises `ExpertUnavailable`."""
-        rows = []
-        while self.flights:
-            rows.append(self._pool.wait(self.flights.pop(0)))
-        return rows
-
-    def abandon(self) -> None:
-        """Forget the calls not gathered yet; their replies are dropped when they come. Idempotent."""
-        while self.flights:
-            self._pool.drop(self.flights.pop())
-
-
-class _OneByOne:
-    """`moe.PendingCalls` over calls that travel one by one."""
-
-    def __init__(self, scattered: Scattered) -> None:
-        self._scattered = scattered
-        self.abandon = scattered.abandon
-
-    def gather(self) -> torch.Tensor:
-        """Rows [T * K, D] in the order of the calls. Raises `ExpertUnavailable`."""
-        rows = self._scattered.gather()
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-class _Together:
-    """`moe.PendingCalls` over calls that were sent at once."""
-
-    def __init__(self, pool: ExpertPool, layer: int, routed: Routed, replicas: list[Replica], replies: Replies) -> None:
-        self._pool, self._layer, self._routed = pool, layer, routed
-        self._replicas, self._replies, self._counts = replicas, replies, [count for count in routed.counts if count]
-        self._left = list(range(len(replicas)))  # calls still counted as outstanding
-
-    def gather(self) -> torch.Tensor:
-        """Rows [T * K, D] in the order of the calls. Raises `ExpertUnavailable`."""
-        rows, calls = self._replies.rows, None
-        for index, outcome in enumerate(self._replies.wait(self._pool.options.call_timeout_s)):
-            self._left.remove(index)
-            if isinstance(outcome, ReplicaLoad):
-                self._pool.settle(self._replicas[index], self._counts[index], outcome)
-                continue
-            calls = calls or calls_of(self._layer, self._routed)
-            start = sum(self._counts[:index])
-            flight = _InFlight(calls[index], self._replicas[index], None)
-            rows[start : start + self._counts[index]] = self._pool.wait(flight, outcome)
-        return rows
-
-    def abandon(self) -> None:
-        """Forget the calls not gathered yet. Idempotent."""
-        self._replies.forget()
-        while self._left:
-            index = self._left.pop()
-            self._pool.settle(self._replicas[index], self._counts[index])
+def part_call(layer: int, routed: Routed, part: Part) -> ExpertCall:
+    """The call that carries `part`."""
+    rows = slice(part.start, part.start + part.count)
+    return ExpertCall(layer, part.expert, routed.rows[rows], routed.weights[rows])

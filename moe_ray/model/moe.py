@@ -24,6 +24,9 @@ class Routed:
 class PendingCalls(Protocol):
     """Calls under way to their experts."""
 
+    degraded: torch.Tensor | None
+    """Once gathered: bool [T], the tokens that one of their experts was missing for; None: for none."""
+
     def gather(self) -> torch.Tensor:
         """Wait for every reply; rows [T * K, D] in the order of `Routed.rows`. Raises `ExpertUnavailable`."""
         ...

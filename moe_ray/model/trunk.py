@@ -105,6 +105,8 @@ class Trunk:
                 rows = pending.gather()
                 self.waited_s += time.perf_counter() - started
                 work.combine(routed, rows)
+                if pending.degraded is not None:
+                    batch.degraded.update(pending.degraded.nonzero().flatten().tolist())
             finally:
                 pending.abandon()  # nothing, unless this pass is being given up
         ends = zip(batch.query_start[1:], batch.num_sampled, strict=True)

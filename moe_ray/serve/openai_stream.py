@@ -38,6 +38,8 @@ class _Choice:
     """Its engine request is over, or was stopped."""
     num_tokens: int = 0
     num_cached: int = 0
+    degraded: list[int] = field(default_factory=list)
+    """Positions that were computed without one of their experts."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     offset: int = 0
@@ -51,6 +53,7 @@ class _Choice:
         params = self.request.sampling
         token_ids = event.token_ids
         self.num_cached = max(self.num_cached, event.num_cached_tokens)
+        self.degraded += event.degraded_positions
         self.ended = event.last
         if event.stop_token_id is not None and not params.include_stop_str_in_output:
             token_ids = token_ids[:-1]
@@ -116,6 +119,11 @@ class Responder:
             )
             for index, request in requests
         }
+
+    @property
+    def degraded(self) -> int:
+        """Tokens so far that were computed without one of their experts."""
+        return sum(len(choice.degraded) for choice in self._choices.values())
 
     async def stream(self, events: Events) -> AsyncIterator[str]:
         """Yield SSE text, ending in `data: [DONE]`; several `data:` events may come in one string.
@@ -187,6 +195,7 @@ class Responder:
                     "logprobs": self._logprobs(choice, logprobs[index]),
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
+                    **({"degraded_positions": choice.degraded} if choice.degraded else {}),
                 }
             )
         return {**self._meta, "choices": choices, "usage": self._usage()}
@@ -231,6 +240,8 @@ class Responder:
         reason = "null"
         if choice.finish_reason is not None:
             reason = f'"{choice.finish_reason}","stop_reason":{_dumps(choice.stop_reason)}'
+            if choice.degraded:
+                reason += f',"degraded_positions":{_dumps(choice.degraded)}'
         return f'{first}{choice.head}{says},"logprobs":{likely},"finish_reason":{reason}}}]{usage}}}\n\n'
 
     def _usage(self) -> dict[str, Any]:

@@ -64,14 +64,16 @@ class Service:
         )
         if not body.stream:
             with contextlib.closing(session):
-                return JSONResponse(await responder.full(session.events()))
+                answer = await responder.full(session.events())
+                return JSONResponse(answer, headers=_degraded(responder))
         chunks = responder.stream(session.events())
         try:
             first = await anext(chunks)  # a request that the trunk refuses can still become an HTTP status here
         except BaseException:
             session.close()
             raise
-        return StreamingResponse(_stream(first, chunks, session), media_type="text/event-stream", headers=SSE_HEADERS)
+        headers = {**SSE_HEADERS, **_degraded(responder)}
+        return StreamingResponse(_stream(first, chunks, session), media_type="text/event-stream", headers=headers)
 
     def _card(self) -> dict[str, Any]:
         trunks = self._sessions.trunks
@@ -98,6 +100,11 @@ def no_route(method: str, path: str, status: int) -> Response:
     """The response to a path or method that does not exist."""
     error = {"message": f"no route {method} {path}", "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": error}, status)
+
+
+def _degraded(responder: Responder) -> dict[str, str]:
+    """Says in a header how many tokens, of those computed before the headers go out, lacked one of their experts."""
+    return {"x-moe-degraded": str(responder.degraded)} if responder.degraded else {}
 
 
 async def _stream(first: str, chunks: AsyncIterator[str], session: Session) -> AsyncIterator[str]:

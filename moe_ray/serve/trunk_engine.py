@@ -23,7 +23,7 @@ from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.numerics import Numerics, limit_torch_threads
-from moe_ray.serve.discovery import discover_experts
+from moe_ray.serve.discovery import discover_experts, replica_ids
 from moe_ray.serve.links import link_options
 from moe_ray.serve.progress import reporter
 from moe_ray.serve.trunk_server import TrunkServer
@@ -85,7 +85,7 @@ class TrunkEngine:
             "kv_cache_tokens": self.info.kv_cache_tokens,
             "max_model_len": self.info.max_model_len,
             "missing": [f"Expert{e}" for e in self._pool.missing()],
-            "retries": self._pool.retries,
+            "expert_calls": asdict(self._pool.counters),
             "links": {r.info.replica_id: r.calls for r in self._pool.replicas()},
             **asdict(self._loop.stats()),
         }
@@ -111,8 +111,15 @@ def _remote_pool(config: Config, model: ModelConfig, handles: Sequence[Deploymen
         lambda info: connect(best_carrier(info, carriers), info, options),
         keys,
         config.experts.refresh_s,
+        replica_ids(handles),
     )
     directory.start()
     return ExpertPool(
-        directory, PoolOptions(deadline_s=config.experts.deadline_s, call_timeout_s=config.experts.call_timeout_s)
+        directory,
+        PoolOptions(
+            deadline_s=config.experts.deadline_s,
+            call_timeout_s=config.experts.call_timeout_s,
+            on_loss=config.experts.on_expert_loss,
+            node_id=ray.get_runtime_context().get_node_id(),
+        ),
     )

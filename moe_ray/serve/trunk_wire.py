@@ -69,6 +69,7 @@ def pack_event(event: TokenEvent) -> pb.TokenEvent:
         finish_reason=event.finish_reason or "",
         stop_token_id=event.stop_token_id,
         num_cached_tokens=event.num_cached_tokens,
+        degraded_positions=event.degraded_positions,
     )
     for entry in event.logprobs:
         message.logprobs.add(
@@ -96,6 +97,7 @@ def unpack_event(message: pb.TokenEvent) -> TokenEvent:
         finish_reason=cast(FinishReason, message.finish_reason) if message.finish_reason else None,
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
+        degraded_positions=tuple(message.degraded_positions),
         error=_error(message) if message.error_type else None,
     )
 

@@ -51,10 +51,11 @@ class PendingReply(Protocol):
     """A reply under way."""
 
     def result(self, timeout_s: float) -> ExpertReply:
-        """Wait for the reply; called once, from the thread that sent the call.
+        """Wait for the reply, from the thread that sent the call; again, if need be, after a `LinkTimeout` only.
 
         Raises `LinkBroken` when the link ended first, `LinkTimeout` after `timeout_s`, `ExpertFailed` when the
-        replica could not compute the call, `ProtocolError` when the reply does not fit the call.
+        replica could not compute the call, `ProtocolError` when the reply does not fit the call. A reply that nobody
+        waits for any more is dropped when it comes.
         """
         ...
 
@@ -64,12 +65,15 @@ class Replies(Protocol):
 
     rows: torch.Tensor  # [R, D] in the order of the calls
 
-    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError]:
-        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there. Once."""
+    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError | None]:
+        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there.
+
+        None: the reply is still under way, and may be waited for again.
+        """
         ...
 
-    def forget(self) -> None:
-        """Stop waiting. Idempotent."""
+    def forget(self, index: int | None = None) -> None:
+        """Stop waiting for one call, or for all: its rows are not written to from now on. Idempotent."""
         ...
 
 
@@ -85,7 +89,10 @@ class Together(Protocol):
         rows: torch.Tensor,
         weights: torch.Tensor,
     ) -> Replies:
-        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i]. Never fails: `wait` says."""
+        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i].
+
+        Raises `ProtocolError` when no carrier could carry the rows; a link that fails says so in `wait`.
+        """
         ...
 
 

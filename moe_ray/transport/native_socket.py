@@ -67,7 +67,7 @@ class NativeSocketLink:
             [self], call.layer, [call.expert], [call.rows.shape[0]], call.rows, call.weights
         )
         call.call_id = replies.ids[0]
-        return NativePending(call, replies)
+        return NativePending(self.peer, call, replies)
 
     def close(self) -> None:
         """End the link; a thread that waits on it is woken. Idempotent, from any thread."""
@@ -80,14 +80,11 @@ class NativeSocketLink:
             self.library.fail(self.handle, why)
         return LinkBroken(self.reason)
 
-    def failure(self, call_id: int, result: Result, asked: str, rows: torch.Tensor, timeout_s: float) -> TransportError:
+    def failure(self, call_id: int, result: Result, asked: str, rows: torch.Tensor) -> TransportError:
         """Why a call that `asked` for the like of `rows` has none; the call is over."""
         if result.outcome == BROKEN:
             self.library.forget(self.handle, call_id)
             return self.broke(self.library.reason(self.handle) or "broken")
-        if result.outcome == WAITING:
-            self.library.forget(self.handle, call_id)
-            return LinkTimeout(f"{self.peer} did not answer {asked} within {timeout_s:g} s")
         error: TransportError = wire.error_of(result.status, self.library.error(self.handle, call_id))
         if result.misfit:
             shape = f"{wire.dtype_name(result.dtype)} [{result.num_rows}, {result.hidden_size}]"
@@ -119,7 +116,8 @@ class Together:
         rows: torch.Tensor,
         weights: torch.Tensor,
     ) -> NativeReplies:
-        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i]. Never fails: `wait` says."""
+        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i]. Raises `ProtocolError`."""
+        wire.check_rows(rows, "rows")
         native: list[NativeSocketLink] = links  # type: ignore[assignment]  # whose `together` this is
         rows, weights = wire.sendable(rows), wire.sendable(weights)
         ids = [next(link.ids) for link in native]
@@ -134,7 +132,7 @@ class Together:
 class NativeReplies:
     """`base.Replies`: the replies of one scatter, which come into `rows` [R, D]."""
 
-    __slots__ = ("_counts", "_experts", "_layer", "_library", "_links", "_waiting", "ids", "rows")
+    __slots__ = ("_counts", "_experts", "_layer", "_library", "_links", "_outcomes", "_waiting", "ids", "rows")
 
     def __init__(
         self,
@@ -147,27 +145,31 @@ class NativeReplies:
         rows: torch.Tensor,
     ) -> None:
         self._library, self._links, self.ids, self.rows = library, links, ids, rows
-        self._layer, self._experts, self._counts, self._waiting = layer, experts, counts, True
+        self._layer, self._experts, self._counts = layer, experts, counts
+        self._outcomes: list[ReplicaLoad | TransportError | None] = [None] * len(ids)
+        self._waiting = list(range(len(ids)))
 
-    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError]:
-        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there. Once."""
-        results = self._library.gather([link.handle for link in self._links], self.ids, timeout_s)
-        self._waiting = False
-        outcomes: list[ReplicaLoad | TransportError] = []
-        for i, result in enumerate(results):
+    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError | None]:
+        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there."""
+        waiting, self._waiting = self._waiting, []
+        handles = [self._links[i].handle for i in waiting]
+        for i, result in zip(
+            waiting, self._library.gather(handles, [self.ids[i] for i in waiting], timeout_s), strict=True
+        ):
             if result.outcome == DONE:
-                outcomes.append(ReplicaLoad(result.queued_rows, result.compute_us, result.queue_us))
-                continue
-            asked, rows = f"layer {self._layer} expert {self._experts[i]}", self.rows[: self._counts[i]]
-            outcomes.append(self._links[i].failure(self.ids[i], result, asked, rows, timeout_s))
-        return outcomes
+                self._outcomes[i] = ReplicaLoad(result.queued_rows, result.compute_us, result.queue_us)
+            elif result.outcome == WAITING:
+                self._waiting.append(i)
+            else:
+                asked, rows = f"layer {self._layer} expert {self._experts[i]}", self.rows[: self._counts[i]]
+                self._outcomes[i] = self._links[i].failure(self.ids[i], result, asked, rows)
+        return list(self._outcomes)
 
-    def forget(self) -> None:
-        """Stop waiting: `rows` is not written to from now on. Idempotent."""
-        if self._waiting:
-            self._waiting = False
-            for link, call_id in zip(self._links, self.ids, strict=True):
-                self._library.forget(link.handle, call_id)
+    def forget(self, index: int | None = None) -> None:
+        """Stop waiting for one call, or for all: its rows are not written to from now on. Idempotent."""
+        for i in list(self._waiting) if index is None else [i for i in self._waiting if i == index]:
+            self._waiting.remove(i)
+            self._library.forget(self._links[i].handle, self.ids[i])
 
     def __del__(self) -> None:
         self.forget()
@@ -176,14 +178,18 @@ class NativeReplies:
 class NativePending:
     """`base.PendingReply` of a single call."""
 
-    __slots__ = ("_call", "_replies")
+    __slots__ = ("_asked", "_call_id", "_peer", "_replies")
 
-    def __init__(self, call: ExpertCall, replies: NativeReplies) -> None:
-        self._call, self._replies = call, replies
+    def __init__(self, peer: str, call: ExpertCall, replies: NativeReplies) -> None:
+        # Not the call itself: its rows need not outlive their sending.
+        self._peer, self._call_id, self._replies = peer, call.call_id, replies
+        self._asked = f"layer {call.layer} expert {call.expert}"
 
     def result(self, timeout_s: float) -> ExpertReply:
         """Wait for the reply. Errors as in `base.PendingReply.result`."""
         (outcome,) = self._replies.wait(timeout_s)
+        if outcome is None:
+            raise LinkTimeout(f"{self._peer} did not answer {self._asked} within {timeout_s:g} s")
         if isinstance(outcome, TransportError):
             raise outcome
-        return ExpertReply(self._call.call_id, self._replies.rows, outcome)
+        return ExpertReply(self._call_id, self._replies.rows, outcome)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,12 @@ import torch
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import ConfigError, ExpertFailed, ExpertUnavailable, NotReady, ProtocolError, TransportError
-from moe_ray.experts.discovery import Directory, Replica
-from moe_ray.experts.pool import ExpertPool, PoolOptions, choose
-from moe_ray.model.moe import Routed
+from moe_ray.experts.discovery import Directory
+from moe_ray.experts.pool import ExpertPool, PoolOptions
+from moe_ray.model.moe import PendingCalls, Routed, combine, group
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
 from moe_ray.transport.grpc import GrpcExpertServer
-from moe_ray.transport.local import LocalLink
 from moe_ray.transport.socket import SocketExpertServer
 
 NATIVE = LinkOptions(native_dir=load_config().cache_dir)
@@ -28,6 +28,31 @@ WIDTH, EXPERT, KEY = 8, 3, (0, 3)
 
 def call(rows: int = 2, expert: int = EXPERT, layer: int = 0) -> ExpertCall:
     return ExpertCall(layer, expert, torch.arange(rows * WIDTH).view(rows, WIDTH).float(), torch.full((rows,), 0.5))
+
+
+class Many:
+    """Calls under way, each as a layer of its own would send it."""
+
+    def __init__(self, pool: ExpertPool, calls: list[ExpertCall]) -> None:
+        self.under_way: list[PendingCalls] = []
+        try:
+            for one in calls:
+                counts = [0] * one.expert + [len(one.rows)]
+                routed = Routed(one.rows, one.weights, counts, torch.arange(len(one.rows)).view(-1, 1))
+                self.under_way.append(pool.submit(one.layer, routed))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def gather(self) -> list[torch.Tensor]:
+        return [calls.gather() for calls in self.under_way]
+
+    def abandon(self) -> None:
+        for calls in self.under_way:
+            calls.abandon()
+
+
+send = Many
 
 
 def expected(asked: ExpertCall) -> torch.Tensor:
@@ -45,6 +70,9 @@ class Server:
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     calls: int = 0
+    spoil: bool = False
+    """Answer with NaN."""
+    delay_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -57,9 +85,11 @@ class Server:
         self.calls += 1
         self.entered.release()
         assert self.gate.wait(30)
+        time.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
-        return ExpertReply(asked.call_id, asked.rows * asked.weights[:, None], ReplicaLoad(queued_rows=self.calls))
+        rows = asked.rows * (float("nan") if self.spoil else asked.weights[:, None])
+        return ExpertReply(asked.call_id, rows, ReplicaLoad(queued_rows=self.calls))
 
     def info(self) -> ReplicaInfo:
         return ReplicaInfo(self.name, "node", 1, self.keys, WIDTH, "float32", {self.carrier: self.server.address})
@@ -105,8 +135,10 @@ class World:
             directory.start()
         return directory
 
-    def pool(self, deadline_s: float = 20.0, call_timeout_s: float = 10.0, start: bool = True) -> ExpertPool:
-        return ExpertPool(self.directory(start=start), PoolOptions(deadline_s, call_timeout_s))
+    def pool(
+        self, deadline_s: float = 20.0, call_timeout_s: float = 10.0, start: bool = True, **more: Any
+    ) -> ExpertPool:
+        return ExpertPool(self.directory(start=start), PoolOptions(deadline_s, call_timeout_s, **more))
 
     def close(self) -> None:
         for directory in self.directories:
@@ -135,32 +167,11 @@ def idle(pool: ExpertPool) -> bool:
     return all(replica.outstanding_rows == 0 for replica in pool.replicas())
 
 
-def fake(name: str, outstanding: int, calls: int = 0, broken: bool = False) -> Replica:
-    link = LocalLink(
-        ReplicaInfo(name, "n", 1, frozenset({KEY}), WIDTH, "float32", {}), lambda c: ExpertReply(0, c.rows)
-    )
-    if broken:
-        link.close()
-    return Replica(link.info, link, outstanding, calls)
-
-
-def test_choose_is_the_least_outstanding_then_the_least_used() -> None:
-    a, b, c, d = fake("a", 7), fake("b", 2, calls=9), fake("c", 2, calls=3), fake("d", 0, broken=True)
-    assert choose([a, b, c, d]) is c
-    assert choose([a, b, c, d], {"c"}) is b
-    assert choose([a, b, c, d], {"b", "c"}) is a
-    assert choose([a, b, c, d], {"a", "b", "c"}) is None
-    assert choose([d]) is None
-    assert choose([]) is None
-    for replica in (a, b, c):
-        replica.link.close()
-
-
 def test_rows_come_home_in_the_order_of_the_calls(world: World) -> None:
     world.server("a", keys=frozenset((0, e) for e in range(8)))
     pool = world.pool()
     calls = [call(rows=e + 1, expert=e) for e in range(8)]
-    rows = pool.send(calls).gather()
+    rows = send(pool, calls).gather()
     assert all(torch.equal(got, expected(asked)) for got, asked in zip(rows, calls, strict=True))
     assert idle(pool)
     assert pool.replicas()[0].load.queued_rows == 8, "the reply's load is noted"
@@ -171,14 +182,14 @@ def test_calls_spread_over_replicas_by_outstanding_rows(world: World) -> None:
     pool = world.pool()
     for server in servers:
         server.gate.clear()
-    scattered = pool.send([call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
+    scattered = send(pool, [call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
     assert sorted(r.outstanding_rows for r in pool.replicas()) == [2, 2, 5]
     for server in servers:
         server.gate.set()
     scattered.gather()
     assert idle(pool)
     assert sorted(server.calls for server in servers) == [1, 2, 2]
-    assert pool.retries == 0
+    assert pool.counters.retries == 0
 
 
 def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
@@ -186,7 +197,7 @@ def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
     pool = world.pool()
     dying.gate.clear()
     asked = call()
-    scattered = pool.send([asked, call()])
+    scattered = send(pool, [asked, call()])
     assert dying.entered.acquire(timeout=10)
     world.found.remove(dying)
     killer = threading.Thread(target=dying.die)
@@ -196,7 +207,7 @@ def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
     killer.join()
     assert [torch.equal(got, expected(asked)) for got in rows] == [True, True]
     assert (dying.calls, other.calls) == (1, 2)
-    assert pool.retries == 1
+    assert pool.counters.retries == 1
     eventually(lambda: [r.info.replica_id for r in pool.replicas()] == ["b"])
     assert idle(pool)
 
@@ -204,7 +215,7 @@ def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
 def test_without_a_replica_the_call_waits_for_one(world: World) -> None:
     pool = world.pool()
     assert pool.missing() == [EXPERT]
-    scattered = pool.send([call()])
+    scattered = send(pool, [call()])
     timer = threading.Timer(0.3, lambda: world.server("late"))
     timer.start()
     started = time.monotonic()
@@ -219,7 +230,7 @@ def test_the_deadline_names_expert_and_layer(world: World) -> None:
     pool = world.pool(deadline_s=0.2)
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable, match=r"expert 3 \(layer 0\).*no live replica within 0.2 s"):
-        pool.send([call()]).gather()
+        send(pool, [call()]).gather()
     assert 0.15 < time.monotonic() - started < 5
 
 
@@ -227,11 +238,11 @@ def test_a_replica_that_answers_with_an_error_and_another_that_does_not(world: W
     failing, fine = world.server("a", error=ExpertFailed("out of memory")), world.server("b")
     pool = world.pool()
     for _ in range(4):
-        (rows,) = pool.send([call()]).gather()
+        (rows,) = send(pool, [call()]).gather()
         assert torch.equal(rows, expected(call()))
     assert failing.calls > 0
     assert fine.calls == 4
-    assert pool.retries == failing.calls
+    assert pool.counters.retries == failing.calls
     assert idle(pool)
     assert not any(replica.link.broken for replica in pool.replicas()), "an answered error is no reason to hang up"
 
@@ -242,7 +253,7 @@ def test_all_replicas_answer_with_errors(world: World) -> None:
     pool = world.pool()
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable) as caught:
-        pool.send([call()]).gather()
+        send(pool, [call()]).gather()
     message = str(caught.value)
     for part in ("expert 3 (layer 0)", "out of memory", "is not held", "replica a", "replica b"):
         assert part in message
@@ -253,7 +264,7 @@ def test_all_replicas_answer_with_errors(world: World) -> None:
 def test_a_call_is_tried_at_most_so_often(world: World) -> None:
     servers = [world.server(f"r{i}", error=ExpertFailed("no")) for i in range(5)]
     with pytest.raises(ExpertUnavailable):
-        world.pool().send([call()]).gather()
+        send(world.pool(), [call()]).gather()
     assert sum(server.calls for server in servers) == PoolOptions().max_attempts
 
 
@@ -261,7 +272,7 @@ def test_a_replica_that_hangs_is_given_up_after_the_call_timeout(world: World) -
     hanging, other = world.server("a"), world.server("b")
     pool = world.pool(call_timeout_s=0.3)
     hanging.gate.clear()
-    rows = pool.send([call(), call()]).gather()
+    rows = send(pool, [call(), call()]).gather()
     assert all(torch.equal(got, expected(call())) for got in rows)
     assert other.calls == 2
     hanging.gate.set()
@@ -272,21 +283,21 @@ def test_outstanding_rows_return_to_zero_when_calls_are_abandoned(world: World) 
     pool = world.pool()
     for server in servers:
         server.gate.clear()
-    scattered = pool.send([call(rows=n) for n in (1, 2, 3)])
+    scattered = send(pool, [call(rows=n) for n in (1, 2, 3)])
     assert not idle(pool)
     scattered.abandon()
     scattered.abandon()
     assert idle(pool)
     for server in servers:
         server.gate.set()
-    assert torch.equal(pool.send([call(rows=4)]).gather()[0], expected(call(rows=4))), "late replies mix nothing up"
+    assert torch.equal(send(pool, [call(rows=4)]).gather()[0], expected(call(rows=4))), "late replies mix nothing up"
     assert idle(pool)
 
 
 def test_outstanding_rows_return_to_zero_when_gathering_fails(world: World) -> None:
     world.server("a", keys=frozenset({KEY, (0, 1)}))
     pool = world.pool(deadline_s=0.1)
-    scattered = pool.send([call(expert=1), call(expert=7), call(rows=5)])
+    scattered = send(pool, [call(expert=1), call(expert=7), call(rows=5)])
     with pytest.raises(ExpertUnavailable, match="expert 7"):
         scattered.gather()
     scattered.abandon()
@@ -296,9 +307,9 @@ def test_outstanding_rows_return_to_zero_when_gathering_fails(world: World) -> N
 def test_a_call_that_cannot_be_sent_leaves_nothing_outstanding(world: World) -> None:
     world.server("a")
     pool = world.pool()
-    bad = replace(call(), weights=torch.ones(7))
-    with pytest.raises(ProtocolError, match="weights"):
-        pool.send([call(rows=5), bad])
+    bad = replace(call(), rows=call().rows.int())
+    with pytest.raises(ProtocolError, match="rows"):
+        send(pool, [call(rows=5), bad])
     assert idle(pool)
 
 
@@ -307,10 +318,10 @@ def test_while_discovery_is_away_what_is_known_stays(world: World) -> None:
     pool = world.pool()
     world.away = True
     time.sleep(0.2)
-    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
+    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
     # and a link that breaks meanwhile is opened again to where the replica was last seen
     pool.replicas()[0].link.close()
-    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
+    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
     assert server.calls == 2
     assert pool.missing() == []
 
@@ -322,7 +333,7 @@ def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) 
     by_name = {r.info.replica_id: r for r in pool.replicas()}
     old.gate.clear()
     new.gate.clear()
-    scattered = pool.send([call(), call()])
+    scattered = send(pool, [call(), call()])
     assert by_name["old"].outstanding_rows == 2
     world.found.remove(old)
     directory.refresh()
@@ -330,7 +341,7 @@ def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) 
     assert [r.info.replica_id for r in pool.replicas()] == ["new"]
     assert not by_name["old"].link.broken, "it still owes an answer"
     new.gate.set()
-    pool.send([call(), call()]).gather()
+    send(pool, [call(), call()]).gather()
     assert old.calls <= 1
     old.gate.set()
     assert len(scattered.gather()) == 2
@@ -346,7 +357,7 @@ def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
     (directory,) = world.directories
     (replica,) = pool.replicas()
     server.gate.clear()
-    scattered = pool.send([call()])
+    scattered = send(pool, [call()])
     world.found.remove(server)
     directory.refresh()
     assert pool.missing() == [EXPERT]
@@ -361,10 +372,10 @@ def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
 def test_a_replica_that_restarts_under_its_name_at_another_address(world: World) -> None:
     server = world.server("a")
     pool = world.pool()
-    pool.send([call()]).gather()
+    send(pool, [call()]).gather()
     server.server.close()
     server.listen()
-    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
+    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
     eventually(lambda: [r.info.addresses[world.carrier] for r in pool.replicas()] == [server.server.address])
 
 
@@ -379,7 +390,7 @@ def test_a_new_address_counts_even_while_the_old_one_still_answers(world: World)
     (new,) = pool.replicas()
     assert old.link.broken
     assert new.info.addresses == {world.carrier: server.server.address}
-    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
+    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
     left_behind.close()
 
 
@@ -392,7 +403,7 @@ def test_a_replica_that_comes_to_hold_more_is_used_for_it(world: World) -> None:
     server.keys = frozenset({(1, 3), KEY})
     directory.refresh()
     assert pool.missing() == []
-    assert torch.equal(pool.send([call()]).gather()[0], expected(call()))
+    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
     assert len(world.links) == links, "no reason to connect anew"
 
 
@@ -462,7 +473,7 @@ def test_a_layer_goes_out_at_once_and_comes_home_in_order(world: World) -> None:
     assert idle(pool)
     assert sum(server.calls for server in servers) == 40
     assert {replica.load.queued_rows for replica in pool.replicas()} == {server.calls for server in servers}
-    assert pool.retries == 0
+    assert pool.counters.retries == 0
 
 
 @pytest.mark.parametrize("fault", ["fails", "refuses", "nan", "dies", "late"])
@@ -492,7 +503,7 @@ def test_a_layer_survives_a_replica(world: World, fault: str) -> None:
         assert bad.entered.acquire(timeout=10)
         bad.die()
     assert torch.equal(pending.gather(), wanted)
-    assert pool.retries >= 1
+    assert pool.counters.retries >= 1
     assert idle(pool)
     bad.gate.set()
 
@@ -518,3 +529,139 @@ def test_a_layer_without_an_expert_waits_and_says_who_is_missing(world: World) -
     with pytest.raises(ExpertUnavailable, match="expert 6"):
         pool.submit(0, routed()[0]).gather()
     assert idle(pool)
+
+
+def warm(pool: ExpertPool) -> None:
+    """Let the pool learn how long calls take here."""
+    for _ in range(80):
+        layer, wanted = routed()
+        assert torch.equal(pool.submit(0, layer).gather(), wanted)
+
+
+def test_a_late_call_is_sent_to_another_replica_too(world: World) -> None:
+    servers = [world.server(name, keys=TWO) for name in "ab"]
+    pool = world.pool()
+    warm(pool)
+    stalling = servers[0]
+    stalling.gate.clear()
+    started = time.monotonic()
+    hedged = pool.counters.hedges
+    for _ in range(6):
+        layer, wanted = routed()
+        assert torch.equal(pool.submit(0, layer).gather(), wanted)
+    assert time.monotonic() - started < 10, "the stall lasts until the gate opens"
+    assert pool.counters.hedge_wins >= 1
+    assert pool.counters.hedges - hedged <= 6
+    assert idle(pool)
+    stalling.gate.set()
+    for _ in range(20):
+        layer, wanted = routed()
+        assert torch.equal(pool.submit(0, layer).gather(), wanted), "answers that came too late mix nothing up"
+    assert idle(pool)
+    assert pool.counters.retries == 0
+    assert not any(replica.link.broken for replica in pool.replicas())
+
+
+def test_hedging_can_be_turned_off_and_keeps_to_its_budget(world: World) -> None:
+    servers = [world.server(name, keys=TWO) for name in "ab"]
+    patient = world.pool(hedge=False, call_timeout_s=0.3)
+    warm(patient)
+    servers[0].gate.clear()
+    for _ in range(3):
+        layer, wanted = routed()
+        assert torch.equal(patient.submit(0, layer).gather(), wanted)
+    assert patient.counters.hedges == 0
+    servers[0].gate.set()
+    for server in servers:
+        server.delay_s = 0.004
+    eager = world.pool()
+    eager._lateness.least_s, eager._lateness.factor = 0.0, 0.0  # every call is late
+    for _ in range(200):
+        layer, wanted = routed()
+        assert torch.equal(eager.submit(0, layer).gather(), wanted)
+    assert 0 < eager.counters.hedges <= 4 + 0.02 * eager.counters.calls
+    assert idle(eager)
+
+
+def test_a_large_batch_is_shared(world: World) -> None:
+    servers = [world.server(name) for name in "abc"]
+    pool = world.pool()
+    rows, weights = torch.randn(1000, WIDTH), torch.rand(1000)
+    layer = Routed(rows, weights, [0, 0, 0, 1000], torch.arange(1000).view(-1, 1))
+    assert torch.equal(pool.submit(0, layer).gather(), rows * weights[:, None])
+    assert [server.calls for server in servers] == [1, 1, 1]
+    assert pool.counters.splits == 1
+    alone = world.pool(split=False)
+    assert torch.equal(alone.submit(0, layer).gather(), rows * weights[:, None])
+    assert sum(server.calls for server in servers) == 4
+
+
+def test_a_replica_whose_answers_cannot_be_used_is_quarantined(world: World) -> None:
+    bad, good = world.server("a"), world.server("b")
+    bad.spoil = True
+    pool = world.pool()
+    for _ in range(20):
+        (rows,) = send(pool, [call()]).gather()
+        assert torch.equal(rows, expected(call()))
+    assert bad.calls == 1
+    assert good.calls == 20
+    assert pool.counters.quarantines == 1
+    good.die()
+    bad.spoil = False
+    (rows,) = send(pool, [call()]).gather()
+    assert torch.equal(rows, expected(call())), "better than nobody"
+
+
+THREE = (2, 3, 6)
+
+
+def three_experts(width: int = WIDTH) -> tuple[Routed, torch.Tensor]:
+    """Four tokens with two of three experts each, and the tokens' experts' weights [T, E]."""
+    chosen = torch.tensor([[2, 3], [3, 6], [2, 6], [3, 6]])
+    weights = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5], [0.9, 0.1]])
+    return group(torch.randn(4, width), chosen, weights, 8), weights
+
+
+def test_renormalise_goes_on_with_the_other_experts_and_says_so(world: World) -> None:
+    world.server("a", keys=frozenset({(0, 2), (0, 6)}))  # nobody has expert 3
+    pool = world.pool(on_loss="renormalise")
+    layer, _ = three_experts()
+    calls = pool.submit(0, layer)
+    rows = calls.gather()
+    assert calls.degraded is not None
+    assert calls.degraded.tolist() == [True, True, False, True]
+    inputs = torch.empty(4, WIDTH)
+    inputs[torch.arange(4)] = layer.rows[layer.row_of[:, 0]]
+    # An expert here returns its rows times their weights: with weights that sum to 1, the sum is the rows themselves.
+    torch.testing.assert_close(combine(rows, layer.row_of), inputs)
+    assert idle(pool)
+    assert pool.counters.retries == 0
+
+
+def test_a_token_that_lost_all_its_experts_gets_nothing(world: World) -> None:
+    world.server("a", keys=frozenset({(0, 2)}))
+    layer, _ = three_experts()
+    calls = world.pool(on_loss="renormalise").submit(0, layer)
+    out = combine(calls.gather(), layer.row_of)
+    assert calls.degraded is not None
+    assert calls.degraded.all()
+    assert out[1].eq(0).all()
+    assert out[3].eq(0).all()
+    assert out[0].ne(0).any()
+
+
+def test_fail_does_not_wait(world: World) -> None:
+    world.server("a", keys=frozenset({(0, 2), (0, 6)}))
+    pool = world.pool(on_loss="fail", deadline_s=30.0)
+    started = time.monotonic()
+    with pytest.raises(ExpertUnavailable, match=r"expert 3 \(layer 0\) is unavailable: no live replica"):
+        pool.submit(0, three_experts()[0]).gather()
+    assert time.monotonic() - started < 5
+    assert idle(pool)
+
+
+def test_nothing_is_degraded_while_all_are_there(world: World) -> None:
+    world.server("a", keys=frozenset((0, e) for e in THREE))
+    calls = world.pool(on_loss="renormalise").submit(0, three_experts()[0])
+    calls.gather()
+    assert calls.degraded is None
