@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
 from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.experts.load import KeyLoad
 from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.numerics import Numerics
 
@@ -29,6 +30,8 @@ class WorkerStats:
     """Forward passes; fewer than calls where several were computed together."""
     rows: int
     busy_s: float
+    queue_s: float
+    """Waiting of all calls together, each from its arrival to its start."""
     queued_rows: int
     weight_bytes: int
 
@@ -57,8 +60,8 @@ class ExpertWorker:
         self._compute = threading.Lock()
         self._state = threading.Lock()
         self._waiting: list[_Waiting] = []
-        self._calls = self._rows = self._queued_rows = self._batches = 0
-        self._busy_s = 0.0
+        self._queued_rows = self._batches = 0
+        self._loads = dict.fromkeys(ffn.keys, KeyLoad())
         self.native = ffn.host(hidden_size, MAX_BATCHED_ROWS)
         """Answers sockets without the interpreter, where the kernels are native; what it does is counted here too."""
 
@@ -112,25 +115,32 @@ class ExpertWorker:
         except RuntimeError as failure:  # torch: out of memory, a lost device
             error = failure
         ended = time.perf_counter()
+        waited = sum(started - waiting.arrived for waiting in batch)
+        done = KeyLoad(len(calls), sum(c.rows.shape[0] for c in calls), ended - started, waited)
         with self._state:
             self._batches += 1
-            self._busy_s += ended - started
+            self._queued_rows -= done.rows
+            self._loads[call.layer, call.expert] += done
             for waiting, output in zip(batch, outputs, strict=True):
                 waiting.started, waiting.ended, waiting.rows, waiting.error = started, ended, output, error
-                self._calls += 1
-                self._rows += waiting.call.rows.shape[0]
-                self._queued_rows -= waiting.call.rows.shape[0]
 
     def stats(self) -> WorkerStats:
         """A snapshot; callable from any thread."""
         with self._state:
-            mine = (self._calls, self._batches, self._rows, self._queued_rows, self._busy_s)
-        calls, batches, rows, queued, busy_s = mine
+            load, batches, queued = sum(self._loads.values(), KeyLoad()), self._batches, self._queued_rows
         if self.native is not None:
             theirs = self.native.stats()
-            calls, batches, rows = calls + theirs.calls, batches + theirs.batches, rows + theirs.rows
-            queued, busy_s = queued + theirs.queued_rows, busy_s + theirs.busy_ns / 1e9
-        return WorkerStats(calls, batches, rows, busy_s, queued, self._ffn.nbytes)
+            load += KeyLoad(theirs.calls, theirs.rows, theirs.busy_ns / 1e9, theirs.queue_ns / 1e9)
+            batches, queued = batches + theirs.batches, queued + theirs.queued_rows
+        return WorkerStats(load.calls, batches, load.rows, load.busy_s, load.queue_s, queued, self._ffn.nbytes)
+
+    def key_loads(self) -> dict[ExpertKey, KeyLoad]:
+        """Counters since the start of each (layer, expert) held; callable from any thread."""
+        with self._state:
+            loads = dict(self._loads)
+        for key in self.native.key_stats() if self.native is not None else ():
+            loads[key.layer, key.expert] += KeyLoad(key.calls, key.rows, key.busy_ns / 1e9, key.queue_ns / 1e9)
+        return loads
 
     def _check(self, call: ExpertCall) -> None:
         import torch

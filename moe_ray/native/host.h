@@ -23,7 +23,11 @@ constexpr size_t kFewCores = 4;  // from more on there is a free core for every 
 constexpr int64_t kShortCall = 16;  // rows up to which a call is bound by reading weights
 
 struct HostStats {
-  uint64_t calls, batches, rows, queued_rows, busy_ns;
+  uint64_t calls, batches, rows, queued_rows, busy_ns, queue_ns;
+};
+
+struct KeyStats {
+  uint64_t layer, expert, calls, rows, busy_ns, queue_ns;
 };
 
 class Host {
@@ -36,7 +40,9 @@ class Host {
   Host(void* pool, Ffn ffn, int64_t hidden, int64_t inner, int64_t most)
       : pool_(pool), ffn_(ffn), hidden_(hidden), inner_(inner), most_(most) {}
 
-  void add(uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) { held_[{layer, expert}] = {w13, w2}; }
+  void add(uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) { 
+    held_[{layer, expert}] = {w13, w2, {layer, expert, 0, 0, 0, 0}};
+  }
 
   // Answers calls until the connection ends.
   //
@@ -61,8 +67,24 @@ class Host {
     return stats_;
   }
 
+  // Copies the counters of the first `most` keys; returns how many keys there are.
+  size_t key_stats(KeyStats* out, size_t most) {
+    std::lock_guard<std::mutex> lock(state_);
+    size_t at = 0;
+    for (const auto& [key, held] : held_) {
+      if (at == most) break;
+      out[at++] = held.stats;
+    }
+    return held_.size();
+  }
+
  private:
   using Key = std::pair<uint64_t, uint64_t>;
+
+  struct Held {
+    const bf16 *w13, *w2;
+    KeyStats stats;  // under state_
+  };
 
   struct Call {
     Key key;
@@ -235,12 +257,11 @@ class Host {
                                     [&](Call* c) { return std::count(batch.begin(), batch.end(), c) > 0; }),
                      waiting_.end());
     }
-    const auto& weights = held_.at(first.key);
+    Held& held = held_.at(first.key);
     const int64_t hidden = first.hidden;
     const uint64_t started = now();
     if (batch.size() == 1) {
-      ffn_(pool_, first.rows.data(), first.weights.data(), rows, weights.first, weights.second, hidden, inner_,
-           first.out);
+      ffn_(pool_, first.rows.data(), first.weights.data(), rows, held.w13, held.w2, hidden, inner_, first.out);
     } else {
       std::vector<bf16> x(rows * hidden), out(rows * hidden);
       std::vector<float> factors(rows);
@@ -250,7 +271,7 @@ class Host {
         std::memcpy(factors.data() + at, c->weights.data(), c->count * sizeof(float));
         at += c->count;
       }
-      ffn_(pool_, x.data(), factors.data(), rows, weights.first, weights.second, hidden, inner_, out.data());
+      ffn_(pool_, x.data(), factors.data(), rows, held.w13, held.w2, hidden, inner_, out.data());
       at = 0;
       for (const Call* c : batch) {
         std::memcpy(c->out, out.data() + at * hidden, c->count * hidden * sizeof(bf16));
@@ -261,18 +282,23 @@ class Host {
     std::lock_guard<std::mutex> lock(state_);
     stats_.batches++;
     stats_.busy_ns += ended - started;
+    held.stats.busy_ns += ended - started;
     for (Call* c : batch) {
       c->started = started, c->ended = ended, c->done = true;
       stats_.calls++;
       stats_.rows += c->count;
+      stats_.queue_ns += started - c->arrived;
       stats_.queued_rows -= c->count;
+      held.stats.calls++;
+      held.stats.rows += c->count;
+      held.stats.queue_ns += started - c->arrived;
     }
   }
 
   void* pool_;
   Ffn ffn_;
   const int64_t hidden_, inner_, most_;
-  std::map<Key, std::pair<const bf16*, const bf16*>> held_;
+  std::map<Key, Held> held_;
   std::mutex compute_, state_;
   std::vector<Call*> waiting_;
   HostStats stats_{};

@@ -174,6 +174,9 @@ void host_add(void* host, uint64_t layer, uint64_t expert, const bf16* w13, cons
   static_cast<Host*>(host)->add(layer, expert, w13, w2);
 }
 void host_stats(void* host, HostStats* out) { *out = static_cast<Host*>(host)->stats(); }
+uint64_t host_key_stats(void* host, KeyStats* out, uint64_t most) {
+  return static_cast<Host*>(host)->key_stats(out, most);
+}
 
 // Answers calls on a connection until it ends, or something comes that is no call.
 void host_serve(void* host, int fd) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ _SIGNATURES: Final = {
     "host_free": (None, (c_void_p,)),
     "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
     "host_stats": (None, (c_void_p, c_void_p)),
+    "host_key_stats": (c_uint64, (c_void_p, c_void_p, c_uint64)),
     "host_serve": (None, (c_void_p, c_int)),
     "head": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_void_p)),
 }
@@ -174,7 +176,13 @@ class Kernels:
 class HostStats(ctypes.Structure):
     """`HostStats` of host.h."""
 
-    _fields_ = tuple((name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns"))
+    _fields_ = tuple((name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns", "queue_ns"))
+
+
+class KeyStats(ctypes.Structure):
+    """`KeyStats` of host.h: what one (layer, expert) has done since the start."""
+
+    _fields_ = tuple((name, c_uint64) for name in ("layer", "expert", "calls", "rows", "busy_ns", "queue_ns"))
 
 
 class Host:
@@ -213,3 +221,10 @@ class Host:
         stats = HostStats()
         self._kernels.library.host_stats(self._host, ctypes.byref(stats))
         return stats
+
+    def key_stats(self) -> Sequence[KeyStats]:
+        """Counters of every (layer, expert) held, since the start, all as of one moment."""
+        copy = self._kernels.library.host_key_stats
+        keys = (KeyStats * copy(self._host, None, 0))()
+        copy(self._host, keys, len(keys))
+        return list(keys)

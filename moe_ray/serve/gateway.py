@@ -4,6 +4,8 @@
 # rebuilds its routes elsewhere. So there is no `from __future__ import annotations` here (FastAPI reads the types
 # anew), nothing is defined below the class, and what the routes do lives in another module.
 
+from collections.abc import Sequence
+
 import fastapi
 import psutil
 import ray
@@ -16,8 +18,9 @@ from moe_ray.config import Config
 from moe_ray.engine.tokenizer import Tokenizer
 from moe_ray.errors import MoeRayError
 from moe_ray.hub import resolve_model
-from moe_ray.serve.discovery import discover_trunks
+from moe_ray.serve.discovery import ask_each, discover_trunks
 from moe_ray.serve.links import link_options
+from moe_ray.serve.load import overview
 from moe_ray.serve.openai import parse_chat, parse_completion
 from moe_ray.serve.service import Service, error_response, no_route
 from moe_ray.serve.sessions import Sessions
@@ -49,11 +52,14 @@ async def _no_method(request: fastapi.Request, _: Exception) -> Response:
 class Gateway:
     """One gateway replica."""
 
-    async def __init__(self, config: Config, trunk: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: Config, trunk: DeploymentHandle, experts: Sequence[DeploymentHandle]
+    ) -> None:
         telemetry.configure(config.log_level)
         sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
         sessions.start()
         self._service = Service(config.served_name, Tokenizer(resolve_model(config)), sessions)
+        self._experts = experts
 
     async def status(self) -> dict:
         """Place and memory of this process; asked over Serve, not HTTP."""
@@ -64,6 +70,11 @@ class Gateway:
     async def health(self) -> Response:
         """200 once a trunk and every expert are up, else 503 naming what is missing."""
         return await self._service.health()
+
+    @app.get("/experts")
+    async def experts(self) -> dict:
+        """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
+        return overview(dict(enumerate(await ask_each(self._experts, "load"))))
 
     @app.get("/v1/models")
     async def models(self) -> dict:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from moe_ray.errors import NotReady
 from moe_ray.serve.app import APP_NAME
+from moe_ray.serve.load import busiest, overview
 from moe_ray.serve.local_ray import reach
 from moe_ray.serve.progress import NAMESPACE
 
@@ -23,7 +24,9 @@ TIMEOUT_S = 5.0
 
 
 def collect(address: str = "auto") -> dict[str, Any]:
-    """Return {application, deployments: [{name, status, message, replica_states, actors: [...]}]}.
+    """Return {application, deployments: [{name, status, message, replica_states, actors: [...]}], load}.
+
+    `load` is what the gateway answers to `GET /experts`.
 
     `auto` looks at $RAY_ADDRESS, else at every cluster of this machine, for one that runs the application. Raises
     `NotReady` where there is none.
@@ -50,7 +53,8 @@ def collect(address: str = "auto") -> dict[str, Any]:
                 "actors": [actor for actor in actors if isinstance(actor, dict)],
             }
         )
-    return {"application": application.status.value, "deployments": deployments}
+    load = overview({_number(d["name"]): d["actors"] for d in deployments if _number(d["name"]) >= 0})
+    return {"application": application.status.value, "deployments": deployments, "load": load}
 
 
 def _find(address: str) -> Any:
@@ -98,6 +102,34 @@ def print_status(console: Console, snapshot: dict[str, Any]) -> None:
                 _load(actor),
             )
     console.print(table)
+    _print_load(console, snapshot["load"])
+
+
+def _print_load(console: Console, load: dict[str, Any]) -> None:
+    if not any(expert["replicas"] for expert in load["experts"]):
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(f"last {load['window_s']:.0f} s")
+    for column in ("pid", "busy", "rows/s", "rows/call", "wait ms", "queued rows"):
+        table.add_column(column, justify="right")
+    for expert in load["experts"]:
+        for replica in expert["replicas"]:
+            table.add_row(
+                f"Expert{expert['expert']}",
+                str(replica["pid"]),
+                f"{replica['busy']:.0%}",
+                f"{replica['rows_per_s']:,.0f}",
+                f"{replica['rows_per_call']:,.1f}",
+                f"{replica['queue_ms']:,.2f}",
+                f"{replica['queued_rows']:,}",
+            )
+    console.print()
+    console.print(table)
+    if load["max_over_mean"] is None:
+        console.print("imbalance: none, for no rows were computed")
+    else:
+        name = f"Expert{busiest(load['experts'])}"
+        console.print(f"imbalance: {name} computed {load['max_over_mean']:.2f} times the rows of the mean expert")
 
 
 def _load(actor: dict[str, Any]) -> str:
@@ -121,7 +153,12 @@ def _mib(count: int | None) -> str:
 
 
 def _order(name: str) -> tuple[int, int, str]:
-    number = name.removeprefix("Expert")
     if name == "Gateway":
         return (0, 0, name)
-    return (2, int(number), name) if number.isdigit() else (1, 0, name)
+    return (2, _number(name), name) if _number(name) >= 0 else (1, 0, name)
+
+
+def _number(name: str) -> int:
+    """Which expert a deployment is; -1 for the others."""
+    number = name.removeprefix("Expert")
+    return int(number) if number != name and number.isdigit() else -1

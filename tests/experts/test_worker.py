@@ -11,6 +11,7 @@ import torch
 
 from moe_ray.core import ExpertCall
 from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.experts.load import KeyLoad
 from moe_ray.experts.worker import MAX_BATCHED_ROWS, ExpertWorker
 from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.numerics import Numerics
@@ -85,6 +86,27 @@ def test_waiting_calls_of_a_layer_are_one_batch(worker: ExpertWorker, layers: li
         assert reply.load.compute_us >= 0
     stats = worker.stats()
     assert (stats.calls, stats.batches, stats.rows, stats.queued_rows) == (6, 3, 16, 0)
+
+
+def test_each_layer_is_counted_for_itself(worker: ExpertWorker, layers: list[Gated]) -> None:
+    assert worker.key_loads() == {(0, 5): KeyLoad(), (1, 5): KeyLoad()}
+    calls, held_s = [call(0, 3, 1), call(1, 2, 2), call(1, 5, 3), call(0, 4, 4)], 0.05
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = queue_up(worker, layers, pool, calls)
+        layers[1].gate.set()
+        time.sleep(held_s)
+        layers[0].gate.set()
+        replies = [future.result(20) for future in futures]
+    loads, stats = worker.key_loads(), worker.stats()
+    assert {key: (load.calls, load.rows) for key, load in loads.items()} == {(0, 5): (2, 7), (1, 5): (2, 7)}
+    assert loads[0, 5].busy_s >= held_s
+    assert loads[1, 5].queue_s >= 2 * held_s, "both of its calls waited for the other layer's"
+    for layer, load in ((0, loads[0, 5]), (1, loads[1, 5])):
+        waits = [r.load.queue_us for one, r in zip(calls, replies, strict=True) if one.layer == layer]
+        assert load.queue_s == pytest.approx(sum(waits) / 1e6, abs=1e-5)
+    total = sum(loads.values(), KeyLoad())
+    assert (total.calls, total.rows) == (stats.calls, stats.rows) == (4, 14)
+    assert (total.busy_s, total.queue_s) == (stats.busy_s, stats.queue_s)
 
 
 def test_a_batch_has_a_limit(worker: ExpertWorker, layers: list[Gated]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import socket
 import struct
 import threading
@@ -15,6 +17,7 @@ import torch
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ReplicaInfo
 from moe_ray.errors import KernelsUnavailable, LinkBroken, ProtocolError
+from moe_ray.experts.load import KeyLoad
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.expert import ExpertFFN, NativeFFN
 from moe_ray.model.numerics import Numerics
@@ -85,6 +88,36 @@ def test_replies_are_those_of_the_worker(worker: ExpertWorker, address: str, nat
     assert after.busy_s > before.busy_s
     assert after.queued_rows == 0
     link.close()
+
+
+def test_each_layer_is_counted_for_itself(worker: ExpertWorker, address: str) -> None:
+    assert worker.native is not None
+    before, totals = worker.key_loads(), worker.stats()
+    sent: collections.Counter[int] = collections.Counter()
+
+    plans = [[((number + turn) % LAYERS, 1 + turn % 5) for turn in range(30)] for number in range(4)]
+    for layer, rows in itertools.chain(*plans):
+        sent[layer] += rows
+
+    def trunk(plan: list[tuple[int, int]]) -> int:
+        link = link_to(address)
+        waits = [link.send(call(*one)).result(20).load.queue_us for one in plan]
+        link.close()
+        return sum(waits)
+
+    with ThreadPoolExecutor(4) as pool:
+        waits = list(pool.map(trunk, plans))
+    worker.forward(call(1, 7))  # not by socket: counted with the others
+    sent[1] += 7
+    after, now = worker.key_loads(), worker.stats()
+    assert {layer: after[layer, EXPERT].rows - before[layer, EXPERT].rows for layer in range(LAYERS)} == sent
+    assert [after[layer, EXPERT].calls - before[layer, EXPERT].calls for layer in range(LAYERS)] == [40, 41, 40]
+    assert all(after[key].busy_s > before[key].busy_s for key in before)
+    queue_s, total = now.queue_s - totals.queue_s, sum(after.values(), KeyLoad())
+    assert queue_s == pytest.approx(sum(waits) / 1e6, abs=121 * 1e-6), "the sum of what the replies said, in whole us"
+    assert (total.calls, total.rows) == (now.calls, now.rows)
+    assert (total.busy_s, total.queue_s) == pytest.approx((now.busy_s, now.queue_s))
+    assert len(worker.native.key_stats()) == LAYERS
 
 
 def test_several_trunks_at_once(worker: ExpertWorker, address: str) -> None:
