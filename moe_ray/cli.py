@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moe_ray import __version__
 from moe_ray.bench.commands import bench_app
-from moe_ray.errors import MoeRayError
+from moe_ray.errors import ConfigError, MoeRayError
 
 app = typer.Typer(
     name="moe-ray",
@@ -75,6 +75,16 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")
     ] = None,
+    expert_deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a request waits for an expert without a replica, then 503.", show_default="60"),
+    ] = None,
+    on_expert_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="wait; fail: 503 at once; renormalise: go on with the other experts, and say so.", show_default="wait"
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here"),
@@ -111,6 +121,7 @@ def serve(
             "speculative": speculative,
             "num_speculative_tokens": num_speculative_tokens,
         },
+        "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss},
         "transport": transport,
         "log_level": log_level,
     }
@@ -173,22 +184,44 @@ def plan(
     config: ConfigFile = None,
     dtype: Dtype = None,
     gpu_memory: Annotated[float | None, typer.Option(help="Size of each card in GiB: says what fits.")] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(help='Recorded load, from which to propose replicas: the JSON of GET /experts, or {"rows": ...}.'),
+    ] = None,
+    extra_replicas: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --load: further replicas.", show_default="until max/mean is 1.1, at most 8"),
+    ] = None,
+    layers_per_spare: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --load: further replicas hold so many hot layers of any experts.",
+            show_default="all of one expert",
+        ),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what each actor would hold and read, and the KV cache: before anything is started."""
     from moe_ray.bars import loading_bars
     from moe_ray.config import load_config
     from moe_ray.hub import resolve_model
-    from moe_ray.report import plan_json, planned, print_plan
+    from moe_ray.report import balanced, plan_json, planned, print_balance, print_plan
+
+    if load is None and (extra_replicas is not None or layers_per_spare is not None):
+        raise ConfigError("--extra-replicas and --layers-per-spare go with --load")
 
     settings = load_config({"model": {"path": model, "dtype": dtype}}, config)
     with loading_bars(console) as progress:
         directory = resolve_model(settings, progress)
     made = planned(settings, directory, without_weights=True)
+    advice = None if load is None else balanced(made, load, extra_replicas, layers_per_spare)
     if json_output:
-        print(plan_json(made, gpu_memory))
-    else:
-        print_plan(Console(highlight=False), made, gpu_memory)
+        print(plan_json(made, gpu_memory, advice))
+        return
+    print_plan(Console(highlight=False), made, gpu_memory)
+    if advice is not None:
+        print_balance(Console(highlight=False), made, advice)
 
 
 @app.command()
@@ -208,6 +241,23 @@ def status(
         print(json.dumps(snapshot, indent=1))
     else:
         print_status(Console(highlight=False), snapshot)
+
+
+@app.command()
+def scale(
+    experts: Annotated[list[int], typer.Argument(help="Numbers of the experts.", metavar="EXPERT...")],
+    replicas: Annotated[int | None, typer.Option(min=1, help="Run exactly so many of each.")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Give them back to the configuration's policy.")] = False,
+    address: Annotated[
+        str, typer.Option(help="Ray cluster: host:port as `moe-ray serve` prints it, or `auto`.")
+    ] = "auto",
+) -> None:
+    """Set the replicas of experts while the application serves; returns when they run."""
+    if auto == (replicas is not None):
+        raise ConfigError("give either --replicas N or --auto")
+    from moe_ray.serve.scale import scale as run_scale
+
+    run_scale(experts, replicas, console, address)
 
 
 @convert_app.command()

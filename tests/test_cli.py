@@ -86,7 +86,7 @@ def mixtral_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command() -> None:
     said = moe_ray("--help").stdout
-    for command in ("serve", "chat", "generate", "plan", "status", "convert", "bench", "version"):
+    for command in ("serve", "chat", "generate", "plan", "status", "scale", "convert", "bench", "version"):
         assert re.search(rf"\b{command}\b", said)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", moe_ray("version").stdout)
 
@@ -208,6 +208,15 @@ def test_nobody_there() -> None:
     assert "`moe-ray serve`" in error
 
 
+def test_scale_says_what_it_needs() -> None:
+    for both_or_none in ([], ["--replicas", "2", "--auto"]):
+        assert "either --replicas N or --auto" in one_line(refused("scale", "1", *both_or_none))
+    assert "greater than or equal to 1" in refused("scale", "1", "--replicas", "0")
+    assert "EXPERT" in refused("scale", "--auto")
+    nowhere = f"127.0.0.1:{free_port()}"
+    assert f"no Ray cluster at '{nowhere}'" in one_line(refused("scale", "1", "--auto", "--address", nowhere))
+
+
 # ---- the life of a server
 
 
@@ -235,6 +244,10 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         table = ok(moe_ray("status"))  # finds it among all Rays of this machine
         assert all(len(line) <= 80 for line in table.splitlines())
         assert table.count("1 running") == 10
+
+        address = status.split()[1:]
+        assert "no expert 8" in one_line(refused("scale", "0", "8", "--replicas", "2", *address))
+        assert "must be 1 to 64" in one_line(refused("scale", "0", "--replicas", "65", *address))
 
         (listing,) = re.findall(r"RAY_AUTH_MODE=token ray list actors --address \S+", said)
         listed = json.loads(run(f"{listing} --format json --limit 100"))

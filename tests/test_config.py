@@ -185,3 +185,32 @@ def test_rays_default_token_file_is_found(tmp_path: Path) -> None:
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("ray-secret")
     assert cluster_token(load_config(), True) is not None
+
+
+def test_replicas_lie_within_their_bounds() -> None:
+    assert load_config({"experts": {"num_replicas": 3}}).experts.of(0).most_replicas == 3
+    experts = load_config(
+        {"experts": {"max_replicas": 4, "overrides": {2: {"num_replicas": 2, "min_replicas": 2}}}}
+    ).experts
+    assert (experts.of(2).min_replicas, experts.of(2).most_replicas, experts.of(0).most_replicas) == (2, 4, 4)
+    below = fault({"experts": {"min_replicas": 2}})
+    assert below == "`experts.min_replicas`: Value error, must be at most num_replicas (1), got 2"
+    above = fault({"experts": {"max_replicas": 2, "overrides": {5: {"num_replicas": 3}}}})
+    assert above == "`experts.overrides.5.max_replicas`: Value error, must be at least num_replicas (3), got 2"
+
+
+def test_autoscaling_is_told_how_far_it_may_go() -> None:
+    assert "`experts.max_replicas`" in fault({"experts": {"autoscale": {"enabled": True}}})
+    for growth in ({"max_replicas": 2}, {"overrides": {1: {"max_replicas": 2}}}):
+        assert load_config({"experts": {"autoscale": {"enabled": True}, **growth}}).experts.autoscale.enabled
+    assert "`experts.autoscale.look_back_s`" in fault({"experts": {"autoscale": {"interval_s": 6}}})
+    assert "`experts.autoscale.target_busy`" in fault({"experts": {"autoscale": {"target_busy": 1.2}}})
+    assert "`experts.autoscale.target`" in fault({"experts": {"autoscale": {"target": 1}}})
+
+
+def test_the_card_of_an_actor() -> None:
+    config = load_config(
+        {"trunk": {"accelerator_type": "A10G"}, "experts": {"overrides": {0: {"accelerator_type": "T4"}}}}
+    )
+    assert (config.trunk.accelerator_type, config.experts.of(0).accelerator_type) == ("A10G", "T4")
+    assert config.experts.of(1).accelerator_type is None

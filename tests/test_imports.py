@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "plan": {*BASE, "model"},
     "demo": {*BASE, "config", "model"},
     "hub": {*BASE, "config", "demo"},
-    "report": {*DATA, "plan", "model", "engine"},
+    "report": {*DATA, "plan", "model", "experts", "engine"},
     "llm": {*DATA, "model", "experts", "engine"},
     "serve": {*DATA, "pb", "native", "plan", "report", "bars", "transport", "model", "experts", "engine", "__init__"},
     "bench": {
@@ -68,6 +68,8 @@ FILE_NEVER = {  # files that work without a package their room may have
     "engine/blocks.py": {"torch"},
     "engine/scheduler.py": {"torch"},
     "engine/tokenizer.py": {"torch"},
+    "experts/balance.py": {"torch"},
+    "experts/load.py": {"torch", "numpy"},
     "transport/grpc.py": {"ray"},
     "transport/local.py": {"ray", "grpc"},
     "transport/socket.py": {"ray", "grpc"},
@@ -80,6 +82,7 @@ FILE_NEVER = {  # files that work without a package their room may have
     "bench/load.py": {"torch", "ray", "grpc"},
     "bench/report.py": {"torch", "ray", "grpc", "httpx"},
     "bench/serve.py": {"torch", "ray", "grpc"},
+    "serve/load.py": {"ray", "grpc", "torch"},
     "serve/openai.py": {"ray", "grpc", "torch"},
     "serve/openai_stream.py": {"ray", "grpc", "torch"},
 }

@@ -33,6 +33,7 @@ from moe_ray.report import Planned, planned, print_plan
 from moe_ray.serve.app import APP_NAME, build_app
 from moe_ray.serve.local_ray import reach
 from moe_ray.serve.progress import NAME, NAMESPACE, LoadingBoard
+from moe_ray.serve.scaling import forget_replicas
 from moe_ray.serve.timeline import Timeline
 
 INGRESSES = ("python", "haproxy")
@@ -135,6 +136,7 @@ def _start_ray(options: LaunchOptions, config: Config) -> str:
 
 
 def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Console, timeline: Timeline) -> None:
+    forget_replicas(APP_NAME)  # on a Ray that runs longer than we do: those of an earlier run
     log_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         proxy_location="HeadOnly" if options.address is None else "EveryNode",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from typing import Final
 
+CONNECT_TIMEOUT_S: Final = 5.0
 _SETTINGS = {
     # Else Ray replaces 127.0.0.1 by the machine's own address, and half of its ports listen on every interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -30,12 +33,19 @@ def reach(address: str) -> str:
     """Return `address` after preparing `ray.init` of this process to join it; call it right before.
 
     For a Ray on this machine two defaults of Ray are undone: that it replaces a loopback address by the machine's own,
-    and that it shows the user's token only to clusters it found by itself.
+    and that it shows the user's token only to clusters it found by itself. Raises `ConnectionError` where nobody
+    listens: `ray.init` would try for minutes.
     """
     from ray._private import ray_constants
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.services import find_gcs_addresses
 
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"nobody answers there ({error})") from None
     here = address in find_gcs_addresses()
     ray_constants.ENABLE_RAY_CLUSTER = not (here and address.startswith("127."))
     if here:

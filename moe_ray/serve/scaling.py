@@ -1,0 +1,163 @@
+"""Replicas per expert, set by hand or decided by the policy: what Serve's controller and `moe-ray scale` share.
+
+Numbers set by hand are in Ray's internal key-value store, one key per application and expert, so they outlive replicas
+and controller. In the controller a `Scaler` per application reads them and the replicas' reports, and decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+from moe_ray.experts.autoscale import ExpertState, ScaleOptions, decide
+
+if TYPE_CHECKING:
+    from moe_ray.config import ExpertsSection
+
+logger = logging.getLogger(__name__)
+
+POLICY: Final = "moe_ray.serve.policy.ExpertPolicy"
+DECIDE_EVERY_S: Final = 0.5
+IDLE_REPORTS_S: Final = 10.0
+"""How often replicas report where nothing is scaled by their load."""
+FORGOTTEN_S: Final = 30.0
+"""A deployment whose policy was not asked for so long is gone."""
+QUIET_S: Final = 0.5
+"""A replica that goes has been let go by the trunks when no call came for so long."""
+KV_NAMESPACE: Final = b"moe_ray"
+KV_TIMEOUT_S: Final = 1.0
+BUSY, QUEUED = "busy_s", "queued_rows"
+"""What a replica reports: seconds computed since its start, rows waiting now."""
+
+
+def autoscaling_config(experts: ExpertsSection, expert: int) -> dict[str, Any]:
+    """Serve's `autoscaling_config` of an expert's deployment: our policy, with bounds that leave room for the hand."""
+    mine, scale = experts.of(expert), experts.autoscale
+    bounds = (mine.min_replicas, mine.most_replicas) if scale.enabled else (mine.num_replicas, mine.num_replicas)
+    options = ScaleOptions(
+        target_busy=scale.target_busy,
+        up_after_s=scale.up_after_s,
+        down_after_s=scale.down_after_s,
+        max_total=scale.max_total_replicas if scale.enabled else None,
+    )
+    return {
+        "min_replicas": 1,
+        "initial_replicas": mine.num_replicas,
+        "max_replicas": max(experts.max_replicas_by_hand, mine.most_replicas),
+        "upscale_delay_s": 0,  # the policy waits by itself
+        "downscale_delay_s": 0,
+        "metrics_interval_s": scale.interval_s if scale.enabled else IDLE_REPORTS_S,
+        "look_back_period_s": scale.look_back_s if scale.enabled else 3 * IDLE_REPORTS_S,
+        "policy": {
+            "policy_function": POLICY,
+            "policy_kwargs": {
+                "expert": expert,
+                "min_replicas": bounds[0],
+                "max_replicas": bounds[1],
+                "options": asdict(options),
+            },
+        },
+    }
+
+
+def measured(reports: Mapping[str, Mapping[Any, Sequence[Any]]]) -> tuple[float, float]:
+    """Return (busy, queued rows) of one expert, both summed over its replicas.
+
+    `reports` has, by name and replica, the points (`timestamp`, `value`) of the look-back window. A replica with a
+    single report is too young to count.
+    """
+    busy = 0.0
+    for points in reports.get(BUSY, {}).values():
+        seconds = points[-1].timestamp - points[0].timestamp if points else 0.0
+        if seconds > 0:
+            busy += min(max((points[-1].value - points[0].value) / seconds, 0.0), 1.0)
+    queued = sum(sum(p.value for p in points) / len(points) for points in reports.get(QUEUED, {}).values() if points)
+    return busy, queued
+
+
+def wait_until_quiet(calls: Callable[[], int], at_most_s: float, quiet_s: float = QUIET_S) -> None:
+    """Return once the count `calls` has stood still for `quiet_s`, or after `at_most_s`."""
+    end, seen, since = time.monotonic() + at_most_s, calls(), time.monotonic()
+    while time.monotonic() < min(end, since + quiet_s):
+        time.sleep(0.05)
+        if (count := calls()) != seen:
+            seen, since = count, time.monotonic()
+
+
+class Scaler:
+    """Decides for all experts of one application together. Used by one thread, the controller's."""
+
+    def __init__(self, wanted: Callable[[Sequence[int]], Mapping[int, int]]) -> None:
+        """`wanted` returns the numbers set by hand; it raises `RayError` when they cannot be read now."""
+        self._read_wanted = wanted
+        self._wanted: Mapping[int, int] = {}
+        self._seen: dict[int, tuple[float, ExpertState]] = {}
+        self._targets: dict[int, int] = {}
+        self._memory: dict[int, tuple[int, float]] = {}
+        self._decided_at = float("-inf")
+
+    def replicas(self, expert: int, now: float, measure: Callable[[], ExpertState], options: ScaleOptions) -> int:
+        """Return the replicas that `expert` should have. `measure` is called every `DECIDE_EVERY_S` at most."""
+        if expert not in self._seen or now - self._seen[expert][0] >= DECIDE_EVERY_S:
+            state = measure()
+            # What was decided a moment ago Serve may not have done yet.
+            self._seen[expert] = (now, replace(state, replicas=self._targets.get(expert, state.replicas)))
+        if expert not in self._targets or now - self._decided_at >= DECIDE_EVERY_S:
+            self._decide(options, now)
+        return self._targets[expert]
+
+    def _decide(self, options: ScaleOptions, now: float) -> None:
+        self._seen = {expert: seen for expert, seen in self._seen.items() if now - seen[0] < FORGOTTEN_S}
+        if now - self._decided_at >= FORGOTTEN_S:
+            self._memory = {}
+        self._decided_at = now
+        try:
+            self._wanted = self._read_wanted(list(self._seen))
+        except RayError as error:
+            logger.warning("cannot read the replicas set by hand, keeping what is known: %s", error)
+        states = {e: replace(state, wanted=self._wanted.get(e)) for e, (_, state) in self._seen.items()}
+        self._targets, self._memory = decide(states, options, self._memory, now)
+        self._seen = {e: (at, replace(state, replicas=self._targets[e])) for e, (at, state) in self._seen.items()}
+
+
+_scalers: dict[str, Scaler] = {}
+"""By application. Global because Serve makes one policy object per deployment and lets them share nothing else."""
+
+
+def scaler_of(application: str) -> Scaler:
+    """The one scaler that this process has for an application."""
+    if application not in _scalers:
+        _scalers[application] = Scaler(lambda experts: set_by_hand(application, experts))
+    return _scalers[application]
+
+
+def set_by_hand(application: str, experts: Sequence[int]) -> dict[int, int]:
+    """Return expert → replicas set by hand. Raises `RayError` when Ray's store does not answer."""
+    keys = {_key(application, expert): expert for expert in experts}
+    found = internal_kv_get_gcs_client().internal_kv_multi_get(list(keys), KV_NAMESPACE, KV_TIMEOUT_S)
+    return {keys[key]: int(value) for key, value in found.items()}
+
+
+def set_replicas(application: str, experts: Sequence[int], replicas: int | None) -> None:
+    """Set the replicas of `experts` by hand; None gives them back to the policy."""
+    store = internal_kv_get_gcs_client()
+    for expert in experts:
+        if replicas is None:
+            store.internal_kv_del(_key(application, expert), False, KV_NAMESPACE)
+        else:
+            store.internal_kv_put(_key(application, expert), str(replicas).encode(), True, KV_NAMESPACE)
+
+
+def forget_replicas(application: str) -> None:
+    """Drop every number set by hand for an application."""
+    internal_kv_get_gcs_client().internal_kv_del(_key(application, None), True, KV_NAMESPACE)
+
+
+def _key(application: str, expert: int | None) -> bytes:
+    return f"replicas/{application}/{'' if expert is None else expert}".encode()
