@@ -191,6 +191,78 @@ def engine(
     publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
 
 
+@bench_app.command()
+def chaos(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A directory, a repo id, or `demo`.", show_default="a small random one"),
+    ] = None,
+    kills: Annotated[int, typer.Option(min=0, help="Of expert replicas, where each expert has two.")] = 50,
+    single_kills: Annotated[int, typer.Option(min=0, help="Of experts that have one replica.")] = 10,
+    trunk_kills: Annotated[int, typer.Option(min=0, help="Of two trunks.")] = 10,
+    streams: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    output_tokens: OutputTokens = 96,
+    seed: Annotated[int, typer.Option(help="Of the prompts and the victims.")] = 0,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Kill experts and trunks of a server under load, and compare every answer with an undisturbed one."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.chaos import PLOT, ChaosOptions, run_chaos
+    from moe_ray.bench.report import check_plot, publish
+
+    check_plot(plot)
+    options = ChaosOptions(
+        model=model,
+        kills=kills,
+        single_kills=single_kills,
+        trunk_kills=trunk_kills,
+        streams=streams,
+        output_tokens=output_tokens,
+        seed=seed,
+    )
+    with loading_bars(console) as progress:
+        report = run_chaos(options, progress)
+    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
+
+
+@bench_app.command()
+def skew(
+    experts: Annotated[int, typer.Option(help="Emulated experts.")] = 8,
+    replicas: Annotated[int, typer.Option(help="Of all experts together: cards that the autoscaler may use.")] = 24,
+    max_over_mean: Annotated[float, typer.Option("--skew", help="Rows of the hottest expert over the mean.")] = 2.3,
+    shifts: Annotated[int, typer.Option(min=1, help="How often the hot spot moves.")] = 1,
+    trunks: Annotated[int, typer.Option(min=1, help="Each with a pool of its own.")] = 4,
+    micro_batches: Annotated[int, typer.Option(min=1, help="That take turns in each trunk.")] = 3,
+    start_delay: Annotated[float, typer.Option(help="Seconds until a new replica is there.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Measured per case.")] = 8.0,
+    simulation: Annotated[bool, typer.Option(help="Simulate 64 experts and 32 trunks too.")] = True,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Run pool and autoscaler against a hot expert that moves and replicas that stall; computing is emulated."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.simulate import SimulationOptions
+    from moe_ray.bench.skew import PLOT, SkewOptions, curves, run_skew
+
+    check_plot(plot)
+    options = SkewOptions(
+        num_experts=experts,
+        replicas=replicas,
+        skew=max_over_mean,
+        shifts=shifts,
+        trunks=trunks,
+        micro_batches=micro_batches,
+        start_delay_s=start_delay,
+        measure_s=seconds,
+        simulation=SimulationOptions() if simulation else None,
+    )
+    with loading_bars(console) as progress:
+        report = run_skew(options, progress)
+    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console, curves=curves)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +39,10 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(model: Path) -> Iterator[OwnServer]:
+def own_server(model: Path, settings: Mapping[str, str] | None = None) -> Iterator[OwnServer]:
     """Serve `model` from a process group of its own, with the defaults of `moe-ray serve`; ended on leaving.
 
+    `settings`: environment variables beside those that there are.
     Main thread only: meanwhile SIGTERM is what Ctrl-C is, so that it leaves no server behind. Raises `NotReady` with
     what the server said where it does not come up.
     """
@@ -54,6 +55,7 @@ def own_server(model: Path) -> Iterator[OwnServer]:
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, **(settings or {})},
         )
         try:
             url = f"http://127.0.0.1:{port}"
