@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_ray.config import Config
+from moe_ray.errors import ConfigError
+from moe_ray.experts.balance import Proposal, Rows, parse_load, propose
 from moe_ray.model.checkpoint import INDEX, PICKLES, Checkpoint, expert_specs, trunk_specs
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.plan import Plan, make_plan
@@ -52,6 +55,32 @@ def planned(config: Config, directory: Path, without_weights: bool = False) -> P
     return Planned(config.served_name, directory, model, plan, bytes_to_read)
 
 
+@dataclass(frozen=True, slots=True)
+class Balanced:
+    """Recorded load, and what to replicate because of it."""
+
+    rows: Rows
+    proposal: Proposal
+    layers_per_spare: int | None
+    """None: whole experts are replicated."""
+
+
+def balanced(planned: Planned, load: Path, extra_replicas: int | None, layers_per_spare: int | None) -> Balanced:
+    """Propose replicas for the load recorded in the file `load`. Raises `ConfigError` naming the file."""
+    try:
+        text = load.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--load {load}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    rows = parse_load(text, f"--load {load}")
+    layers, experts = planned.model.num_hidden_layers, planned.model.num_local_experts
+    if (len(rows), len(rows[0])) != (layers, experts):
+        raise ConfigError(
+            f"--load {load}: {len(rows)} layers of {len(rows[0])} experts, "
+            f"and {planned.model_name} has {layers} of {experts}"
+        )
+    return Balanced(rows, propose(rows, extra_replicas, layers_per_spare), layers_per_spare)
+
+
 def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> None:
     """Print the plan as a table; with `gpu_gib`, what fits cards of that size."""
     model, plan = planned.model, planned.plan
@@ -86,8 +115,32 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> Non
     )
 
 
-def plan_json(planned: Planned, gpu_gib: float | None) -> str:
-    """The plan as one JSON object."""
+def print_balance(console: Console, planned: Planned, balanced: Balanced) -> None:
+    """Print the load of each expert, the further replicas proposed, and max/mean before and after."""
+    rows, proposal = balanced.rows, balanced.proposal
+    loads = [sum(column) for column in zip(*rows, strict=True)]
+    mean = sum(loads) / len(loads)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("expert", "rows", "of the mean", "replicas"):
+        table.add_column(column, justify="left" if column == "expert" else "right")
+    for expert, load in enumerate(loads):
+        counts = [proposal.replicas((layer, expert)) for layer in range(len(rows))]
+        few, many = min(counts), max(counts)
+        copies = f"{few}" if few == many else f"{few} to {many}"
+        table.add_row(f"Expert{expert}", f"{load:,.0f}", f"{load / mean:.2f}", copies)
+    console.print("\n[bold]recorded load[/]")
+    console.print(table)
+    console.print(
+        f"max/mean {proposal.before.total:.2f} (worst layer {max(proposal.before.per_layer):.2f}); with "
+        f"{_more(balanced)} {proposal.after.total:.2f} (worst layer {max(proposal.after.per_layer):.2f})"
+    )
+    for number, entry in enumerate(_extras(planned, balanced), 1):
+        keys = ", ".join(f"{name} layers {_ranges(layers)}" for name, layers in entry["layers"].items())
+        console.print(f"  {number}. {keys or 'nothing'}: {_size(entry['weight_bytes'])}")
+
+
+def plan_json(planned: Planned, gpu_gib: float | None, balanced: Balanced | None = None) -> str:
+    """The plan as one JSON object; with `balanced`, what to replicate under "balance"."""
     plan = planned.plan
     fits = {a.name: ok for a, ok, _ in plan.fits(int(gpu_gib * GIB))} if gpu_gib is not None else {}
     rows = [
@@ -108,9 +161,59 @@ def plan_json(planned: Planned, gpu_gib: float | None) -> str:
             "kv_bytes_per_token": plan.kv_bytes_per_token,
             "context": plan.context,
             "rows": rows,
+            **({} if balanced is None else {"balance": _balance(planned, balanced)}),
         },
         indent=1,
     )
+
+
+def _balance(planned: Planned, balanced: Balanced) -> dict[str, object]:
+    before, after = balanced.proposal.before, balanced.proposal.after
+    return {
+        "layers_per_spare": balanced.layers_per_spare,
+        "extra_replicas": len(balanced.proposal.extras),
+        "max_over_mean_before": before.total,
+        "max_over_mean_after": after.total,
+        "max_over_mean_per_layer_before": before.per_layer,
+        "max_over_mean_per_layer_after": after.per_layer,
+        "extras": _extras(planned, balanced),
+    }
+
+
+class _Extra(TypedDict):
+    layers: dict[str, list[int]]
+    weight_bytes: int
+
+
+def _extras(planned: Planned, balanced: Balanced) -> list[_Extra]:
+    """Each further replica: the layers that it holds, by expert, and their bytes."""
+    of_layer = planned.plan.actors[1].weight_bytes // planned.model.num_hidden_layers
+    found: list[_Extra] = []
+    for keys in balanced.proposal.extras:
+        layers: dict[str, list[int]] = {}
+        for expert, layer in sorted((expert, layer) for layer, expert in keys):
+            layers.setdefault(f"Expert{expert}", []).append(layer)
+        found.append({"layers": layers, "weight_bytes": of_layer * len(keys)})
+    return found
+
+
+def _more(balanced: Balanced) -> str:
+    count, spare = len(balanced.proposal.extras), balanced.layers_per_spare
+    what = "replica" if spare is None else f"spare of {spare} layers"
+    if count == 1:
+        return f"1 more {what}"
+    return f"{count} more " + ("replicas" if spare is None else f"spares of {spare} layers")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, runs of them as first-last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _size(count: int) -> str:

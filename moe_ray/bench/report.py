@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -39,6 +39,10 @@ class Report:
     """Plain keys with units in their names; every row has the same."""
     facts: dict[str, object]
     """Parameters and machine: what somebody who wants to repeat it must know."""
+    more: dict[str, list[Row]] = field(default_factory=dict)
+    """Further tables, by name."""
+    curve: list[Row] = field(default_factory=list)
+    """What is drawn, where that is not the rows; told in neither table nor JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +94,33 @@ def publish(
 
 def as_json(report: Report) -> str:
     """The report as one JSON object."""
-    return json.dumps({"bench": report.bench, **report.facts, "rows": report.rows}, indent=1, allow_nan=False)
+    return json.dumps(
+        {"bench": report.bench, **report.facts, **report.more, "rows": report.rows}, indent=1, allow_nan=False
+    )
 
 
 def print_table(report: Report, console: Console) -> None:
-    """Print a line per row, or, where that is wider than the console, a column per row; then the facts.
+    """Print a line per row, or, where that is wider than the console, a column per row; further tables; the facts.
 
     A table that fits neither way is as wide as it must be: numbers are never cut.
     """
-    keys = list(report.rows[0]) if report.rows else []
-    cells = [[_cell(row.get(key)) for key in keys] for row in report.rows]
+    _print_rows(report.rows, console)
+    for name, rows in report.more.items():
+        console.print(f"\n{name}", style="bold")
+        _print_rows(rows, console)
+    said = (f"{name} {_cell(value)}" for name, value in report.facts.items() if value is not None)
+    console.print("; ".join(said), style="dim", markup=False)
+
+
+def _print_rows(rows: list[Row], console: Console) -> None:
+    keys = list(rows[0]) if rows else []
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
     upright = _table(keys, cells)
     turned = _table([keys[0], *(row[0] for row in cells)], _transposed(keys, cells)) if keys else upright
     endless = console.options.update_width(10_000)
     wide, narrow = (Measurement.get(console, endless, each).maximum for each in (upright, turned))
     table, width = (turned, narrow) if wide > console.width >= narrow else (upright, wide)
     Console(file=console.file, highlight=False, width=max(console.width, width)).print(table)
-    said = (f"{name} {_cell(value)}" for name, value in report.facts.items() if value is not None)
-    console.print("; ".join(said), style="dim", markup=False)
 
 
 def draw(report: Report, path: Path, axes: Plot) -> None:
