@@ -16,6 +16,7 @@ from moe_ray.engine.engine import Engine
 from moe_ray.engine.loop import EngineLoop
 from moe_ray.errors import ConfigError, EngineError, ExpertUnavailable, InvalidRequest, Overloaded
 from moe_ray.experts.local import local_pool
+from moe_ray.experts.pool import ExpertPool, PoolOptions
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.moe import Experts, PendingCalls, Routed
 
@@ -156,3 +157,31 @@ def test_a_fault_of_the_engine_reaches_live_and_later_requests(random_model: Pat
         assert isinstance(collect(events, name)[-1].error, EngineError)
     assert isinstance(loop.failure, ZeroDivisionError)
     loop.close()
+
+
+def test_a_lost_expert_can_be_left_out_and_every_position_without_it_is_told(random_model: Path) -> None:
+    whole, rig = Rig(random_model), Rig(random_model)
+    prompt = tuple(range(5, 45))
+    whole.engine.submit(ask("a", prompt, logprobs=1))
+    right = finish(whole.engine)
+    assert not any(event.degraded_positions for event in right["a"])
+    pool = rig.experts.inner
+    assert isinstance(pool, ExpertPool)
+    pool.options = PoolOptions(on_loss="renormalise")
+    (lost,) = [replica for replica in pool.replicas() if replica.replica_id.startswith("Expert3")]
+    lost.link.close()
+    rig.engine.submit(ask("a", prompt, logprobs=1))
+    events = finish(rig.engine)["a"]
+    told = [position for event in events for position in event.degraded_positions]
+    assert told == sorted(set(told))
+    assert 0 < len(told) < 45, "those tokens that wanted expert 3 in some layer"
+    assert told[-1] < len(prompt) + 5
+    assert rig.engine.stats().degraded_tokens == len(told)
+    assert [e.logprobs[0].logprob for e in events] != [e.logprobs[0].logprob for e in right["a"]]
+    rig.engine.submit(ask("b", prompt))
+    again = finish(rig.engine)["b"]
+    assert again[-1].num_cached_tokens <= min(told), "what was computed without an expert is nobody else's prefix"
+    pool.options = PoolOptions(on_loss="fail")
+    rig.engine.submit(ask("c", prompt))
+    (failed,) = finish(rig.engine)["c"]
+    assert isinstance(failed.error, ExpertUnavailable)

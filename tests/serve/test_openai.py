@@ -27,6 +27,7 @@ from moe_ray.serve.openai import (
     to_requests,
 )
 from moe_ray.serve.openai_stream import DONE, Responder
+from moe_ray.serve.trunk_wire import pack_event, unpack_event
 
 HI = [{"role": "user", "content": "Hi"}]
 MAX_LEN = 512
@@ -523,3 +524,19 @@ def test_completion_logprobs(tokenizer: Tokenizer) -> None:
     parts = [c["choices"][0]["logprobs"] for c in run.stream() if c["choices"][0]["logprobs"]]
     for name in logprobs:
         assert [value for part in parts for value in part[name]] == logprobs[name]
+
+
+def test_degraded_positions_are_told(tokenizer: Tokenizer) -> None:
+    events = [
+        TokenEvent("r", (19556,), degraded_positions=(0, 4)),
+        TokenEvent("r", (28,)),
+        TokenEvent("r", (19556,), finish_reason="length", degraded_positions=(6,)),
+    ]
+    assert [unpack_event(pack_event(event)) for event in events] == events
+    whole = Run(chat(), tokenizer, [(0, event) for event in events])
+    assert whole.full()["choices"][0]["degraded_positions"] == [0, 4, 6]
+    streamed = Run(chat(stream=True), tokenizer, [(0, event) for event in events])
+    told = [c["degraded_positions"] for e in streamed.stream() for c in e["choices"] if "degraded_positions" in c]
+    assert told == [[0, 4, 6]], "once, with the finish reason"
+    healthy = Run(chat(), tokenizer, [(0, TokenEvent("r", (19556,), finish_reason="length"))])
+    assert "degraded_positions" not in healthy.full()["choices"][0]
