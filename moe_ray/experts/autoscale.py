@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-WORTH_MOVING: Final = 1.5
+WORTH_MOVING: Final = 1.2
 """How much more load per replica an expert must have than another would be left with, to be given its replica."""
 _ROUNDING: Final = 1e-9
 """0.6 busy at a target of 0.2 are three replicas, not four."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from moe_ray.core import ReplicaInfo, TrunkInfo
 from moe_ray.errors import NotReady
 
 BROADCAST_TIMEOUT_S = 5.0
+EXPERT_TIMEOUT_S = 1.0
+"""How long the experts are waited for: while one is away, links to the others' new replicas must not wait."""
 _AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
 """What a handle raises while its controller or its replicas are away."""
 
@@ -21,28 +24,32 @@ _AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
 def discover_experts(handles: Sequence[DeploymentHandle]) -> Callable[[], list[ReplicaInfo]]:
     """Return a function that lists the replicas of all `handles`; for use outside event loops.
 
-    It raises `NotReady` only when no deployment answers: one without replicas must not hide the others.
+    It raises `NotReady` only when no deployment answers: one without replicas must not hide the others. Of one that
+    does not answer in time, the replicas that it had are told again.
     """
+    known: dict[str, list[ReplicaInfo]] = {}
 
     def ask() -> list[ReplicaInfo]:
-        found: list[ReplicaInfo] = []
         failures: list[str] = []
         responses = []
+        end = time.monotonic() + EXPERT_TIMEOUT_S
         for handle in handles:
             try:
-                responses.append(handle.broadcast("endpoint"))
+                responses.append((handle.deployment_name, handle.broadcast("endpoint")))
             except _AWAY as error:
                 failures.append(f"{handle.deployment_name}: {error}")
-        for response in responses:
+                known[handle.deployment_name] = []
+        for name, response in responses:
             try:
-                results = response.results(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+                left = max(end - time.monotonic(), 0.05)
+                results = response.results(timeout_s=left, return_exceptions=True)
             except _AWAY as error:
-                failures.append(str(error))
+                failures.append(f"{name}: {error}")
             else:
-                found += [result for result in results if isinstance(result, ReplicaInfo)]
+                known[name] = [result for result in results if isinstance(result, ReplicaInfo)]
         if len(failures) == len(handles):
             raise NotReady(f"no expert deployment answers: {failures[0]}")
-        return found
+        return [info for infos in known.values() for info in infos]
 
     return ask
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.serve.app import APP_NAME
 from moe_ray.serve.scaling import POLICY, set_replicas
-from moe_ray.serve.status import _find
+from moe_ray.serve.status import find_application
 
 TIMEOUT_S: Final = 600.0
 """How long replicas may take to start: a cluster may have to start machines."""
@@ -37,7 +37,7 @@ def scale(
     beyond its limit, before anything is changed; `NotReady` where no application serves or replicas do not come up.
     """
     if not ray.is_initialized():
-        _find(address)
+        find_application(address)
     deployments = _deployments(application, address)
     for expert in experts:
         _check(expert, replicas, deployments)

@@ -32,7 +32,7 @@ def collect(address: str = "auto") -> dict[str, Any]:
     `NotReady` where there is none.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    application = _find(address)
+    application = find_application(address)
     if application is None:
         where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
         raise NotReady(f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`")
@@ -57,7 +57,7 @@ def collect(address: str = "auto") -> dict[str, Any]:
     return {"application": application.status.value, "deployments": deployments, "load": load}
 
 
-def _find(address: str) -> Any:
+def find_application(address: str) -> Any:
     """Connect to the cluster that runs the application and return its status; None where it does not run."""
     if ray.is_initialized():
         return serve.status().applications.get(APP_NAME)

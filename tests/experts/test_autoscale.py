@@ -127,7 +127,7 @@ def test_a_replica_moves_to_who_needs_it_more() -> None:
 
 def test_a_replica_does_not_move_for_a_little() -> None:
     options = ScaleOptions(target_busy=0.25, up_after_s=0, max_total=3)
-    for first, second in ((0.90, 0.91), (0.91, 0.90), (0.7, 1.0)):
+    for first, second in ((0.90, 0.91), (0.91, 0.90), (0.9, 1.0)):
         states = {0: ExpertState(2, first, max_replicas=4), 1: ExpertState(1, second, max_replicas=4)}
         assert decide(states, options, {}, 0)[0] == {0: 2, 1: 1}
 
