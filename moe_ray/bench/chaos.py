@@ -18,7 +18,7 @@ from typing import Any, Final
 import httpx
 import psutil
 
-from moe_ray.bench.load import LEAST_ID, connect, percentile, served_model
+from moe_ray.bench.load import connect, id_prompts, percentile, served_model
 from moe_ray.bench.model import SMALL, bench_model, resolve_bench_model
 from moe_ray.bench.processes import own_server, tree
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
@@ -182,9 +182,7 @@ def run_chaos(options: ChaosOptions, on_progress: Progress) -> Report:
     )
     vocab_size = ModelConfig.load(directory).vocab_size
     draw = random.Random(options.seed)
-    prompts = [
-        [draw.randrange(LEAST_ID, vocab_size) for _ in range(options.prompt_tokens)] for _ in range(options.streams)
-    ]
+    prompts = list(id_prompts(options.streams, options.prompt_tokens, vocab_size, str(options.seed)))
     rows: list[Row] = []
     errors: list[str] = []
     two_each = {"MOE_RAY_EXPERTS__NUM_REPLICAS": "2"}

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 
 from moe_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moe_ray.bars import Report as Progress
+    from moe_ray.bench.report import Plot, Report
+
+Options = TypeVar("Options")
 
 bench_app = typer.Typer(
     help="Measure this machine and what runs on it: a table, or one JSON object.", no_args_is_help=True
@@ -68,8 +75,7 @@ def serve(
     plot: PlotFile = None,
 ) -> None:
     """Load a server with streaming completions: first token, inter-token latency, tokens/s, errors."""
-    from moe_ray.bars import loading_bars
-    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.report import check_plot
     from moe_ray.bench.serve import PLOT, ServeBenchOptions, run_serve
 
     check_plot(plot)
@@ -89,9 +95,7 @@ def serve(
         timeout_s=timeout,
         pid=pid,
     )
-    with loading_bars(console) as progress:
-        report = run_serve(options, progress)
-    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
+    _run(run_serve, options, PLOT, json_output, plot)
 
 
 @bench_app.command()
@@ -106,15 +110,12 @@ def roofline(
     plot: PlotFile = None,
 ) -> None:
     """Measure memory bandwidth and matrix speed, what they allow for the model, and how much of it we reach."""
-    from moe_ray.bars import loading_bars
-    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.report import check_plot
     from moe_ray.bench.roofline import PLOT, RooflineOptions, curves, run_roofline
 
     check_plot(plot)
     options = RooflineOptions(model, numbers(concurrency, "--concurrency"), repeats, prompt_tokens, output_tokens, seed)
-    with loading_bars(console) as progress:
-        report = run_roofline(options, progress)
-    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console, curves=curves)
+    _run(run_roofline, options, PLOT, json_output, plot, curves)
 
 
 @bench_app.command()
@@ -131,8 +132,7 @@ def transport(
     plot: PlotFile = None,
 ) -> None:
     """Time scatter and gather on every carrier, against a bare socket between the same processes."""
-    from moe_ray.bars import loading_bars
-    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.report import check_plot
     from moe_ray.bench.transport import PLOT, TransportBenchOptions, curves, run_transport
 
     check_plot(plot)
@@ -142,9 +142,7 @@ def transport(
         message_bytes=numbers(message_bytes, "--bytes"),
         rounds=rounds,
     )
-    with loading_bars(console) as progress:
-        report = run_transport(options, progress)
-    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console, curves=curves)
+    _run(run_transport, options, PLOT, json_output, plot, curves)
 
 
 @bench_app.command()
@@ -170,9 +168,8 @@ def engine(
     plot: PlotFile = None,
 ) -> None:
     """Generate offline with every expert in its own process, carrier by carrier, against one process on these cores."""
-    from moe_ray.bars import loading_bars
     from moe_ray.bench.engine import PLOT, EngineBenchOptions, run_engine
-    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.report import check_plot
 
     check_plot(plot)
     options = EngineBenchOptions(
@@ -186,9 +183,7 @@ def engine(
         trunk_threads=trunk_threads,
         expert_threads=expert_threads,
     )
-    with loading_bars(console) as progress:
-        report = run_engine(options, progress)
-    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
+    _run(run_engine, options, PLOT, json_output, plot)
 
 
 @bench_app.command()
@@ -207,9 +202,8 @@ def chaos(
     plot: PlotFile = None,
 ) -> None:
     """Kill experts and trunks of a server under load, and compare every answer with an undisturbed one."""
-    from moe_ray.bars import loading_bars
     from moe_ray.bench.chaos import PLOT, ChaosOptions, run_chaos
-    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.report import check_plot
 
     check_plot(plot)
     options = ChaosOptions(
@@ -221,9 +215,7 @@ def chaos(
         output_tokens=output_tokens,
         seed=seed,
     )
-    with loading_bars(console) as progress:
-        report = run_chaos(options, progress)
-    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console)
+    _run(run_chaos, options, PLOT, json_output, plot)
 
 
 @bench_app.command()
@@ -241,8 +233,7 @@ def skew(
     plot: PlotFile = None,
 ) -> None:
     """Run pool and autoscaler against a hot expert that moves and replicas that stall; computing is emulated."""
-    from moe_ray.bars import loading_bars
-    from moe_ray.bench.report import check_plot, publish
+    from moe_ray.bench.report import check_plot
     from moe_ray.bench.simulate import SimulationOptions
     from moe_ray.bench.skew import PLOT, SkewOptions, curves, run_skew
 
@@ -258,9 +249,24 @@ def skew(
         measure_s=seconds,
         simulation=SimulationOptions() if simulation else None,
     )
+    _run(run_skew, options, PLOT, json_output, plot, curves)
+
+
+def _run(
+    bench: Callable[[Options, Progress], Report],
+    options: Options,
+    axes: Plot,
+    json_output: bool,
+    plot: Path | None,
+    curves: Callable[[Report], Report] | None = None,
+) -> None:
+    """Run one bench under progress bars and publish what it measured."""
+    from moe_ray.bars import loading_bars
+    from moe_ray.bench.report import publish
+
     with loading_bars(console) as progress:
-        report = run_skew(options, progress)
-    publish(report, json_output=json_output, plot=plot, axes=PLOT, console=console, curves=curves)
+        report = bench(options, progress)
+    publish(report, json_output=json_output, plot=plot, axes=axes, console=console, curves=curves)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from moe_ray.bench.emulate import (
 )
 from moe_ray.bench.report import Row
 from moe_ray.experts.autoscale import ScaleOptions
-from moe_ray.experts.choice import FRESH_S, choose
+from moe_ray.experts.choice import backlog, choose
 
 PERIOD_S = 1.0
 
@@ -87,7 +87,7 @@ class _Seen:
         return True
 
     def backlog(self, now: float) -> int:
-        return max(self.outstanding_rows, self.said if now - self.said_at < FRESH_S else 0)
+        return backlog(self.outstanding_rows, self.said, now - self.said_at)
 
     def pace(self, now: float) -> float:
         return 1.0

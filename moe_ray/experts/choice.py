@@ -27,6 +27,11 @@ FRESH_S: Final = 0.5
 """How long what a replica said about its queue is believed."""
 
 
+def backlog(outstanding_rows: int, said_rows: int, said_ago_s: float) -> int:
+    """Rows that a replica has to compute first: those sent to it, or what it said of its queue while that is fresh."""
+    return max(outstanding_rows, said_rows if said_ago_s < FRESH_S else 0)
+
+
 class Candidate(Protocol):
     """What is known of a replica when it is chosen."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from moe_ray.core import ExpertKey, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import MoeRayError
-from moe_ray.experts.choice import FRESH_S, Pace
+from moe_ray.experts.choice import Pace, backlog
 from moe_ray.transport.base import Link
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,7 @@ class Replica:
         return self.quarantined_until <= now
 
     def backlog(self, now: float) -> int:
-        said = self.load.queued_rows if now - self.load_at < FRESH_S else 0
-        return max(self.outstanding_rows, said)
+        return backlog(self.outstanding_rows, self.load.queued_rows, now - self.load_at)
 
     def pace(self, now: float) -> float:
         return self.slowness.read(now)

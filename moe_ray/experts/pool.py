@@ -60,6 +60,11 @@ class Part:
     count: int
     replica: Replica | None
 
+    @property
+    def rows(self) -> slice:
+        """Where they are in `Routed.rows`."""
+        return slice(self.start, self.start + self.count)
+
 
 @dataclass(slots=True, eq=False)
 class InFlight:
@@ -337,5 +342,4 @@ class ExpertPool:
 
 def part_call(layer: int, routed: Routed, part: Part) -> ExpertCall:
     """The call that carries `part`."""
-    rows = slice(part.start, part.start + part.count)
-    return ExpertCall(layer, part.expert, routed.rows[rows], routed.weights[rows])
+    return ExpertCall(layer, part.expert, routed.rows[part.rows], routed.weights[part.rows])

@@ -54,8 +54,7 @@ class SentAtOnce:
         self.poll, self.forget = replies.wait, replies.forget
 
     def place(self, index: int, rows: torch.Tensor) -> None:
-        part = self._parts[index]
-        self._replies.rows[part.start : part.start + part.count] = rows
+        self._replies.rows[self._parts[index].rows] = rows
 
     def rows(self) -> torch.Tensor:
         return self._replies.rows
@@ -102,11 +101,6 @@ class SentOneByOne:
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def part_rows(routed: Routed, part: Part) -> torch.Tensor:
-    """The rows [T_e, D] that `part` stands for."""
-    return routed.rows[part.start : part.start + part.count]
-
-
 def renormalise(rows: torch.Tensor, routed: Routed, lost: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale what the surviving experts gave to each token that lost one, so that their weights sum to 1 again.
 
@@ -115,7 +109,7 @@ def renormalise(rows: torch.Tensor, routed: Routed, lost: Sequence[Part]) -> tup
     """
     gone = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
     for part in lost:
-        gone[part.start : part.start + part.count] = True
+        gone[part.rows] = True
     row_of = routed.row_of.long()
     weights, without = routed.weights[row_of], gone[row_of]  # [T, K] each
     left = (weights * ~without).sum(-1)  # [T]
@@ -166,7 +160,7 @@ class CallsUnderWay:
                 if pool.options.on_loss != "renormalise":
                     raise
                 logger.warning("going on without it: %s", error)
-                rows = torch.zeros_like(part_rows(self._routed, parts[index]))
+                rows = torch.zeros_like(self._routed.rows[parts[index].rows])
                 lost.append(parts[index])
             self._sent.place(index, rows)
         if not lost:
