@@ -1,0 +1,227 @@
+"""What values do, that they are documented, and that wrong ones are named."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import helm_python as helm
+import pytest
+import ray
+import yaml
+from helm_rendering import CHART, NAMESPACE, Manifest, Rendered, render
+from values_table import TABLE, documented, table
+
+
+def test_network_policy_opens_the_api_only() -> None:
+    closed = render()
+    (policy,) = closed.of("NetworkPolicy")
+    among_us, operator, api = policy["spec"]["ingress"]
+    assert "ports" not in among_us
+    assert among_us["from"] == [{"podSelector": policy["spec"]["podSelector"]}]
+    assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert {port["port"] for port in operator["ports"]} == {8265, 52365, 8000}
+    assert api == {"ports": [{"port": 8000}]}
+    monitoring = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    (policy,) = render({"networkPolicy": {"metricsFrom": monitoring}}).of("NetworkPolicy")
+    metrics = policy["spec"]["ingress"][-1]
+    assert metrics["from"] == monitoring
+    assert {port["port"] for port in metrics["ports"]} == {8080, 44217, 44227}
+
+
+def test_disruption_budgets() -> None:
+    groups = {"trunk": {"minReplicas": 1}, "experts": {"replicas": 8, "minReplicas": 8, "maxReplicas": 8}}
+    budgets = render({"workerGroups": groups, "podDisruptionBudget": {"head": True}}).of("PodDisruptionBudget")
+    assert {b["metadata"]["name"]: b["spec"]["minAvailable"] for b in budgets} == {
+        "r-moe-ray-experts": 7,  # the trunk's one pod may go: with a budget of one its node could not be drained
+        "r-moe-ray-head": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"model": {"pth": "x"}}, "pth"),
+        ({"experts": {"overrides": {"3": {"minReplica": 2}}}}, "minReplica"),
+        ({"experts": {"overrides": {"three": {}}}}, "three"),
+        ({"experts": {"autoscale": {"target": 0.5}}}, "target"),
+        ({"experts": {"onExpertLoss": "renormalize"}}, "onExpertLoss"),
+        ({"engine": {"max_num_seqs": 8}}, "max_num_seqs"),
+        ({"workerGroups": {"experts": {"role": "expert"}}}, "role"),
+        ({"workerGroups": {"experts": {"nodeselector": {}}}}, "nodeselector"),
+        ({"gcsFaultTolerance": {"mode": "rockdb"}}, "mode"),
+        ({"image": {"tag": "latest"}}, "tag"),
+        ({"transport": "tcp"}, "transport"),
+        ({"trunk": {"labels": {"zone": "in a"}}}, "zone"),
+        ({"pod": {"resources": {"request": {}}}}, "request"),
+        ({"serve": {"port": "http"}}, "port"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_typo_is_named(values: Manifest, said: str) -> None:
+    with pytest.raises(helm.HelmError) as raised:
+        render(values)
+    assert re.search(rf"['/.\"]{said}\b", str(raised.value)), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"experts": {"overrides": {"8": {"numReplicas": 2}}}}, "experts.overrides.8: there is no such expert"),
+        ({"workerGroups": {"trunk": {"enabled": False}}}, "none has the role trunk or any"),
+        ({"workerGroups": {"experts": {"enabled": False}}}, "none has the role experts or any"),
+        ({"workerGroups": {"experts": {"replicas": 5}}}, "workerGroups.experts.maxReplicas: 4 is below replicas (5)"),
+        ({"experts": {"numReplicas": 4, "maxReplicas": 2}}, "maxReplicas of Expert0 is 2, below the 4"),
+        ({"model": {"download": {"enabled": True, "repo": "a/b"}}}, "set model.volume.enabled"),
+        ({"tls": {"enabled": True}}, "give tls.existingSecret"),
+        ({"gcsFaultTolerance": {"mode": "redis"}}, "gcsFaultTolerance.redis.address"),
+        ({"upgradeStrategy": {"type": "NewClusterWithIncrementalUpgrade"}}, "gatewayClassName"),
+        ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
+        ({"auth": {"hfToken": {"enabled": True}}}, "auth.hfToken: give value or existingSecret"),
+        (
+            {"workerGroups": {"experts": {"rayResources": {"CPU": "1"}, "rayStartParams": {"num-cpus": "1"}}}},
+            "not in both",
+        ),
+        (
+            {"experts": {"expertsPerActor": 2, "overrides": {"2": {"numReplicas": 2}, "3": {"numReplicas": 3}}}},
+            "experts.overrides.2 and experts.overrides.3 differ",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_go_together_is_refused(values: Manifest, said: str) -> None:
+    with pytest.raises(helm.HelmError) as raised:
+        render(values)
+    assert said in str(raised.value)
+
+
+def test_names_suit_kuberay() -> None:
+    long = render(release="a-name-of-fifty-three-characters-as-helm-allows-it-xx")
+    assert len(long.one("RayService")["metadata"]["name"]) <= 47
+    with pytest.raises(helm.HelmError, match="set fullnameOverride"):
+        render(release="8x7b")
+    assert render({"fullnameOverride": "mixtral"}, release="8x7b").one("RayService")["metadata"]["name"] == "mixtral"
+
+
+def test_the_model_from_a_volume() -> None:
+    volume = {"enabled": True, "existingClaim": "models"}
+    rendered = render({"model": {"path": "/models/mixtral", "volume": volume}})
+    assert rendered.of("PersistentVolumeClaim") == []
+    assert rendered.of("Job") == []
+    for group in rendered.groups.values():
+        _, wait = group["template"]["spec"]["initContainers"]
+        assert {e["name"]: e["value"] for e in wait["env"]}["MODEL"] == "/models/mixtral"
+        mounts = {m["name"]: m for m in group["template"]["spec"]["containers"][0]["volumeMounts"]}
+        assert mounts["model"] == {"name": "model", "mountPath": "/models", "readOnly": True}
+    assert rendered.application["args"]["model"]["path"] == "/models/mixtral"
+
+
+def test_the_model_downloaded() -> None:
+    download = {"enabled": True, "repo": "owner/mixtral", "revision": "abc"}
+    rendered = render({"model": {"volume": {"enabled": True}, "download": download}})
+    assert rendered.application["args"]["model"] == {"path": "/models/mixtral"}
+    (job,) = rendered.of("Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    assert (env["REPO"], env["REVISION"], env["DIRECTORY"]) == ("owner/mixtral", "abc", "/models/mixtral")
+    assert {m["name"]: m.get("readOnly") for m in container["volumeMounts"]}["model"] is False
+    _, wait = rendered.groups["headgroup"]["template"]["spec"]["initContainers"]
+    assert {e["name"]: e["value"] for e in wait["env"]}["NEEDS_MARK"] == "1"
+    other = render({"model": {"volume": {"enabled": True}, "download": {**download, "revision": "def"}}})
+    assert other.one("Job")["metadata"]["name"] != job["metadata"]["name"]  # a Job cannot be changed
+
+
+def test_gpus() -> None:
+    values = {"workerGroups": {"experts": {"gpu": {"count": 2, "type": "T4", "typeLabel": "card"}}}}
+    groups = render(values).groups
+    spec = groups["experts"]["template"]["spec"]
+    assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert spec["nodeSelector"] == {"card": "T4"}
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert "nvidia.com/gpu" not in groups["trunk"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    everywhere = render({"pod": {"gpu": {"count": 1}}}).groups
+    assert "nvidia.com/gpu" not in everywhere["headgroup"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_versions_are_those_of_the_package() -> None:
+    import tomllib
+
+    project = tomllib.loads((CHART.parents[1] / "pyproject.toml").read_text())["project"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert chart["appVersion"] == project["version"]
+    assert values["rayVersion"] == ray.__version__
+    assert f"ray[serve]=={values['rayVersion']}" in project["dependencies"]
+
+
+def test_readme_lists_the_values() -> None:
+    """`python tests/helm/values_table.py` writes the table anew."""
+    before, _, rest = (CHART / "README.md").read_text().partition(TABLE[0])
+    assert before
+    assert rest.partition(TABLE[1])[0].strip() == table().strip()
+
+
+def test_every_value_is_documented_and_has_a_schema() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert [path for path, (text, _) in documented().items() if not text] == []
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+
+    def compare(value: Any, part: Manifest, path: str) -> None:
+        if "properties" not in part:
+            return
+        assert part["additionalProperties"] is False, path
+        known = set(part["properties"]) - {"global"}
+        if path != "":
+            assert set(value) <= known, path
+        else:
+            assert set(value) == known
+        for key, inner in value.items():
+            if isinstance(inner, dict):
+                compare(inner, part["properties"][key], f"{path}.{key}")
+
+    compare(values, schema, "")
+
+
+def rules(rendered: Rendered) -> dict[str, str]:
+    """The chart's own alerts → their expressions."""
+    group = rendered.one("PrometheusRule")["spec"]["groups"][0]
+    return {rule["alert"]: rule["expr"] for rule in group["rules"]}
+
+
+def test_an_alert_can_be_left_out(everything: Rendered) -> None:
+    every = rules(render({"monitoring": {"prometheusRule": {"enabled": True}}}))
+    assert set(every) - set(rules(everything)) == {"MoeRayPreemptions"}
+
+
+def test_alerts_are_those_of_the_repository_for_this_namespace(everything: Rendered) -> None:
+    """That their metrics exist, and that the chart's files are the repository's, `tests/cluster` checks."""
+    source = yaml.safe_load((CHART.parents[1] / "cluster" / "prometheus" / "rules.yaml").read_text())
+    every = {rule["alert"]: rule for rule in source["groups"][0]["rules"]}
+    alerts = rules(everything)
+    assert set(alerts) == set(every) - {"MoeRayPreemptions"}
+    for alert, expression in alerts.items():
+        narrowed = f'{{namespace="{NAMESPACE}"'
+        assert expression.count("{") == expression.count(narrowed) > 0
+        assert expression.replace(f"{narrowed}, ", "{").replace(narrowed, "{") == every[alert]["expr"]
+
+
+def test_dashboards_are_shipped(everything: Rendered) -> None:
+    shipped = everything.one("ConfigMap", "-dashboards")
+    assert shipped["metadata"]["labels"]["grafana_dashboard"] == "1"
+    titles = {json.loads(text)["uid"] for text in shipped["data"].values()}
+    assert titles == {path.stem for path in (CHART.parents[1] / "cluster" / "grafana").glob("*.json")}
+
+
+def test_notes_tell_how_to_go_on(everything: Rendered) -> None:
+    for rendered in (everything, render()):
+        for words in ("port-forward", "/v1/chat/completions", "helm test", "experts.overrides.3.", "serve status"):
+            assert words in rendered.notes
+        assert "WARNING" not in rendered.notes
+    open_to_all = {
+        "auth": {name: {"enabled": False} for name in ("apiKeys", "clusterToken", "rayToken")},
+        "networkPolicy": {"enabled": False},
+        "model": {"path": "owner/mixtral"},
+    }
+    assert render(open_to_all).notes.count("WARNING") == 4
