@@ -1,0 +1,29 @@
+"""Builds every native library into DIR/native of `prebuild.py DIR`, for CPUs that this machine's need not be like."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from moe_ray.errors import KernelsUnavailable
+from moe_ray.native import build
+
+
+def prebuild(cache_dir: Path) -> list[Path]:
+    """Build what is missing and return all files. Raises `KernelsUnavailable` where none compiles."""
+    # Only the machine that runs them must have the instructions; loading a library does not execute them.
+    build.cpu_flags = lambda: frozenset({"avx512_bf16"})  # type: ignore[assignment]
+    for name in build.LIBRARIES:
+        build.shared_library(name, cache_dir)
+    for lock in (cache_dir / "native").glob("*.lock"):
+        lock.unlink()
+    return sorted((cache_dir / "native").glob("*.so"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} DIR")
+    try:
+        print(*prebuild(Path(sys.argv[1])), sep="\n")
+    except KernelsUnavailable as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,170 @@
+"""The image: pinned, without root, small at the end; its scripts do what they say, and the kernels are built ahead."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cluster_files import BIN, CLUSTER, ROOT, shell
+
+DOCKERFILE = CLUSTER / "Dockerfile"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(keyword, rest) of every instruction, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.M)
+    return [
+        (words[0], words[1] if len(words) > 1 else "")
+        for line in re.sub(r"\\\n", " ", text).splitlines()
+        if (words := line.split(maxsplit=1))
+    ]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Stage → its instructions, the FROM first."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for keyword, rest in instructions():
+        if keyword == "FROM":
+            current = found.setdefault(rest.split(" AS ")[1], [])
+        if found:
+            current.append((keyword, rest))
+    return found
+
+
+def arguments() -> dict[str, str]:
+    return dict(rest.split("=", 1) for keyword, rest in instructions() if keyword == "ARG")
+
+
+def test_hadolint_finds_nothing() -> None:
+    linted = shell(BIN / "hadolint", DOCKERFILE)
+    assert (linted.returncode, linted.stdout) == (0, "")
+
+
+def test_base_images_and_torch_are_pinned_as_in_pyproject() -> None:
+    bases = {name: rest.split(" AS ")[0] for name, ((_, rest), *_) in stages().items()}
+    assert bases["moe-ray"] == bases["tools"] == "python:${PYTHON_VERSION}-slim-${DEBIAN_RELEASE}"
+    assert bases["build"] == "torch-${VARIANT}"
+    assert {"torch-cpu", "torch-cuda"} <= bases.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    defaults = arguments()
+    assert re.fullmatch(r"3\.11\.\d+", defaults["PYTHON_VERSION"])
+    assert f"torch=={defaults['TORCH_VERSION']}" in project["dependencies"]
+    assert defaults["VERSION"] == project["version"]
+
+
+def test_what_runs_is_user_1000_and_has_no_compiler() -> None:
+    last, steps = list(stages().items())[-1]
+    assert last == "moe-ray", "docker build without --target makes it"
+    done = [keyword for keyword, _ in steps]
+    assert [rest for keyword, rest in steps if keyword == "USER"] == ["1000:1000"]
+    assert not {"RUN", "COPY", "ADD"} & set(done[done.index("USER") :]), "nothing is written after"
+    installed = " ".join(rest for keyword, rest in steps if keyword == "RUN")
+    assert "g++" not in installed
+    for needed in ("bash", "wget", "curl", "tini", "procps"):
+        assert needed in shlex.split(installed)
+    assert "HEALTHCHECK" in done
+    entry = next(rest for keyword, rest in steps if keyword == "ENTRYPOINT")
+    assert entry == '["tini", "-g", "--", "moe-ray-entrypoint"]'
+
+
+def test_secrets_and_caches_stay_out_of_the_context() -> None:
+    """.dockerignore lets in only what is copied, and what is copied is there."""
+    ignored = (ROOT / ".dockerignore").read_text().split("\n")
+    assert "*" in ignored
+    let_in = {line[1:] for line in ignored if line.startswith("!")}
+    copied = {
+        source
+        for keyword, rest in instructions()
+        if keyword == "COPY" and not rest.startswith("--from")
+        for source in shlex.split(rest)[:-1]
+    }
+    for source in copied:
+        assert (ROOT / source).exists()
+        assert any(source.removeprefix("./") == each or source.startswith(f"{each}/") for each in let_in), source
+
+
+def test_native_libraries_are_built_for_machines_unlike_this_one(tmp_path: Path) -> None:
+    """And are the very files that moe_ray would otherwise build on first use."""
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    built = shell(sys.executable, CLUSTER / "docker" / "prebuild.py", tmp_path, timeout=170)
+    assert built.returncode == 0, built.stderr
+    files = [Path(line) for line in built.stdout.split()]
+    assert {file.name.split("-")[0] for file in files} >= {"kernels", "links"}
+    assert sorted((tmp_path / "native").iterdir()) == files, "no lock is left"
+    script = (
+        "import sys; from pathlib import Path; from moe_ray.native import build\n"
+        "build._compile = lambda *_: sys.exit('built again')\n"
+        "build.cpu_flags = lambda: frozenset({'avx512_bf16'})\n"
+        "[build.shared_library(name, Path(sys.argv[1])) for name in build.LIBRARIES]"
+    )
+    again = shell(sys.executable, "-c", script, tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_the_entrypoint_fills_the_cache_and_becomes_the_command(tmp_path: Path) -> None:
+    prebuilt, cache = tmp_path / "prebuilt", tmp_path / "cache"
+    prebuilt.mkdir()
+    (prebuilt / "links-1.so").write_text("new")
+    (prebuilt / "kernels-2.so").write_text("new")
+    (cache / "moe-ray" / "native").mkdir(parents=True)
+    (cache / "moe-ray" / "native" / "links-1.so").write_text("its own")
+    environment = {**os.environ, "MOE_RAY_PREBUILT": str(prebuilt), "XDG_CACHE_HOME": str(cache)}
+    environment.pop("MOE_RAY_CACHE_DIR", None)
+    entrypoint = CLUSTER / "docker" / "entrypoint.sh"
+    said = shell(entrypoint, "bash", "-c", 'echo "$0 $$"; exit 3', "a b", env=environment)
+    assert said.returncode == 3
+    assert said.stdout.startswith("a b ")
+    assert {file.name: file.read_text() for file in (cache / "moe-ray" / "native").iterdir()} == {
+        "links-1.so": "its own",
+        "kernels-2.so": "new",
+    }
+    environment["XDG_CACHE_HOME"] = "/proc/no-such"  # nowhere to write: it goes on all the same
+    assert shell(entrypoint, "true", env=environment).returncode == 0
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """A server on loopback that answers everything with `status`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_a_container_is_as_healthy_as_its_server(status: int, code: int) -> None:
+    if shutil.which("wget") is None:
+        pytest.skip("no wget here (the image has it)")
+    with answering(status) as port:
+        environment = {**os.environ, "MOE_RAY_PORT": str(port), "no_proxy": "127.0.0.1"}
+        assert shell(CLUSTER / "docker" / "healthcheck.sh", env=environment).returncode == code
+
+
+def test_a_container_that_must_serve_is_not_healthy_without_a_server() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MOE_RAY_PORT": str(port), "MOE_RAY_HEALTH_NEEDS_HTTP": "1"}
+    assert shell(CLUSTER / "docker" / "healthcheck.sh", env=environment).returncode == 1
