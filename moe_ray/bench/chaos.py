@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import random
 import signal
@@ -12,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
@@ -22,8 +21,8 @@ from moe_ray.bench.load import connect, id_prompts, percentile, served_model
 from moe_ray.bench.model import SMALL, bench_model, resolve_bench_model
 from moe_ray.bench.processes import own_server, tree
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
+from moe_ray.bench.storm import Answer, Storm, changed_tokens
 from moe_ray.config import load_config
-from moe_ray.errors import NotReady
 from moe_ray.model.model_config import ModelConfig
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +32,8 @@ REPLICA: Final = "ray::ServeReplica:moe-ray:"
 """How Ray names the processes of our deployments."""
 RECOVERY_S: Final = 60.0
 """How long a killed replica's successor may take before the bench goes on without."""
+LOOK_S: Final = 1.0
+"""How often it is asked who is whole; every replica answers, which costs what is measured."""
 SETTLE_S: Final = 0.5
 """Between seeing that a successor answers and the next kill: trunks link to it meanwhile."""
 
@@ -53,9 +54,9 @@ class ChaosOptions:
     prompt_tokens: int = 32
     output_tokens: int = 96
     seed: int = 0
-    interval_s: float = 1.0
+    interval_s: float = 2.0
     """From one kill to the next, at least; the victim's successor must be there too."""
-    phase_s: float = 170.0
+    phase_s: float = 240.0
     """A scenario that takes longer ends with the kills it had."""
 
 
@@ -68,85 +69,6 @@ class Scenario:
     kills: int
     each: int
     """Replicas that the victim's deployment must have before one of them is killed."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """One stream: which prompt, its tokens, and when they came (seconds of the client's clock)."""
-
-    prompt: int
-    started: float
-    tokens: list[str] = field(default_factory=list)
-    arrivals: list[float] = field(default_factory=list)
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class Storm:
-    """A load that runs until it is told to stop."""
-
-    client: httpx.AsyncClient
-    model: str
-    prompts: Sequence[Sequence[int]]
-    output_tokens: int
-    answers: list[Answer] = field(default_factory=list)
-    ending: bool = False
-
-    async def run(self, rounds: int | None = None) -> float:
-        """One stream per prompt at a time, again and again; tokens/s. `rounds`: so often; None: until `ending`."""
-        started, before = time.perf_counter(), len(self.answers)
-
-        async def worker(index: int) -> None:
-            for turn in itertools.count():
-                if self.ending or turn == rounds:
-                    return
-                answer = await self._ask(index)
-                self.answers.append(answer)
-                if answer.error:
-                    await asyncio.sleep(0.1)
-
-        await asyncio.gather(*(worker(index) for index in range(len(self.prompts))))
-        tokens = sum(len(answer.tokens) for answer in self.answers[before:])
-        return tokens / (time.perf_counter() - started)
-
-    async def _ask(self, index: int) -> Answer:
-        answer = Answer(index, time.perf_counter())
-        body = {
-            "model": self.model,
-            "prompt": list(self.prompts[index]),
-            "max_tokens": self.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 0,  # for the tokens: text can hide a changed one
-            "stream": True,
-        }
-        try:
-            async with self.client.stream("POST", "/v1/completions", json=body) as response:
-                if response.status_code != 200:
-                    answer.error = f"HTTP {response.status_code}: {(await response.aread()).decode()[:200]}"
-                    return answer
-                async for line in response.aiter_lines():
-                    if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if event.get("error"):
-                        answer.error = str(event["error"])[:200]
-                        return answer
-                    for choice in event.get("choices", ()):
-                        answer.tokens += (choice.get("logprobs") or {}).get("tokens", ())
-                        answer.arrivals.append(time.perf_counter())
-        except (httpx.HTTPError, ValueError) as error:
-            answer.error = f"{type(error).__name__}: {error}"[:200]
-        if answer.error is None and len(answer.tokens) != self.output_tokens:
-            answer.error = f"{len(answer.tokens)} of {self.output_tokens} tokens"
-        return answer
-
-
-def changed_tokens(answers: Sequence[Answer], calm: dict[int, list[str]]) -> int:
-    """Tokens that differ from the calm answer to the same prompt; of failed answers, those that came."""
-    return sum(
-        got != wanted for answer in answers for got, wanted in zip(answer.tokens, calm[answer.prompt], strict=False)
-    )
 
 
 def stalls_ms(answers: Sequence[Answer], kills: Sequence[float]) -> list[float]:
@@ -231,18 +153,11 @@ class _Run:
 
     async def scenario_row(self, prompts: Sequence[Sequence[int]], draw: random.Random) -> tuple[Row, list[str]]:
         o = self.options
-        async with connect(self.url, None, 120.0, o.streams + 2) as client:
-            storm = Storm(client, await served_model(self.url, None), prompts, o.output_tokens)
-            await storm.run(1)  # warms up
-            self._raise_failed(storm.answers)
-            calm = {answer.prompt: answer.tokens for answer in storm.answers}
-            rates = [await storm.run(2) for _ in range(2)]
-            self._raise_failed(storm.answers)
-            if changed := changed_tokens(storm.answers, calm):
-                raise NotReady(f"{changed} tokens differ between calm runs: this engine cannot be compared with itself")
-            storm.answers.clear()
+        async with connect(self.url, None, 120.0) as client:
+            storm = Storm(self.url, await served_model(self.url, None), prompts, o.output_tokens)
+            calm, rates = await storm.calm()
             load = asyncio.create_task(storm.run())
-            killed = await self._kill(draw)
+            killed = await self._kill(client, draw)
             await asyncio.sleep(2 * SETTLE_S)
             storm.ending = True
             rate = await load
@@ -260,13 +175,13 @@ class _Run:
         }
         return row, failed
 
-    async def _kill(self, draw: random.Random) -> list[float]:
+    async def _kill(self, client: httpx.AsyncClient, draw: random.Random) -> list[float]:
         """Kill one replica after the other; when, on the client's clock."""
         killed: list[float] = []
         end = time.monotonic() + self.options.phase_s
         self.on_progress(self.scenario.name, 0, self.scenario.kills)
         while len(killed) < self.scenario.kills and time.monotonic() < end:
-            victim = await self._victim(draw)
+            victim = await self._victim(client, draw)
             if victim is None:
                 break
             await asyncio.sleep(SETTLE_S)
@@ -277,25 +192,24 @@ class _Run:
             await asyncio.sleep(self.options.interval_s)
         return killed
 
-    async def _victim(self, draw: random.Random) -> int | None:
+    async def _victim(self, client: httpx.AsyncClient, draw: random.Random) -> int | None:
         """A process of a deployment that is whole; None where there is none within `RECOVERY_S`."""
         end = time.monotonic() + RECOVERY_S
         while time.monotonic() < end:
-            whole = await asyncio.to_thread(self._whole)
+            whole = await self._whole(client)
             if whole:
                 return draw.choice(draw.choice(whole))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(LOOK_S)
         return None
 
-    def _whole(self) -> list[list[int]]:
+    async def _whole(self, client: httpx.AsyncClient) -> list[list[int]]:
         """The processes of each deployment that has as many answering replicas as it should."""
         if self.scenario.deployment == "Trunk":
-            linked = [process.pid for process in replicas(self.pid, "Trunk") if self._linked(process)]
+            trunks = await asyncio.to_thread(replicas, self.pid, "Trunk")
+            linked = [process.pid for process in trunks if await asyncio.to_thread(self._linked, process)]
             return [sorted(linked)] if len(linked) >= self.scenario.each else []
         try:
-            listed: list[dict[str, Any]] = httpx.get(f"{self.url}/experts", timeout=10, trust_env=False).json()[
-                "experts"
-            ]
+            listed: list[dict[str, Any]] = (await client.get("/experts", timeout=10)).json()["experts"]
         except (httpx.HTTPError, ValueError, KeyError):
             return []
         groups = [sorted(replica["pid"] for replica in expert["replicas"]) for expert in listed]
@@ -311,10 +225,6 @@ class _Run:
                 for c in gateway.net_connections("tcp")
             )
         return False
-
-    def _raise_failed(self, answers: Sequence[Answer]) -> None:
-        if error := next((answer.error for answer in answers if answer.error), None):
-            raise NotReady(f"a request failed before anything was killed: {error}")
 
 
 def _rounded(value: float | None) -> float | None:

@@ -219,6 +219,106 @@ def chaos(
 
 
 @bench_app.command()
+def scale(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A directory, a repo id, or `demo`.", show_default="a small random one"),
+    ] = None,
+    expert: Annotated[int, typer.Option(min=0, help="That is scaled.")] = 3,
+    cycles: Annotated[int, typer.Option(min=1, help="Each: unchanged, a second replica, one again.")] = 5,
+    streams: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 4,
+    output_tokens: OutputTokens = 96,
+    window: Annotated[float, typer.Option(min=1.0, help="Seconds that each phase is measured.")] = 8.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Give an expert a second replica under load and take it away again: what do running streams notice?"""
+    from moe_ray.bench.report import check_plot
+    from moe_ray.bench.rescale import PLOT, ScaleOptions, run_scale
+
+    check_plot(plot)
+    options = ScaleOptions(
+        model=model,
+        expert=expert,
+        cycles=cycles,
+        streams=streams,
+        output_tokens=output_tokens,
+        window_s=window,
+        seed=seed,
+    )
+    _run(run_scale, options, PLOT, json_output, plot)
+
+
+@bench_app.command()
+def cluster(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A directory, a repo id, or `demo`.", show_default="a random, wide one"),
+    ] = None,
+    carriers: Annotated[str, typer.Option(help="Which of socket, grpc, ray.")] = "socket,grpc,ray",
+    streams: Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")] = "1,8",
+    expert_hosts: Annotated[int, typer.Option(min=2, max=16, help="Beside the trunk's.")] = 2,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 24,
+    full: Annotated[bool, typer.Option("--full", help="1, 10, 25 Gbit/s by 0.1, 0.5, 5 ms, for each carrier.")] = False,
+    faults: Annotated[bool, typer.Option(help="Cut off and kill an expert host under load, too.")] = True,
+    seed: Seed = 0,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Serve from several hosts (network namespaces; needs root) over networks of several speeds, against the plan."""
+    from moe_ray.bench.cluster import PLOT, ClusterOptions, run_cluster
+    from moe_ray.bench.report import check_plot
+
+    check_plot(plot)
+    options = ClusterOptions(
+        model=model,
+        carriers=_names(carriers),
+        streams=numbers(streams, "--streams"),
+        expert_hosts=expert_hosts,
+        output_tokens=output_tokens,
+        full=full,
+        faults=faults,
+        seed=seed,
+    )
+    _run(run_cluster, options, PLOT, json_output, plot)
+
+
+@bench_app.command()
+def trunks(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A directory, a repo id, or `demo`.", show_default="a small random one"),
+    ] = None,
+    count: Annotated[int, typer.Option("--trunks", min=2, help="Against one.")] = 2,
+    streams: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    output_tokens: OutputTokens = 96,
+    rounds: Annotated[int, typer.Option(min=1, help="Answers of each stream.")] = 3,
+    conversations: Annotated[int, typer.Option(min=1, help="At once.")] = 12,
+    turns: Annotated[int, typer.Option(min=2, help="Of each conversation.")] = 5,
+    seed: Seed = 0,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Serve with one trunk and with several on the same experts: rows per expert batch, and prefixes found again."""
+    from moe_ray.bench.report import check_plot
+    from moe_ray.bench.trunks import PLOT, TrunksOptions, run_trunks
+
+    check_plot(plot)
+    options = TrunksOptions(
+        model=model,
+        trunks=count,
+        streams=streams,
+        output_tokens=output_tokens,
+        rounds=rounds,
+        conversations=conversations,
+        turns=turns,
+        seed=seed,
+    )
+    _run(run_trunks, options, PLOT, json_output, plot)
+
+
+@bench_app.command()
 def skew(
     experts: Annotated[int, typer.Option(help="Emulated experts.")] = 8,
     replicas: Annotated[int, typer.Option(help="Of all experts together: cards that the autoscaler may use.")] = 24,

@@ -14,7 +14,7 @@ from moe_ray.core import ReplicaInfo
 from moe_ray.engine.numerics import numerics
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.numerics import limit_torch_threads
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
@@ -31,7 +31,7 @@ class ExpertHost:
         model = checkpoint.config
         how = numerics(settings, model, threads)
         self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, self._keys, how, progress)
+        ffn = read_experts(checkpoint, self._keys, how, progress)
         checkpoint.close()
         self._worker = ExpertWorker(ffn, model.hidden_size, how)
         self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, how.dtype

@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ class Shape:
     """Of one step of one micro-batch."""
     hidden: int
     service: Service
+    trunk_us: float = 0.0
+    """What a trunk computes by itself before each layer's calls; asleep."""
 
 
 @dataclass(slots=True)
@@ -56,6 +59,8 @@ class Fleet:
     start_delay_s: float = 0.0
     stalls: tuple[float, float] = (0.0, 0.0)
     """Seconds and share of calls, of every second replica of an expert."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """More that the children's `start` is told."""
     _members: dict[str, _Member] = field(default_factory=dict)
     _leaving: list[tuple[float, str, Child]] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -124,6 +129,7 @@ class Fleet:
             service=[service.fixed_us, service.per_row_us],
             stall_s=stall_s,
             stall_share=stall_share,
+            **self.settings,
         )
         with self._lock:
             member = _Member(expert, child, unpacked(info), time.monotonic() + delay_s)
@@ -209,6 +215,8 @@ class Trunks:
         while True:
             began = time.monotonic()
             for layer in range(self._shape.layers):
+                if self._shape.trunk_us:
+                    time.sleep(self._shape.trunk_us / 1e6)
                 pending = pool.submit(layer, self._routed(hidden, draw))
                 try:
                     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ MIB = 2**20
 MOE_RAY = (sys.executable, "-c", "from moe_ray.cli import main; main()")
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
+GREET_TIMEOUT_S = 30.0
 POLL_S = 0.25
 TOLD_LINES = 3
 
@@ -36,6 +38,8 @@ class OwnServer:
     url: str
     pid: int
     ready_s: float
+    ray_address: str = ""
+    """host:port of its Ray; empty for a server that somebody else started."""
 
 
 @contextmanager
@@ -60,7 +64,8 @@ def own_server(model: Path, settings: Mapping[str, str] | None = None) -> Iterat
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_ready(process, url, said)
-            yield OwnServer(url, process.pid, time.monotonic() - started)
+            ready_s = time.monotonic() - started
+            yield OwnServer(url, process.pid, ready_s, _ray_address(said))
         finally:
             with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
                 _stop(process)
@@ -127,6 +132,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _last_lines(said: IO[bytes]) -> str:
     said.seek(0)
     return " | ".join(said.read().decode(errors="replace").strip().splitlines()[-TOLD_LINES:])
+
+
+def _ray_address(said: IO[bytes]) -> str:
+    """Where the server says that its Ray is: a moment after it is ready."""
+    deadline = time.monotonic() + GREET_TIMEOUT_S
+    while time.monotonic() < deadline:
+        said.seek(0)
+        if found := re.search(r"moe-ray status --address (\S+)", said.read().decode(errors="replace")):
+            return found[1]
+        time.sleep(POLL_S)
+    raise NotReady(f"the server did not say where its Ray is: {_last_lines(said)}")
 
 
 def _free_port() -> int:

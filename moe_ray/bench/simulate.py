@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_ray.actor_options import AutoscaleSection
 from moe_ray.bench.emulate import (
     RESTORED,
     Autoscaler,
@@ -47,7 +48,7 @@ class SimulationOptions:
     service: Service = field(default_factory=lambda: Service(6000.0, 1500.0))
     skew: float = 2.3
     start_delay_s: float = 2.0
-    window_s: float = 5.0
+    window_s: float = AutoscaleSection().look_back_s
     scale: ScaleOptions = field(default_factory=lambda: ScaleOptions(max_total=192))
     settle_s: float = 60.0
     measure_s: float = 10.0

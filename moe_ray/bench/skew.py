@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_ray.actor_options import AutoscaleSection
 from moe_ray.bars import Report as Progress
 from moe_ray.bench.child import Child, children
 from moe_ray.bench.emulate import (
@@ -38,7 +39,7 @@ from moe_ray.experts.pool import PoolOptions
 
 PERIOD_S = 0.5
 """How often the autoscaler looks."""
-WINDOW_S = 5.0
+WINDOW_S = AutoscaleSection().look_back_s
 """What it looks back over."""
 RESTORED_S = 2.0
 """For how long throughput must be up again to be taken for restored."""
@@ -68,7 +69,7 @@ class SkewOptions:
     """How often the hot spot moves."""
     start_delay_s: float = 2.0
     """From asking for a replica until discovery knows it."""
-    up_after_s: float = 3.0
+    up_after_s: float = AutoscaleSection().up_after_s
     down_after_s: float = 30.0
     settle_s: float = 30.0
     """Given to the autoscaler before what it has reached is measured."""

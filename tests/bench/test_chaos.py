@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_ray.bench.chaos import Answer, changed_tokens, stalls_ms
+from moe_ray.bench.chaos import stalls_ms
+from moe_ray.bench.storm import Answer, changed_tokens
 
 
 def answer(prompt: int, tokens: str, *arrivals: float, started: float = 0.0) -> Answer:

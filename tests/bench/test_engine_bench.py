@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,10 @@ def silent(what: str, done: int, total: int) -> None:
 
 def processes() -> list[str]:
     """Command lines of what the bench started and has not ended."""
-    lines = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    lines = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # of other tests, ended in this moment
+            lines.append(" ".join(process.cmdline()))
     return [line for line in lines if "moe_ray.bench." in line]
 
 
