@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moe_ray import __version__
-from moe_ray.bench.commands import bench_app
+from moe_ray.bench.commands import bench_app, numbers
 from moe_ray.errors import ConfigError, MoeRayError
 
 app = typer.Typer(
@@ -137,11 +137,14 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Temperature = 0.7,
     max_tokens: MaxTokens = 512,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server asks for one.", show_default=False)
+    ] = None,
 ) -> None:
     """Talk to a running server in this terminal."""
     from moe_ray.repl import chat_loop
 
-    chat_loop(url, model, system, temperature, max_tokens, console)
+    chat_loop(url, model, system, temperature, max_tokens, console, api_key)
 
 
 @app.command()
@@ -200,28 +203,56 @@ def plan(
             show_default="all of one expert",
         ),
     ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Gbit/s of the trunk's link to experts on other hosts: says what that leaves.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(min=0, help="Milliseconds one way to experts on other hosts.")
+    ] = None,
+    streams: Annotated[
+        str | None, typer.Option(help="With those: sequences at once, a list of numbers.", show_default="1,8,32")
+    ] = None,
+    step_ms: Annotated[
+        float | None, typer.Option(min=0, help="With those: milliseconds that a step computes, as measured.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what each actor would hold and read, and the KV cache: before anything is started."""
+    """Show what each actor would hold and read, and the KV cache, before anything starts; with --load, what to add."""
     from moe_ray.bars import loading_bars
     from moe_ray.config import load_config
     from moe_ray.hub import resolve_model
-    from moe_ray.report import balanced, plan_json, planned, print_balance, print_plan
+    from moe_ray.report import balanced, plan_json, planned, print_balance, print_distance, print_plan
 
     if load is None and (extra_replicas is not None or layers_per_spare is not None):
         raise ConfigError("--extra-replicas and --layers-per-spare go with --load")
 
+    distance = _distance(bandwidth, latency, streams, step_ms)
     settings = load_config({"model": {"path": model, "dtype": dtype}}, config)
     with loading_bars(console) as progress:
         directory = resolve_model(settings, progress)
     made = planned(settings, directory, without_weights=True)
     advice = None if load is None else balanced(made, load, extra_replicas, layers_per_spare)
     if json_output:
-        print(plan_json(made, gpu_memory, advice))
+        print(plan_json(made, gpu_memory, advice, distance))
         return
     print_plan(Console(highlight=False), made, gpu_memory)
     if advice is not None:
         print_balance(Console(highlight=False), made, advice)
+    if distance is not None:
+        print_distance(Console(highlight=False), made, distance)
+
+
+def _distance(gbit: float | None, latency_ms: float | None, streams: str | None, step_ms: float | None) -> Any:
+    from moe_ray.plan import Network
+    from moe_ray.report import Distance
+
+    if gbit is None and latency_ms is None:
+        if streams is not None or step_ms is not None:
+            raise ConfigError("--streams and --step-ms go with --bandwidth or --latency")
+        return None
+    if gbit is not None and gbit <= 0:
+        raise ConfigError(f"--bandwidth: must be above 0, got {gbit:g}")
+    return Distance(Network(latency_ms or 0.0, gbit), numbers(streams or "1,8,32", "--streams"), step_ms)
 
 
 @app.command()
@@ -245,19 +276,20 @@ def status(
 
 @app.command()
 def scale(
-    experts: Annotated[list[int], typer.Argument(help="Numbers of the experts.", metavar="EXPERT...")],
+    units: Annotated[list[str], typer.Argument(help="Numbers of experts, or `trunk`.", metavar="EXPERT|trunk...")],
     replicas: Annotated[int | None, typer.Option(min=1, help="Run exactly so many of each.")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Give them back to the configuration's policy.")] = False,
     address: Annotated[
         str, typer.Option(help="Ray cluster: host:port as `moe-ray serve` prints it, or `auto`.")
     ] = "auto",
 ) -> None:
-    """Set the replicas of experts while the application serves; returns when they run."""
+    """Set the replicas of these experts, or of the trunk, while the application serves; returns when they run."""
     if auto == (replicas is not None):
         raise ConfigError("give either --replicas N or --auto")
+    from moe_ray.serve.scale import parse_units
     from moe_ray.serve.scale import scale as run_scale
 
-    run_scale(experts, replicas, console, address)
+    run_scale(parse_units(units), replicas, console, address)
 
 
 @convert_app.command()

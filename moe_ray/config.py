@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -22,6 +22,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from moe_ray.actor_options import ExpertsSection, Section, TrunkSection, explain
 from moe_ray.errors import ConfigError
 
 ENV_PREFIX: Final = "MOE_RAY_"
@@ -31,11 +32,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _GIB: Final = 1024**3
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelOptions(_Section):
+class ModelOptions(Section):
     """Which model, and how it is computed."""
 
     path: str = DEMO_MODEL
@@ -52,7 +49,7 @@ class ModelOptions(_Section):
     """Longest prompt plus output; default: the model's, cut to what the KV cache holds."""
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     """Continuous batching and the KV cache of one trunk."""
 
     block_size: int = Field(default=16, ge=1, le=256)
@@ -81,102 +78,7 @@ class EngineSection(_Section):
         return value
 
 
-class ActorOptions(_Section):
-    """What Ray reserves for one actor. CPU shares are small: they place actors, they do not limit them."""
-
-    num_cpus: float = Field(default=0.1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    resources: Mapping[str, float] = {}
-    accelerator_type: str | None = None
-    """Ray's name of the card it must have, such as T4 or L4."""
-    num_replicas: int = Field(default=1, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    """Compute threads of the process (CPU); default: a trunk with native kernels takes all cores, else one."""
-
-
-class ExpertOptions(ActorOptions):
-    """What holds for one expert; it starts with `num_replicas`."""
-
-    min_replicas: int = Field(default=1, ge=1)
-    """Fewest that autoscaling leaves."""
-    max_replicas: int | None = Field(default=None, ge=1)
-    """Most that autoscaling starts; default: `num_replicas`, so that it does not grow."""
-
-    @field_validator("min_replicas")
-    @classmethod
-    def _not_above_start(cls, least: int, info: ValidationInfo) -> int:
-        start: int = info.data.get("num_replicas", least)
-        if least > start:
-            raise ValueError(f"must be at most num_replicas ({start})")
-        return least
-
-    @field_validator("max_replicas")
-    @classmethod
-    def _not_below_start(cls, most: int | None, info: ValidationInfo) -> int | None:
-        start: int = info.data.get("num_replicas", 1)
-        if most is not None and most < start:
-            raise ValueError(f"must be at least num_replicas ({start})")
-        return most
-
-    @property
-    def most_replicas(self) -> int:
-        """`max_replicas` or its default."""
-        return self.num_replicas if self.max_replicas is None else self.max_replicas
-
-
-class AutoscaleSection(_Section):
-    """When experts get and lose replicas by themselves."""
-
-    enabled: bool = False
-    target_busy: float = Field(default=0.6, gt=0, le=1)
-    """The share of its time that a replica should compute."""
-    up_after_s: float = Field(default=3.0, ge=0)
-    """How long more must be asked for before it is given."""
-    down_after_s: float = Field(default=30.0, ge=0)
-    """How long less must be asked for before one replica goes."""
-    max_total_replicas: int | None = Field(default=None, ge=1)
-    """Replicas of all experts together; where they do not suffice, the hottest experts have them."""
-    interval_s: float = Field(default=2.0, gt=0)
-    """How often replicas report how busy they were."""
-    look_back_s: float = Field(default=10.0, gt=0, validate_default=True)
-    """The time over which that is averaged."""
-
-    @field_validator("look_back_s")
-    @classmethod
-    def _several_reports(cls, value: float, info: ValidationInfo) -> float:
-        interval = info.data.get("interval_s", 0.0)
-        if value < 2 * interval:
-            raise ValueError(f"must be at least twice interval_s ({interval:g})")
-        return value
-
-
-class ExpertsSection(ExpertOptions):
-    """The expert actors and the calls to them."""
-
-    autoscale: AutoscaleSection = AutoscaleSection()
-    max_replicas_by_hand: int = Field(default=64, ge=1)
-    """Most that `moe-ray scale` may ask for."""
-    overrides: Mapping[int, Mapping[str, Any]] = {}
-    """Expert number → keys of this section that differ for it, e.g. {3: {num_replicas: 2}}."""
-    deadline_s: float = Field(default=60.0, gt=0)
-    """How long a call waits for a live replica before its requests fail with 503."""
-    on_expert_loss: Literal["wait", "fail", "renormalise"] = "wait"
-    """What happens to a call while its expert has no live replica. wait: at most `deadline_s`. fail: 503 at once.
-    renormalise: the token goes on with its other experts, and the response says so."""
-    call_timeout_s: float = Field(default=30.0, gt=0)
-    refresh_s: float = Field(default=5.0, gt=0)
-    """How often a trunk asks who the replicas are; at once when a link breaks."""
-
-    def of(self, expert: int) -> ExpertOptions:
-        """The options of one expert. Raises `ConfigError` on an unknown key or wrong value in its override."""
-        base = {name: getattr(self, name) for name in ExpertOptions.model_fields}
-        try:
-            return ExpertOptions(**{**base, **self.overrides.get(expert, {})})
-        except ValidationError as error:
-            raise ConfigError(explain(error, f"experts.overrides.{expert}.")) from None
-
-
-class GatewaySection(_Section):
+class GatewaySection(Section):
     """The HTTP side."""
 
     num_replicas: int = Field(default=1, ge=1)
@@ -184,9 +86,18 @@ class GatewaySection(_Section):
     max_ongoing_requests: int = Field(default=512, ge=1)
     """Requests in flight per gateway; beyond that Serve answers 503."""
     retry_after_s: int = Field(default=1, ge=1)
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    """Requests must show one of them as a bearer token; none: whoever reaches the port is served."""
+
+    @field_validator("api_keys")
+    @classmethod
+    def _sendable(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+            raise ValueError("keys must be printable ASCII without spaces, and not empty")
+        return keys
 
 
-class TlsSection(_Section):
+class TlsSection(Section):
     """PEM files for mutual TLS on expert and trunk ports."""
 
     certificate: str
@@ -209,7 +120,7 @@ class Config(BaseSettings):
 
     model: ModelOptions = ModelOptions()
     engine: EngineSection = EngineSection()
-    trunk: ActorOptions = ActorOptions()
+    trunk: TrunkSection = TrunkSection()
     experts: ExpertsSection = ExpertsSection()
     gateway: GatewaySection = GatewaySection()
     transport: Transport = "auto"
@@ -259,7 +170,7 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
         merged = _FromFile(**_without_none(flags or {}))
         for expert in merged.experts.overrides:
             merged.experts.of(expert)  # now, rather than when that expert is started
-        _check_growth(merged.experts)
+        _check_growth(merged)
         return Config.model_construct(**{name: getattr(merged, name) for name in Config.model_fields})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
@@ -267,8 +178,11 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
         raise ConfigError(f"environment ({ENV_PREFIX}...): {error}") from None
 
 
-def _check_growth(experts: ExpertsSection) -> None:
-    """Raise `ConfigError` where autoscaling is on and no expert may have more or fewer replicas than it starts with."""
+def _check_growth(config: Config) -> None:
+    """Raise `ConfigError` where autoscaling is on and nothing may have more or fewer replicas than it starts with."""
+    experts, trunk = config.experts, config.trunk
+    if trunk.autoscale.enabled and trunk.min_replicas == trunk.most_replicas:
+        raise ConfigError("`trunk.autoscale.enabled`: needs `trunk.max_replicas` above min_replicas")
     every = [experts, *map(experts.of, experts.overrides)]
     if experts.autoscale.enabled and all(e.min_replicas == e.most_replicas for e in every):
         raise ConfigError(
@@ -291,18 +205,6 @@ def cluster_token(config: Config, ray_uses_tokens: bool) -> str | None:
     if not secret:
         return None
     return hmac.new(secret.encode(), b"moe_ray expert and trunk ports", hashlib.sha256).hexdigest()
-
-
-def explain(error: ValidationError, prefix: str = "") -> str:
-    """One line per fault of a validation error: the key, what is wrong, what is allowed."""
-    lines = []
-    for fault in error.errors():
-        key = prefix + ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"unknown configuration key `{key}`")
-        else:
-            lines.append(f"`{key}`: {fault['msg']}, got {fault['input']!r}")
-    return "; ".join(lines)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

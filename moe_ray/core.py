@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from moe_ray.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -57,6 +58,8 @@ class SamplingParams:
     """None: none; k: log-probability of the chosen token and of the k most likely."""
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    return_routed_experts: bool = False
+    """Tell which experts each computed token went to. The whole prompt is computed then, whatever is cached."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, rule: str) -> None:
@@ -110,6 +113,21 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """The experts of consecutive positions of prompt and output; as arrays: `engine/routing.py`.
+
+    They are those the router chose, also where one of them was missing (`degraded_positions` says where).
+    """
+
+    start: int
+    """Position of the first row; position i is token i of prompt and output."""
+    shape: tuple[int, int, int]
+    """[positions, num_hidden_layers, num_experts_per_tok]"""
+    data: bytes
+    """Expert numbers, row-major, ascending for each token and layer, in 1 byte each or in 2 (little-endian)."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one engine step did for one request. The last event has a `finish_reason` or an `error`.
 
@@ -126,6 +144,11 @@ class TokenEvent:
     """Prompt tokens found in the prefix cache."""
     degraded_positions: tuple[int, ...] = ()
     """Positions (of prompt and output) that were computed without one of their experts, since the last event."""
+    routed_experts: RoutedExperts | None = None
+    """Where asked for: of the positions that became certain since the last event. None: of none.
+
+    An engine tells each position once, beginning with 0; one that goes on with a replayed request begins with 0, too.
+    """
     error: Exception | None = None
 
     @property
@@ -159,6 +182,10 @@ class Sequence:
     """Positions that were computed without one of their experts. Nothing from then on goes into the prefix cache."""
     degraded_told: int = 0
     """How many of them were in an event."""
+    num_routed: int = 0
+    """Leading positions whose experts are known, where the request asks for them; preemption does not lower it."""
+    routed: bytearray = field(default_factory=bytearray)
+    """`RoutedExperts.data` of those of them that were in no event yet: the last ones."""
 
     @property
     def num_prompt(self) -> int:
@@ -194,6 +221,8 @@ class Batch:
     """
     degraded: set[int] = field(default_factory=set)
     """Flat positions that were computed without one of their experts (`on_expert_loss: renormalise`)."""
+    routed: np.ndarray | None = None  # [T, num_hidden_layers, num_experts_per_tok]
+    """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to."""
 
     @property
     def num_tokens(self) -> int:
@@ -214,6 +243,8 @@ class ExpertCall:
     rows: torch.Tensor  # [T, D]
     weights: torch.Tensor  # [T] float32 routing weights, multiplied in by the expert
     call_id: int = 0  # set by the link, unique on it
+    taken_back: Callable[[], bool] | None = None
+    """At the replica: asks, without waiting, whether nobody waits for the reply any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +277,8 @@ class ReplicaInfo:
     hidden_size: int
     dtype: str  # "float32", "bfloat16", "float16": of the rows on the wire
     addresses: Mapping[str, str]  # carrier → address, e.g. {"grpc": "10.0.0.3:43117", "ray": "SERVE_REPLICA::…"}
+    loading: bool = False
+    """It still loads: `keys` will grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +292,8 @@ class TrunkInfo:
     """host:port of the gRPC `Trunk` service."""
     max_model_len: int
     kv_cache_tokens: int
+    block_size: int = 0
+    """Tokens of a block of its prefix cache; 0: gateways choose it by load alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,10 @@ class ModelNotFound(MoeRayError):
     """The request names a model that is not served here (HTTP 404)."""
 
 
+class Unauthorized(MoeRayError):
+    """A request without one of the server's API keys."""
+
+
 class Overloaded(MoeRayError):
     """A bounded queue is full (HTTP 429 with Retry-After)."""
 
@@ -64,6 +68,10 @@ class ProtocolError(TransportError):
 
 class ExpertFailed(TransportError):
     """The replica received the call and could not compute it; carries the replica's own message."""
+
+
+class CallCancelled(TransportError):
+    """The trunk took a call back before the replica began it."""
 
 
 class EngineError(MoeRayError):

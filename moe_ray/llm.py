@@ -7,15 +7,19 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_ray.config import load_config
 from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.engine.build import build_engine
+from moe_ray.engine.routing import RoutedRows
 from moe_ray.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from moe_ray.experts.local import local_pool
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -31,6 +35,12 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
+    routed_experts: np.ndarray | None = None
+    """With `return_routed_experts`: the experts of each computed token of prompt and output, ascending.
+
+    [len(prompt_token_ids) + len(token_ids) - 1, num_hidden_layers, num_experts_per_tok]: nothing is computed of the
+    last token. uint8, or uint16 for models of more than 256 experts.
+    """
 
 
 class LLM:
@@ -100,6 +110,7 @@ class LLM:
         params = _as_params(sampling, len(many))
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
         outputs = [RequestOutput(prompt) for prompt in ids]
+        routed = [RoutedRows() if each.return_routed_experts else None for each in params]
         finished = 0
         for index, event, delta in self._run(ids, params):
             output = outputs[index]
@@ -108,6 +119,11 @@ class LLM:
             output.logprobs += event.logprobs
             output.num_cached_tokens = event.num_cached_tokens
             output.finish_reason = event.finish_reason
+            known = routed[index]
+            if known is not None and event.routed_experts is not None:
+                known.take(event.routed_experts)
+            if known is not None and event.finish_reason is not None:
+                output.routed_experts = known.rows(0, len(output.prompt_token_ids) + len(output.token_ids) - 1)
             if event.finish_reason is not None:
                 finished += 1
                 if on_step is not None:

@@ -17,12 +17,19 @@ HELP = "/help, /reset (forget the conversation), /quit (or Ctrl-D); Ctrl-C stops
 
 
 def chat_loop(
-    url: str, model: str | None, system: str | None, temperature: float, max_tokens: int, console: Console
+    url: str,
+    model: str | None,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+    console: Console,
+    api_key: str | None = None,
 ) -> None:
     """Read lines, stream answers, until end of input. Raises `NotReady` when no server answers at `url`."""
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with httpx.Client(base_url=url, timeout=httpx.Timeout(10, read=600), trust_env=False) as client:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=600), trust_env=False) as client:
         name = model or _served_model(client, url)
         interactive = sys.stdin.isatty()
         if interactive:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from reference import Reference
 
 from moe_ray.serve.local_ray import prepare_local_ray
-
-if TYPE_CHECKING:
-    import torch
 
 prepare_local_ray()  # before ray is imported anywhere
 # A pool of compute threads beside a dozen other processes on few cores waits more than it computes.
@@ -76,42 +73,6 @@ def ray_cluster() -> Iterator[None]:
     yield
     serve.shutdown()
     ray.shutdown()
-
-
-class Reference:
-    """transformers' answers to token ids, in float32; greedy answers are remembered."""
-
-    def __init__(self, directory: Path) -> None:
-        import torch
-        from transformers import MixtralForCausalLM
-
-        self._model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self._greedy: dict[tuple[tuple[int, ...], int], list[int]] = {}
-
-    def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """The most likely continuation, up to and including the end-of-sequence token."""
-        import torch
-
-        key = (tuple(prompt), max_tokens)
-        if key not in self._greedy:
-            ids = torch.tensor([list(prompt)])
-            with torch.inference_mode():
-                out = self._model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
-                )
-            self._greedy[key] = out[0, len(prompt) :].tolist()
-        return self._greedy[key]
-
-    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Logits of what follows each position, [T, V]."""
-        import torch
-
-        with torch.inference_mode():
-            return self._model(torch.tensor([list(token_ids)])).logits[0]
-
-    def logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of what follows each position, [T, V]."""
-        return self.logits(token_ids).log_softmax(-1)
 
 
 @pytest.fixture(scope="session")

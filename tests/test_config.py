@@ -214,3 +214,131 @@ def test_the_card_of_an_actor() -> None:
     )
     assert (config.trunk.accelerator_type, config.experts.of(0).accelerator_type) == ("A10G", "T4")
     assert config.experts.of(1).accelerator_type is None
+
+
+def test_a_group_takes_the_override_of_its_experts(file: Path) -> None:
+    file.write_text("experts: {experts_per_actor: 3, overrides: {4: {num_replicas: 2}, 6: {num_gpus: 1}}}\n")
+    experts = load_config(None, file).experts
+    assert [experts.of(e).num_replicas for e in range(8)] == [1, 1, 1, 2, 2, 2, 1, 1]
+    assert [experts.of(e).num_gpus for e in range(8)] == [0, 0, 0, 0, 0, 0, 1, 1]
+    same = {"experts_per_actor": 2, "overrides": {2: {"num_gpus": 1}, 3: {"num_gpus": 1.0}}}
+    assert load_config({"experts": same}).experts.of(2).num_gpus == 1
+
+
+def test_two_overrides_of_one_group_that_differ_are_both_named() -> None:
+    overrides = {2: {"num_replicas": 2}, 3: {"num_replicas": 3}}
+    assert load_config({"experts": {"overrides": overrides}}).experts.of(3).num_replicas == 3
+    said = fault({"experts": {"overrides": overrides, "experts_per_actor": 2}})
+    assert said == (
+        "`experts.overrides.2` and `experts.overrides.3` differ, but these experts share an actor "
+        "(`experts.experts_per_actor` is 2): give both the same"
+    )
+    assert "`experts.experts_per_actor`" in fault({"experts": {"experts_per_actor": 0}})
+
+
+def test_spares_hold_what_they_say(file: Path) -> None:
+    file.write_text("experts: {spares: [{experts: {3: 8-15, 5: '0,2,4-6', 1: 7}}, {experts: {2: all}}]}\n")
+    experts = load_config(None, file).experts
+    first, second = experts.spare_keys(16, 8)
+    assert first == {(la, 3) for la in range(8, 16)} | {(la, 5) for la in (0, 2, 4, 5, 6)} | {(7, 1)}
+    assert second == {(layer, 2) for layer in range(16)}
+    assert load_config().experts.spare_keys(16, 8) == ()
+
+
+def test_spares_are_like_the_experts_where_they_say_nothing(file: Path) -> None:
+    file.write_text(
+        "experts: {num_gpus: 1, num_replicas: 2, threads: 3, labels: {pool: experts},\n"
+        "  spares: [{experts: {0: all}}, {experts: {1: all}, num_replicas: 3, num_gpus: 0.5, labels: {pool: '!x'}}]}\n"
+    )
+    config = load_config(None, file)
+    first, second = config.experts.spares
+    assert (first.num_gpus, first.num_replicas, first.threads, first.labels) == (1, 1, 3, {"pool": "experts"})
+    assert (second.num_gpus, second.num_replicas, second.threads, second.labels) == (0.5, 3, 3, {"pool": "!x"})
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("spare", "named"),
+    [
+        ({"experts": {8: "all"}}, "`experts.spares.1.experts.8`: no such expert: this model has 0 to 7"),
+        ({"experts": {3: "0-16"}}, "`experts.spares.1.experts.3`: no layer 16: this model has 0 to 15, got '0-16'"),
+        ({"experts": {3: 99}}, "`experts.spares.1.experts.3`: no layer 99: this model has 0 to 15, got '99'"),
+    ],
+)
+def test_spares_of_what_the_model_lacks(spare: dict[str, Any], named: str) -> None:
+    experts = load_config({"experts": {"spares": [{"experts": {0: "all"}}, spare]}}).experts
+    with pytest.raises(ConfigError) as caught:
+        experts.spare_keys(16, 8)
+    assert str(caught.value) == named
+
+
+def test_overrides_of_what_the_model_lacks() -> None:
+    experts = load_config({"experts": {"overrides": {8: {"num_gpus": 1}}}}).experts
+    with pytest.raises(ConfigError, match=r"`experts.overrides.8`: no such expert: this model has 0 to 7"):
+        experts.spare_keys(16, 8)
+
+
+@pytest.mark.parametrize(
+    ("spare", "named"),
+    [
+        ({}, ["`experts.spares.0.experts`", "required"]),
+        ({"experts": {}}, ["`experts.spares.0.experts`", "at least 1"]),
+        ({"experts": {3: ""}}, ["`experts.spares.0.experts.3`", "0,2,4-6", "''"]),
+        ({"experts": {3: "8-x"}}, ["`experts.spares.0.experts.3`", "`all`", "0,2,4-6", "'8-x'"]),
+        ({"experts": {3: "9-8"}}, ["`experts.spares.0.experts.3`", "9-8"]),
+        ({"experts": {-1: "all"}}, ["experts.spares.0.experts.-1", "greater than or equal to 0"]),
+        ({"experts": {3: "all"}, "max_replicas": 2}, ["unknown configuration key `experts.spares.0.max_replicas`"]),
+        ({"experts": {3: "all"}, "num_replicas": 0}, ["`experts.spares.0.num_replicas`", "1"]),
+    ],
+)
+def test_a_wrong_spare_is_named(spare: dict[str, Any], named: list[str]) -> None:
+    message = fault({"experts": {"spares": [spare]}})
+    assert all(name in message for name in named), message
+
+
+def test_labels_pin_actors_to_nodes() -> None:
+    labels = {"ray.io/accelerator-type": "in(T4, L4)", "pool": "!trunk", "zone": "eu-1", "x": "!in(a,b)"}
+    experts = load_config({"experts": {"labels": labels, "overrides": {1: {"labels": {"pool": "hot"}}}}}).experts
+    assert (experts.of(0).labels, experts.of(1).labels) == (labels, {"pool": "hot"})
+    for bad in ({"a b": "x"}, {"pool": "in()"}, {"pool": "a,b"}, {"pool": ""}, {"pool": "-x"}, {"/x": "y"}):
+        assert "`trunk.labels`" in fault({"trunk": {"labels": bad}})
+
+
+def test_labels_are_what_ray_takes() -> None:
+    from ray._private.label_utils import validate_label_selector
+
+    labels = {"ray.io/accelerator-type": "in(T4, L4)", "pool": "!trunk", "zone": "eu-1", "x": "!in(a,b)"}
+    assert load_config({"trunk": {"labels": labels}}).trunk.labels == labels
+    assert validate_label_selector(labels) is None
+
+
+def test_replicas_of_one_expert_on_a_node() -> None:
+    experts = load_config({"experts": {"overrides": {1: {"max_replicas_per_node": 1}}}}).experts
+    assert (experts.of(0).max_replicas_per_node, experts.of(1).max_replicas_per_node) == (None, 1)
+    assert "`experts.max_replicas_per_node`" in fault({"experts": {"max_replicas_per_node": 0}})
+    assert "`trunk.max_replicas_per_node`" in fault({"trunk": {"max_replicas_per_node": 1}})
+
+
+def test_trunks_scale_where_they_may_grow() -> None:
+    trunk = load_config().trunk
+    assert (trunk.num_replicas, trunk.min_replicas, trunk.most_replicas, trunk.autoscale.enabled) == (1, 1, 1, False)
+    grown = load_config({"trunk": {"num_replicas": 2, "max_replicas": 4, "autoscale": {"enabled": True}}}).trunk
+    assert (grown.min_replicas, grown.most_replicas, grown.autoscale.enabled) == (1, 4, True)
+    assert "needs `trunk.max_replicas` above min_replicas" in fault({"trunk": {"autoscale": {"enabled": True}}})
+    assert "at least num_replicas (3)" in fault({"trunk": {"num_replicas": 3, "max_replicas": 2}})
+    assert "at most num_replicas (1)" in fault({"trunk": {"min_replicas": 2}})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"autoscale": {"target_kv_use": 1.5}}, "`trunk.autoscale.target_kv_use`"),
+        ({"autoscale": {"target_waiting": 0}}, "`trunk.autoscale.target_waiting`"),
+        ({"autoscale": {"interval_s": 8}}, "`trunk.autoscale.look_back_s`"),
+        ({"drain_s": -1}, "`trunk.drain_s`"),
+        ({"max_replicas_by_hand": 0}, "`trunk.max_replicas_by_hand`"),
+        ({"max_replicas_per_node": 1}, "unknown configuration key `trunk.max_replicas_per_node`"),
+    ],
+)
+def test_faults_of_the_trunk_section_are_named(section: dict[str, Any], key: str) -> None:
+    assert key in fault({"trunk": section})

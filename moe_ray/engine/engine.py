@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
+from moe_ray.engine import routing
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.overlap import Overlap
@@ -120,8 +121,10 @@ class Engine:
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
         newest = sum(seq.num_output > 0 for seq, n in zip(batch.sequences, batch.num_sampled, strict=True) if n)
         self._prompt_tokens += batch.num_tokens - newest - (sum(counts) - len(counts))
+        outcomes = self._scheduler.update(batch, sampled.token_ids)
+        routing.keep(batch)
         events, row = [], 0
-        for outcome, count in zip(self._scheduler.update(batch, sampled.token_ids), counts, strict=True):
+        for outcome, count in zip(outcomes, counts, strict=True):
             seq, tokens = outcome.seq, outcome.token_ids
             if outcome.finish_reason is not None:
                 del self._live[seq.request.request_id]
@@ -135,6 +138,7 @@ class Engine:
                     stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
                     degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
+                    routed_experts=routing.tell(seq, batch),
                 )
             )
             seq.degraded_told = len(seq.degraded)
@@ -143,7 +147,8 @@ class Engine:
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's sampled positions."""
-        sequences = len(batch.sequences)
+        model, sequences = self._trunk.config, len(batch.sequences)
+        routing.prepare(batch, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok)
         parts = self.options.micro_batches or self._overlap.choose(batch.num_tokens, sequences)
         started, waited = time.perf_counter(), self._trunk.waited_s
         batches = split(batch, parts)

@@ -206,9 +206,11 @@ class Scheduler:
         size, known = self.allocator.block_size, len(seq.token_ids)
         cached: list[int] = []
         if self.limits.enable_prefix_caching:
-            # At least one token is computed, because its logits are wanted.
-            self._extend_keys(seq, (known - 1) // size)
-            cached = self.allocator.lookup(seq.block_keys[: (known - 1) // size])
+            # At least one token is computed, because its logits are wanted; and where the experts of every position
+            # are, none is skipped whose experts are not known yet.
+            most = min(known - 1, seq.num_routed) if seq.request.sampling.return_routed_experts else known - 1
+            self._extend_keys(seq, most // size)
+            cached = self.allocator.lookup(seq.block_keys[: most // size])
         start = len(cached) * size
         # Admit only if the whole known sequence would fit now, so that a long prompt does not start, stall and thrash.
         if -(-known // size) - len(cached) > self.allocator.num_free:
@@ -301,4 +303,5 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
         query_start=[q - low for q in batch.query_start[first : end + 1]],
         context_lens=batch.context_lens[first:end],
         num_sampled=batch.num_sampled[first:end],
+        routed=None if batch.routed is None else batch.routed[low:high],  # a view: what a part fills, the whole has
     )

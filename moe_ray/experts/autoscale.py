@@ -41,7 +41,7 @@ class ScaleOptions:
     """The share of its time that a replica should compute: implied replicas = busy / target_busy."""
     tolerance: float = 0.1
     """No change while the implied number is within this share of the present one."""
-    up_after_s: float = 3.0
+    up_after_s: float = 1.0
     """How long too much demand must hold; then all missing replicas are asked for at once."""
     down_after_s: float = 30.0
     """How long too little must hold; then one replica goes, and the wait begins anew."""

@@ -22,7 +22,7 @@ MOST_EXTRA = 8
 Rows = Sequence[Sequence[float]]
 """rows[layer][expert] that were routed there."""
 Extras = tuple[frozenset[ExpertKey], ...]
-"""The keys that each further replica holds, beside one replica of every expert."""
+"""The keys that each further replica holds, beside one replica of every expert (or group of experts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,16 @@ def parse_load(text: str, name: str) -> list[list[float]]:
     return rows
 
 
-def imbalance(rows: Rows, extras: Extras = ()) -> Imbalance:
-    """The imbalance of one replica per expert plus `extras`; the replicas of a key share its rows equally."""
+def imbalance(rows: Rows, extras: Extras = (), per_actor: int = 1) -> Imbalance:
+    """The imbalance of one replica per group of `per_actor` experts plus `extras`; a key's replicas share its rows."""
     copies = _copies(rows, extras)
-    devices = len(rows[0]) + len(extras)
+    devices = len(_grouped(rows[0], per_actor)) + len(extras)
     per_layer = []
     for layer, loads in enumerate(rows):
         share = [load / copies[layer][expert] for expert, load in enumerate(loads)]
         extra = (sum(share[expert] for at, expert in keys if at == layer) for keys in extras)
         total = sum(loads)
-        per_layer.append(max(*share, *extra, 0.0) * devices / total if total else 1.0)
+        per_layer.append(max(*_grouped(share, per_actor), *extra, 0.0) * devices / total if total else 1.0)
     weights = [sum(loads) for loads in rows]
     mean = sum(weight * each for weight, each in zip(weights, per_layer, strict=True)) / sum(weights)
     return Imbalance(tuple(per_layer), mean)
@@ -93,7 +93,7 @@ def replicate(rows: Rows, count: int) -> Extras:
     return tuple(chosen)
 
 
-def spread_layers(rows: Rows, count: int, layers_per_spare: int) -> Extras:
+def spread_layers(rows: Rows, count: int, layers_per_spare: int, per_actor: int = 1) -> Extras:
     """`count` spares that each hold at most `layers_per_spare` (layer, expert) keys: the hottest, whoever's they are.
 
     The next key is the one with the most rows per replica; it goes to the spare that has the fewest rows in that
@@ -111,7 +111,7 @@ def spread_layers(rows: Rows, count: int, layers_per_spare: int) -> Extras:
         free = [spare for spare in spares if len(spare) < layers_per_spare and key not in spare]
         target = min(free, key=lambda spare: (load(spare, layer), len(spare)), default=None)
         hottest = max(
-            *(each / n for each, n in zip(rows[layer], copies[layer], strict=True)),
+            *_grouped([each / n for each, n in zip(rows[layer], copies[layer], strict=True)], per_actor),
             *(load(s, layer) for s in spares),
             0.0,
         )
@@ -123,7 +123,7 @@ def spread_layers(rows: Rows, count: int, layers_per_spare: int) -> Extras:
     return tuple(frozenset(spare) for spare in spares)
 
 
-def propose(rows: Rows, count: int | None = None, layers_per_spare: int | None = None) -> Proposal:
+def propose(rows: Rows, count: int | None = None, layers_per_spare: int | None = None, per_actor: int = 1) -> Proposal:
     """Propose `count` further replicas: of whole experts, or spares of `layers_per_spare` keys each.
 
     None: the fewest that bring the imbalance to `GOOD_ENOUGH`; where `MOST_EXTRA` do not, the best number up to it.
@@ -133,17 +133,24 @@ def propose(rows: Rows, count: int | None = None, layers_per_spare: int | None =
         raise ConfigError("--extra-replicas: must be at least 0")
     if layers_per_spare is not None and layers_per_spare < 1:
         raise ConfigError("--layers-per-spare: must be at least 1")
-    before = imbalance(rows)
+    before = imbalance(rows, (), per_actor)
     best: Proposal | None = None
     for number in range(MOST_EXTRA + 1) if count is None else (count,):
-        extras = replicate(rows, number) if layers_per_spare is None else spread_layers(rows, number, layers_per_spare)
-        made = Proposal(extras, before, imbalance(rows, extras))
+        if layers_per_spare is None:
+            extras = replicate(rows, number)
+        else:
+            extras = spread_layers(rows, number, layers_per_spare, per_actor)
+        made = Proposal(extras, before, imbalance(rows, extras, per_actor))
         if best is None or made.after.total < best.after.total:
             best = made
         if made.after.total <= GOOD_ENOUGH:
             break
     assert best is not None, "at least one number was tried"
     return best
+
+
+def _grouped(loads: Sequence[float], per_actor: int) -> list[float]:
+    return [sum(loads[first : first + per_actor]) for first in range(0, len(loads), per_actor)]
 
 
 def _copies(rows: Rows, extras: Extras) -> list[list[int]]:

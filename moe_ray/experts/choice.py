@@ -23,6 +23,8 @@ UNMEASURED_ROWS: Final = 128
 PACE_HALF_LIFE_S: Final = 5.0
 """How soon a slow replica that is called no more is given another chance."""
 WORST_PACE: Final = 20.0
+UNKNOWN_S: Final = 1.0
+"""After how long a call of a size of which nothing is known is late, at least."""
 FRESH_S: Final = 0.5
 """How long what a replica said about its queue is believed."""
 
@@ -207,9 +209,16 @@ class Lateness:
             usual = sorted(took)[int(self.percentile * (len(took) - 1))]
             self._limit_s[bucket] = max(self.least_s, self.factor * usual)
 
-    def limit_s(self, rows: int) -> float | None:
-        """Seconds after which calls, the largest of `rows` rows, are late; None while that is not known."""
-        return self._limit_s.get(rows.bit_length())
+    def limit_s(self, rows: int) -> float:
+        """Seconds after which calls, the largest of `rows` rows, are late.
+
+        For a size that is not known, as if time grew with rows from the nearest size below; `UNKNOWN_S` at least.
+        """
+        bucket = rows.bit_length()
+        if (limit_s := self._limit_s.get(bucket)) is not None:
+            return limit_s
+        below = max((known for known in self._limit_s if known < bucket), default=None)
+        return UNKNOWN_S if below is None else max(UNKNOWN_S, self._limit_s[below] * 2 ** (bucket - below))
 
     def spend(self) -> bool:
         """Take one second call from the budget; False if it is used up."""

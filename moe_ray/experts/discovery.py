@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 
 from moe_ray.core import ExpertKey, ReplicaInfo, ReplicaLoad
@@ -22,8 +24,12 @@ Connect = Callable[[ReplicaInfo], Link]
 """Opens a link. Raises `LinkBroken`, or `ConfigError` when the replica offers no carrier that may be used."""
 Members = Callable[[], object]
 """Something cheap that differs once replicas have come or gone."""
-WATCH_S = 0.25
+WATCH_S = 0.1
 """How often `Members` is called."""
+CONNECTIONS = 8
+"""Links that are opened at a time."""
+CONNECT_S = 0.5
+"""How long a refresh waits for them; one that takes longer (a machine that does not answer) holds up no other."""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +108,8 @@ class Directory:
         self._seen: object = None  # what `members` said before the last refresh
         self._replicas: dict[str, Replica] = {}
         self._backoff: dict[str, tuple[float, float]] = {}  # replica id → (not before, delay)
+        self._opening: dict[str, tuple[ReplicaInfo, Future[Link]]] = {}
+        self._connections = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="expert-connect")
         self._changed = threading.Condition()
         self._table: Table = {}
         self._version = 0
@@ -150,15 +158,19 @@ class Directory:
             if replica.retiring and (replica.link.broken or not replica.outstanding_rows):
                 replica.link.close()
                 del self._replicas[replica_id]
+        begun: list[Future[Link]] = []
         for replica_id, info in found.items():
             known = self._replicas.get(replica_id)
             if known is not None and known.info.addresses != info.addresses:
                 known.link.close()  # it restarted under its name: what is in flight on the old link is sent again
                 self._backoff.pop(replica_id, None)
             if known is None or known.link.broken:
-                self._open(replica_id, info)
+                begun += self._open(replica_id, info)
             else:
                 known.info = info  # a replica may hold more keys than when the link was opened
+        for late in wait_for(begun, CONNECT_S).not_done if begun else ():
+            late.add_done_callback(lambda _: self._wake.set())
+        self._take_opened(found)
         self._publish()
 
     def close(self) -> None:
@@ -169,24 +181,42 @@ class Directory:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        self._connections.shutdown(wait=False, cancel_futures=True)
+        for _, future in self._opening.values():
+            future.add_done_callback(_close_opened)
         for replica in self._replicas.values():
             replica.link.close()
 
-    def _open(self, replica_id: str, info: ReplicaInfo) -> None:
-        now = time.monotonic()
-        not_before, delay = self._backoff.get(replica_id, (0.0, 0.0))
-        if now < not_before:
-            return
-        try:
-            link = self._connect(info)
-        except MoeRayError as error:  # LinkBroken or ConfigError: one replica must not hold up the others
-            delay = min(2 * delay or 0.25, 5.0)
-            self._backoff[replica_id] = (now + delay, delay)
-            logger.warning("cannot reach expert replica %s: %s", replica_id, error)
-            return
-        self._backoff.pop(replica_id, None)
-        self._replicas[replica_id] = Replica(info, link)
-        logger.info("linked to expert replica %s", replica_id)
+    def _open(self, replica_id: str, info: ReplicaInfo) -> list[Future[Link]]:
+        """Begin to connect, unless that is under way or was in vain a moment ago; what was begun."""
+        not_before, _ = self._backoff.get(replica_id, (0.0, 0.0))
+        if replica_id in self._opening or time.monotonic() < not_before:
+            return []
+        future = self._connections.submit(self._connect, info)
+        self._opening[replica_id] = (info, future)
+        return [future]
+
+    def _take_opened(self, found: Mapping[str, ReplicaInfo]) -> None:
+        """Take in the links that have been opened, of replicas that are still there as they were."""
+        for replica_id, (info, future) in list(self._opening.items()):
+            if not future.done():
+                continue
+            del self._opening[replica_id]
+            try:
+                link = future.result()
+            except MoeRayError as error:  # LinkBroken or ConfigError: one replica must not hold up the others
+                _, delay = self._backoff.get(replica_id, (0.0, 0.0))
+                delay = min(2 * delay or 0.25, 5.0)
+                self._backoff[replica_id] = (time.monotonic() + delay, delay)
+                logger.warning("cannot reach expert replica %s: %s", replica_id, error)
+                continue
+            now = found.get(replica_id)
+            if now is None or now.addresses != info.addresses:
+                link.close()
+                continue
+            self._backoff.pop(replica_id, None)
+            self._replicas[replica_id] = Replica(now, link)
+            logger.info("linked to expert replica %s", replica_id)
 
     def _publish(self) -> None:
         table: dict[ExpertKey, list[Replica]] = {}
@@ -224,6 +254,12 @@ class Directory:
                 return
 
     def _pause(self) -> float:
-        # While something is missing or going, look often: somebody is waiting for it.
-        urgent = self.missing() or any(r.link.broken or r.retiring for r in list(self._replicas.values()))
+        # While something is missing, coming or going, look often: somebody is waiting for it.
+        replicas = list(self._replicas.values())
+        urgent = self.missing() or any(r.link.broken or r.retiring or r.info.loading for r in replicas)
         return min(self._refresh_s, 0.25) if urgent else self._refresh_s
+
+
+def _close_opened(future: Future[Link]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()

@@ -41,15 +41,13 @@ class Sample:
 
     at_s: float
     total: KeyLoad
-    rows_per_layer: tuple[int, ...]
+    rows: Mapping[ExpertKey, int]
+    """Of every (layer, expert) held."""
 
     @staticmethod
     def of(at_s: float, loads: Mapping[ExpertKey, KeyLoad]) -> Sample:
-        """Add up what a worker's `key_loads` says; layers that are not held have 0 rows."""
-        rows = [0] * (1 + max((layer for layer, _ in loads), default=-1))
-        for (layer, _), load in loads.items():
-            rows[layer] += load.rows
-        return Sample(at_s, sum(loads.values(), KeyLoad()), tuple(rows))
+        """Add up what a worker's `key_loads` says."""
+        return Sample(at_s, sum(loads.values(), KeyLoad()), {key: load.rows for key, load in loads.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,8 @@ class LoadWindow:
     rows_per_call: float
     queue_ms: float
     """Mean wait of a call, from its arrival to its start."""
-    rows_per_layer: tuple[int, ...]
+    rows_per_layer: Mapping[int, tuple[int, ...]]
+    """Expert → its rows of each layer, 0 where that layer is not held."""
 
 
 def between(first: Sample, last: Sample) -> LoadWindow:
@@ -73,7 +72,10 @@ def between(first: Sample, last: Sample) -> LoadWindow:
     seconds = max(last.at_s - first.at_s, 0.0)
     calls, rows = last.total.calls - first.total.calls, last.total.rows - first.total.rows
     busy_s, queue_s = last.total.busy_s - first.total.busy_s, last.total.queue_s - first.total.queue_s
-    layers = tuple(b - a for a, b in zip(first.rows_per_layer, last.rows_per_layer, strict=True))
+    layers = 1 + max((layer for layer, _ in last.rows), default=-1)
+    per_layer = {expert: [0] * layers for expert in sorted({expert for _, expert in last.rows})}
+    for (layer, expert), count in last.rows.items():
+        per_layer[expert][layer] = count - first.rows.get((layer, expert), 0)
     per_s = 1 / seconds if seconds else 0.0
     return LoadWindow(
         seconds=seconds,
@@ -82,7 +84,7 @@ def between(first: Sample, last: Sample) -> LoadWindow:
         calls_per_s=calls * per_s,
         rows_per_call=rows / calls if calls else 0.0,
         queue_ms=1000 * queue_s / calls if calls else 0.0,
-        rows_per_layer=layers,
+        rows_per_layer={expert: tuple(counts) for expert, counts in per_layer.items()},
     )
 
 

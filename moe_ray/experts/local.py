@@ -10,7 +10,7 @@ from moe_ray.experts.discovery import Directory
 from moe_ray.experts.pool import ExpertPool
 from moe_ray.experts.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.numerics import Numerics
 from moe_ray.transport.local import LocalLink
 
@@ -30,7 +30,7 @@ def local_pool(checkpoint: Checkpoint, how: Numerics, progress: Callable[[int], 
     infos = []
     for expert in range(config.num_local_experts):
         keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, keys, how, progress(expert) if progress else None)
+        ffn = read_experts(checkpoint, keys, how, progress(expert) if progress else None)
         replica_id = f"Expert{expert}#local"
         workers[replica_id] = ExpertWorker(ffn, config.hidden_size, how)
         infos.append(

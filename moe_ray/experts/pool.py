@@ -21,6 +21,8 @@ from moe_ray.transport.base import PendingReply
 
 logger = logging.getLogger(__name__)
 
+SUSPECT_S = 5.0
+"""How long the other replicas of a machine that fell silent are called only where there is nobody else."""
 LATE_PACE = 10.0
 """How many times slower than usual a replica is taken to have been when a call to it was late, at least."""
 
@@ -87,6 +89,8 @@ class Counters:
     """Calls that were sent a second time because they were late."""
     hedge_wins: int = 0
     """Second calls that were answered first."""
+    cancelled: int = 0
+    """Calls that were taken back because the other of two was answered first."""
     quarantines: int = 0
 
 
@@ -258,7 +262,7 @@ class ExpertPool:
             replica.slowness.observe(self._costs.observe(rows, load.compute_us), now)
 
     def late_after_s(self, layer: int, parts: list[Part]) -> float | None:
-        """Seconds after which the calls of a layer are late; None: no second call could be made, or who knows."""
+        """Seconds after which the calls of a layer are late; None: no second call could be made."""
         if not self.options.hedge:
             return None
         table = self.directory.table
@@ -281,6 +285,7 @@ class ExpertPool:
         if late is None or not others or not self._lateness.spend():
             return None
         flight = self._send(part_call(layer, routed, part), {late.replica_id})
+        self.part_from_silent(late)  # which may owe an answer since an earlier call
         if flight.pending is None:
             return None
         self.counters.hedges += 1
@@ -305,8 +310,10 @@ class ExpertPool:
         return reply.rows
 
     def lost_race(self, flight: InFlight) -> None:
-        """Forget a second call: the first was answered."""
+        """Take a second call back: the first was answered."""
         if flight.replica is not None and flight.pending is not None:
+            flight.pending.cancel()
+            self.counters.cancelled += 1
             self.settle(flight.replica, flight.call.rows.shape[0])
 
     def forgive(self, part: Part, failure: TransportError | None) -> None:
@@ -331,6 +338,16 @@ class ExpertPool:
             seconds = replica.misbehaved(time.monotonic())
             self.counters.quarantines += 1
             logger.warning("expert replica %s is quarantined for %g s", replica.replica_id, seconds)
+
+    def part_from_silent(self, replica: Replica) -> None:
+        """End the link to a replica whose machine no longer acknowledges anything: its calls fail and go elsewhere."""
+        if not replica.link.silent:
+            return
+        logger.warning("expert replica %s: its machine has fallen silent", replica.replica_id)
+        replica.link.close()
+        for other in self.replicas():
+            if other.node_id == replica.node_id != self.options.node_id:
+                other.quarantined_until = max(other.quarantined_until, time.monotonic() + SUSPECT_S)
 
     def _lost(self, replica: Replica, error: Exception) -> None:
         logger.warning("lost expert replica %s: %s", replica.replica_id, error)

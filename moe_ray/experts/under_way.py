@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOOK_S: Final = 0.5
+"""How often it is looked whether the machine of a replica that does not answer is there at all."""
 TURN_S: Final = 0.001
 """How long a late call and its second one are waited for in turns."""
 
@@ -37,6 +39,10 @@ class Sent(Protocol):
         """Wait no more for one call, or for all."""
         ...
 
+    def cancel(self, index: int) -> None:
+        """Forget one call and let its replica skip it."""
+        ...
+
     def place(self, index: int, rows: torch.Tensor) -> None:
         """Put rows where those of a call that failed, or was forgotten, would be."""
         ...
@@ -51,7 +57,7 @@ class SentAtOnce:
 
     def __init__(self, replies: Replies, parts: list[Part]) -> None:
         self._replies, self._parts = replies, parts
-        self.poll, self.forget = replies.wait, replies.forget
+        self.poll, self.forget, self.cancel = replies.wait, replies.forget, replies.cancel
 
     def place(self, index: int, rows: torch.Tensor) -> None:
         self._replies.rows[self._parts[index].rows] = rows
@@ -92,6 +98,11 @@ class SentOneByOne:
     def forget(self, index: int | None = None) -> None:
         for i in range(len(self.pending)) if index is None else (index,):
             self.pending[i] = None
+
+    def cancel(self, index: int) -> None:
+        pending, self.pending[index] = self.pending[index], None
+        if pending is not None:
+            pending.cancel()
 
     def place(self, index: int, rows: torch.Tensor) -> None:
         self._rows[index] = rows
@@ -136,12 +147,11 @@ class CallsUnderWay:
         """Rows [T * K, D] in the order of the calls. Raises `ExpertUnavailable`."""
         pool, parts = self._pool, self._parts
         late_s = pool.late_after_s(self._layer, parts)
-        patience_s = pool.options.call_timeout_s if late_s is None else late_s - (time.monotonic() - self._at)
-        self._note(self._sent.poll(max(0.0, patience_s)))
-        if late_s is not None and self._left:
-            self._hedge()
-        if self._left:
-            self._note(self._sent.poll(max(0.0, self._at + pool.options.call_timeout_s - time.monotonic())))
+        if late_s is not None and late_s < pool.options.call_timeout_s:
+            self._note(self._sent.poll(max(0.0, self._at + late_s - time.monotonic())))
+            if self._left:
+                self._hedge()
+        self._wait_long()
         pool.came_home(parts, time.monotonic() - self._at)
         for index in list(self._left):
             part = parts[index]
@@ -167,6 +177,18 @@ class CallsUnderWay:
             return self._sent.rows()
         out, self.degraded = renormalise(self._sent.rows(), self._routed, lost)
         return out
+
+    def _wait_long(self) -> None:
+        """Wait for what is left until the call timeout, or until its machine is seen to have fallen silent."""
+        end = self._at + self._pool.options.call_timeout_s
+        while self._left:
+            left_s = end - time.monotonic()
+            self._note(self._sent.poll(min(max(0.0, left_s), LOOK_S)))
+            if left_s <= 0:
+                return
+            for index in self._left:
+                if (replica := self._parts[index].replica) is not None:
+                    self._pool.part_from_silent(replica)
 
     def abandon(self) -> None:
         """Forget the calls not gathered yet. Idempotent."""
@@ -212,10 +234,11 @@ class CallsUnderWay:
                 pool.lost_race(flight)
 
     def _won(self, index: int, rows: torch.Tensor) -> None:
-        self._sent.forget(index)
         if index in self._left:
+            self._sent.cancel(index)
             self._left.remove(index)
             self._pool.drop(self._parts[index])
+            self._pool.counters.cancelled += 1
         else:
             self._again.remove(index)
             self._pool.forgive(self._parts[index], self._failures.pop(index, None))

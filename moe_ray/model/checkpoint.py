@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.model_config import ModelConfig
@@ -19,6 +20,8 @@ INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DTYPE_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
+SAMPLED_ROWS: Final = 8
+"""Of each matrix, for its fingerprint."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read) of one process."""
@@ -79,6 +82,8 @@ class Checkpoint:
     """Tensor name → file name."""
     bytes_read: int = 0
     _handles: dict[tuple[str, str], object] = field(default_factory=dict)
+    _starts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """File name → tensor name → offset of its bytes."""
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
@@ -104,30 +109,72 @@ class Checkpoint:
 
     def read(self, spec: TensorSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return one tensor in memory of its own (never a view of the file). Raises `CheckpointError`."""
-        tensor: torch.Tensor = self._read(spec, "pt")
-        return tensor.to(device=device, dtype=dtype, copy=True)
+        from safetensors import SafetensorError
+
+        stored = self._dtype(spec, "pt")
+        try:
+            tensor = self._handle(self.files[spec.name], "pt").get_tensor(spec.name)  # type: ignore[attr-defined]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
+        self.bytes_read += spec.numel * DTYPE_BYTES[stored]
+        return tensor.to(device=device, dtype=dtype, copy=True)  # type: ignore[no-any-return]
 
     def read_bfloat16(self, spec: TensorSpec) -> np.ndarray:
         """Return one tensor as bfloat16 (of ml_dtypes), rounded to even. Needs no torch. Raises `CheckpointError`."""
-        import ml_dtypes  # which tells numpy, and so safetensors, what bfloat16 is
+        import ml_dtypes
+        import numpy as np
 
-        array: np.ndarray = self._read(spec, "np")
+        stored = self._dtype(spec)
+        array = np.empty(spec.shape, {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[stored])
+        try:
+            # Not by `get_tensor`, which waits for the disk with the interpreter's lock held: who loads serves, too.
+            with open(self.directory / self.files[spec.name], "rb", buffering=0) as file:
+                file.seek(self._start_of(spec))
+                left = array.reshape(-1).view(np.uint8).data
+                while left and (count := file.readinto(left)):
+                    left = left[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
+        if left:
+            raise CheckpointError(f"{self._where(spec)}: the file ended {len(left)} bytes early")
+        self.bytes_read += array.nbytes
         return array.astype(ml_dtypes.bfloat16, copy=False)
+
+    def fingerprint(self, specs: Iterable[TensorSpec]) -> bytes:
+        """A digest of matrices by their dtype, shape and `SAMPLED_ROWS` rows of each, spread from first to last.
+
+        Equal for copies of one checkpoint wherever they lie; another training's differ in it. Reads those rows only,
+        which `bytes_read` does not count. Raises `CheckpointError`.
+        """
+        import ml_dtypes  # noqa: F401 - tells numpy, and so safetensors, what bfloat16 is
+        from safetensors import SafetensorError
+
+        digest = hashlib.blake2b(digest_size=16)
+        for spec in specs:
+            digest.update(f"{self._dtype(spec)} {spec.shape}".encode())
+            last = spec.shape[0] - 1
+            try:
+                rows = self._handle(self.files[spec.name], "np").get_slice(spec.name)  # type: ignore[attr-defined]
+                for row in sorted({last * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
+                    digest.update(rows[row : row + 1].tobytes())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
+        return digest.digest()
 
     def close(self) -> None:
         """Unmap the files."""
         self._handles.clear()
 
-    def _read(self, spec: TensorSpec, framework: str) -> Any:
-        from safetensors import SafetensorError
-
-        stored = self._dtype(spec, framework)
-        try:
-            tensor = self._handle(self.files[spec.name], framework).get_tensor(spec.name)  # type: ignore[attr-defined]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
-        self.bytes_read += spec.numel * DTYPE_BYTES[stored]
-        return tensor
+    def _start_of(self, spec: TensorSpec) -> int:
+        """Where a tensor's bytes begin in its file; the file's header was checked."""
+        name = self.files[spec.name]
+        if name not in self._starts:
+            with open(self.directory / name, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            self._starts[name] = {tensor: 8 + size + entry["data_offsets"][0] for tensor, entry in header.items()}
+        return self._starts[name][spec.name]
 
     def _dtype(self, spec: TensorSpec, framework: str = "np") -> str:
         """Check the tensor's header; return its dtype on disk."""

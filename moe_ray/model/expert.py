@@ -5,14 +5,13 @@ Where its kernels are native nothing here imports torch, unless a call comes as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from moe_ray.core import ExpertKey
-from moe_ray.model.checkpoint import Checkpoint, Progress, expert_specs
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.numerics import Numerics
-from moe_ray.native.kernels import Host, Kernels
+from moe_ray.native.kernels import Host, Kernels, Packed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,15 +27,28 @@ class FFN(Protocol):
         """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
         ...
 
+    def buffers(self) -> list[memoryview]:
+        """The bytes of its weights, in the order in which `ExpertReader.blank` takes them."""
+        ...
+
 
 class NativeFFN:
     """`FFN` by the native kernels: bfloat16 on a CPU, sums in float32, a row's result independent of its neighbours."""
 
     def __init__(self, w1: np.ndarray, w3: np.ndarray, w2: np.ndarray, kernels: Kernels) -> None:
         """w1 and w3 [I, D], w2 [D, I], of bfloat16 items; D and I multiples of 32."""
-        self.kernels = kernels
-        self.w13, self.w2 = kernels.pack(w1, w3), kernels.pack(w2)
-        self.nbytes = self.w13.nbytes + self.w2.nbytes
+        self._hold(kernels.pack(w1, w3), kernels.pack(w2), kernels)
+
+    @classmethod
+    def packed(cls, w13: Packed, w2: Packed, kernels: Kernels) -> NativeFFN:
+        """Of weights that are packed already."""
+        ffn = cls.__new__(cls)
+        ffn._hold(w13, w2, kernels)
+        return ffn
+
+    def _hold(self, w13: Packed, w2: Packed, kernels: Kernels) -> None:
+        self.w13, self.w2, self.kernels = w13, w2, kernels
+        self.nbytes = w13.nbytes + w2.nbytes
 
     @staticmethod
     def supports(config: ModelConfig, how: Numerics) -> bool:
@@ -51,39 +63,26 @@ class NativeFFN:
     def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2)
 
+    def buffers(self) -> list[memoryview]:
+        return [memoryview(self.w13.memory), memoryview(self.w2.memory)]
+
 
 class ExpertFFN:
     """The weights of a set of (layer, expert) keys and their forward pass: w2(act(w1 x) * (w3 x)).
 
     Shazeer 2020, "GLU Variants Improve Transformer" (arXiv:2002.05202); Mixtral: Jiang et al. 2024 (2401.04088).
+    One thread may add keys while others compute.
     """
 
     def __init__(self, ffns: Mapping[ExpertKey, FFN]) -> None:
-        self._ffns = ffns
+        self._ffns = dict(ffns)
         self.keys = frozenset(ffns)
 
-    @staticmethod
-    def load(
-        checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
-    ) -> ExpertFFN:
-        """Read just the tensors of `keys`. Raises `CheckpointError`."""
-        config = checkpoint.config
-        specs = {key: expert_specs(config, *key) for key in sorted(keys)}
-        total = checkpoint.check(spec for group in specs.values() for spec in group)
-        start, ffns = checkpoint.bytes_read, dict[ExpertKey, FFN]()
-        native = how.kernels if NativeFFN.supports(config, how) else None
-        for key, group in specs.items():
-            if native is not None:
-                w1, w3, w2 = map(checkpoint.read_bfloat16, group)
-                ffns[key] = NativeFFN(w1, w3, w2, native)
-            else:
-                from moe_ray.model.torch_expert import TorchFFN
-
-                gate, up, down = (checkpoint.read(spec, how.torch_dtype, how.torch_device) for spec in group)
-                ffns[key] = TorchFFN(gate, up, down, config.hidden_act)
-            if progress is not None:
-                progress(checkpoint.bytes_read - start, total)
-        return ExpertFFN(ffns)
+    def add(self, key: ExpertKey, ffn: FFN) -> None:
+        """Hold one more key."""
+        # Both are replaced, never changed, so that whoever computes or counts needs no lock.
+        self._ffns = {**self._ffns, key: ffn}
+        self.keys = frozenset(self._ffns)
 
     @property
     def nbytes(self) -> int:
@@ -94,8 +93,15 @@ class ExpertFFN:
         """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
         return self._ffns[key].forward(rows, weights)
 
+    def buffers(self, key: ExpertKey) -> list[memoryview]:
+        """The bytes of one key's weights. Raises `KeyError` where it is not held."""
+        return self._ffns[key].buffers()
+
     def host(self, hidden_size: int, max_batched_rows: int) -> Host | None:
-        """Who serves these experts on sockets without the interpreter; None where the kernels are not native."""
+        """Who serves these experts on sockets without the interpreter; None where the kernels are not native.
+
+        What is added here later has to be added there, too.
+        """
         native = {key: ffn for key, ffn in self._ffns.items() if isinstance(ffn, NativeFFN)}
         if len(native) < len(self._ffns) or not native:
             return None

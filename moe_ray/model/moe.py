@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -71,6 +72,12 @@ def group(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num
         counts=flat.bincount(minlength=num_experts).tolist(),
         row_of=row_of.view(tokens, top_k),
     )
+
+
+def experts_of(routed: Routed) -> np.ndarray:
+    """Return the experts of each token, [T, K] ascending, as `route` chose them."""
+    expert_of_row = np.repeat(np.arange(len(routed.counts)), routed.counts)
+    return expert_of_row[routed.row_of.cpu().numpy()]
 
 
 def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:

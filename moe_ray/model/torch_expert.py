@@ -16,15 +16,33 @@ ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 }
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, to read or, where it is on a CPU, to fill; they keep its memory alive."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
 class TorchFFN:
     """`expert.FFN` by torch."""
 
     def __init__(self, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor, hidden_act: str) -> None:
         """w1 and w3 [I, D], w2 [D, I]."""
-        self._w13 = torch.cat((w1, w3))  # gate and up share their input: one matrix, one pass over the rows
-        self._w2 = w2
-        self._act = ACTIVATIONS[hidden_act]
-        self.nbytes = self._w13.nbytes + w2.nbytes
+        # Gate and up share their input: one matrix, one pass over the rows.
+        self._hold(torch.cat((w1, w3)), w2.contiguous(), hidden_act)
+
+    @classmethod
+    def joined(cls, w13: torch.Tensor, w2: torch.Tensor, hidden_act: str) -> TorchFFN:
+        """Of w13 [2I, D], w1 above w3, and w2 [D, I], as they are held."""
+        ffn = cls.__new__(cls)
+        ffn._hold(w13, w2, hidden_act)
+        return ffn
+
+    def _hold(self, w13: torch.Tensor, w2: torch.Tensor, hidden_act: str) -> None:
+        self._w13, self._w2, self._act = w13, w2, ACTIVATIONS[hidden_act]
+        self.nbytes = w13.nbytes + w2.nbytes
+
+    def buffers(self) -> list[memoryview]:
+        """The bytes of w13 and w2, as `joined` takes them: of its own tensors on a CPU, of copies elsewhere."""
+        return [bytes_of(self._w13), bytes_of(self._w2)]
 
     @torch.inference_mode()
     def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,8 @@ class Trunk:
     def forward(self, batch: Batch, cache: KVCacheView) -> ForwardSteps:
         """Run one batch; a generator that yields where it waits for experts (see `interleave`).
 
-        Returns float32 logits [sum(num_sampled), V] of the batch's sampled positions, in order.
+        Returns float32 logits [sum(num_sampled), V] of the batch's sampled positions, in order; fills `batch.degraded`
+        and, where there is one, `batch.routed`.
         Raises `ExpertUnavailable` when an expert does not answer.
         """
         work = self._compute.begin(batch, cache)
@@ -100,6 +101,8 @@ class Trunk:
             routed = work.route(layer)
             pending = self._experts.submit(layer, routed)
             try:
+                if batch.routed is not None:
+                    batch.routed[:, layer] = moe.experts_of(routed)
                 yield
                 started = time.perf_counter()
                 rows = pending.gather()

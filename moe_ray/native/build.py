@@ -27,6 +27,7 @@ AVX512: Final = (
 LIBRARIES: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {  # name → sources (first: to compile), flags
     "kernels": (("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h", "host.h", "frames.h"), AVX512),
     "links": (("links.cpp", "frames.h"), ()),
+    "switch": (("switch.cpp",), ()),
 }
 TIMEOUT_S: Final = 300
 

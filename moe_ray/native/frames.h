@@ -18,14 +18,14 @@ constexpr uint32_t kMaxHeader = 64 << 10;
 constexpr int kStallMs = 30000;  // a peer that neither sends nor takes a byte for so long amid a message is given up
 constexpr uint64_t kMaxTensor = 1ull << 30;
 constexpr int kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3;  // DType
-constexpr int kOk = 0, kFailed = 1, kRefused = 2;         // CallStatus
+constexpr int kOk = 0, kFailed = 1, kRefused = 2, kCancelled = 3;  // CallStatus
 
 struct Closed : std::runtime_error { using std::runtime_error::runtime_error; };    // the connection is over
 struct Malformed : std::runtime_error { using std::runtime_error::runtime_error; };  // what came is not our language
 
 // Both headers; what a message lacks stays 0.
 struct Header {
-  uint64_t call_id = 0, layer = 0, expert = 0;                 // of a call
+  uint64_t call_id = 0, layer = 0, expert = 0, cancel = 0;     // of a call
   uint64_t status = 0, queued_rows = 0, compute_us = 0, queue_us = 0;  // of a reply
   uint64_t num_rows = 0, hidden_size = 0, dtype = 0;
   std::string error;
@@ -81,12 +81,13 @@ inline uint64_t varint(const uint8_t*& p, const uint8_t* end) {
 inline Header parse(const uint8_t* p, size_t size, bool reply) {
   Header h;
   uint64_t other = 0;
-  uint64_t* const call_fields[] = {&h.call_id, &h.layer, &h.expert, &h.num_rows, &h.hidden_size, &h.dtype};
+  uint64_t* const call_fields[] = {&h.call_id, &h.layer, &h.expert, &h.num_rows, &h.hidden_size, &h.dtype,
+                                  &h.cancel};
   uint64_t* const reply_fields[] = {&h.call_id, &h.status, &other,         &h.num_rows, &h.hidden_size,
                                     &h.dtype,   &h.queued_rows, &h.compute_us, &h.queue_us};
   const uint8_t* const end = p + size;
   while (p < end) {
-    const uint64_t tag = varint(p, end), field = tag >> 3, count = reply ? 9 : 6;
+    const uint64_t tag = varint(p, end), field = tag >> 3, count = reply ? 9 : 7;
     if ((tag & 7) == 0) {
       const uint64_t value = varint(p, end);
       if (field >= 1 && field <= count) *(reply ? reply_fields : call_fields)[field - 1] = value;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -23,7 +24,7 @@ constexpr size_t kFewCores = 4;  // from more on there is a free core for every 
 constexpr int64_t kShortCall = 16;  // rows up to which a call is bound by reading weights
 
 struct HostStats {
-  uint64_t calls, batches, rows, queued_rows, busy_ns, queue_ns;
+  uint64_t calls, batches, rows, queued_rows, busy_ns, queue_ns, cancelled;
 };
 
 struct KeyStats {
@@ -40,8 +41,10 @@ class Host {
   Host(void* pool, Ffn ffn, int64_t hidden, int64_t inner, int64_t most)
       : pool_(pool), ffn_(ffn), hidden_(hidden), inner_(inner), most_(most) {}
 
-  void add(uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) { 
-    held_[{layer, expert}] = {w13, w2, {layer, expert, 0, 0, 0, 0}};
+  // Each key once, while calls for others are served; what was added stays where it is.
+  void add(uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) {
+    std::lock_guard<std::mutex> lock(state_);
+    held_.emplace(Key{layer, expert}, Held{w13, w2, {layer, expert, 0, 0, 0, 0}});
   }
 
   // Answers calls until the connection ends.
@@ -92,8 +95,9 @@ class Host {
     std::vector<float> weights;
     bf16* out = nullptr;
     int64_t count = 0, hidden = 0;
-    uint64_t arrived = 0, started = 0, ended = 0, queued = 0;
-    bool done = false;
+    uint64_t id = 0, arrived = 0, started = 0, ended = 0, queued = 0;
+    bool done = false, cancelled = false;
+    std::condition_variable wake;  // of its own thread: it is done, or its turn
   };
 
   struct Connection {
@@ -184,6 +188,7 @@ class Host {
     if (c.end - c.start < 4 + length) c.stage_up_to(4 + length);
     const Header h = parse(c.stage.data() + c.start + 4, length, false);
     c.start += 4 + length;
+    if (h.cancel) return;  // too late: that call has been answered
     // What does not fit is read, so that the calls behind it are found, and refused.
     const uint64_t bytes = h.row_bytes();
     Call& call = c.call;
@@ -202,11 +207,18 @@ class Host {
       return;
     }
     c.out.resize(h.num_rows * h.hidden_size);
+    call.id = h.call_id;
     call.key = {h.layer, h.expert};
     call.count = static_cast<int64_t>(h.num_rows);
     call.hidden = static_cast<int64_t>(h.hidden_size);
     call.out = c.out.data();
-    around(call.count, [&] { compute(call); });
+    around(call.count, [&] { compute(c, call); });
+    if (call.cancelled) {
+      w.number(2, kCancelled);
+      iovec part = w.done();
+      send_all(c.fd, &part, 1, [&] { ready(c.fd, POLLOUT, -1); });
+      return;
+    }
     w.number(4, h.num_rows);
     w.number(5, h.hidden_size);
     w.number(6, h.dtype);
@@ -221,8 +233,14 @@ class Host {
     return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
   }
 
-  std::string refusal(const Header& h) const {
-    if (!held_.count({h.layer, h.expert}))
+  Held* find(const Key& key) {
+    std::lock_guard<std::mutex> lock(state_);
+    const auto found = held_.find(key);
+    return found == held_.end() ? nullptr : &found->second;
+  }
+
+  std::string refusal(const Header& h) {
+    if (!find({h.layer, h.expert}))
       return "layer " + std::to_string(h.layer) + " expert " + std::to_string(h.expert) +
              " is not held by this replica";
     if (hidden_ && static_cast<int64_t>(h.hidden_size) != hidden_)
@@ -231,21 +249,74 @@ class Host {
     return "";
   }
 
-  void compute(Call& call) {
-    call.done = false;
-    call.arrived = now();
-    {
-      std::lock_guard<std::mutex> lock(state_);
-      waiting_.push_back(&call);
-      stats_.queued_rows += call.count;
+  // Whether nobody waits for a call any more: the frame behind it takes it back, or the trunk is gone.
+  static bool taken_back(Connection& c, uint64_t id) {
+    if (c.start == c.end) c.start = c.end = 0;
+    try {
+      if (const size_t room = std::min<size_t>(4096, c.stage.size() - c.end))
+        c.end += receive(c.fd, c.stage.data() + c.end, room);
+      uint32_t length;
+      if (c.end - c.start < sizeof(length)) return false;
+      std::memcpy(&length, c.stage.data() + c.start, sizeof(length));
+      if (c.end - c.start - sizeof(length) < length) return false;
+      const Header next = parse(c.stage.data() + c.start + sizeof(length), length, false);
+      return next.cancel && next.call_id == id;
+    } catch (const Closed&) {
+      return true;
+    } catch (const Malformed&) {
+      return false;  // whoever reads it as the next call ends the connection
     }
-    std::lock_guard<std::mutex> lock(compute_);
-    if (!call.done) run(call);  // else whoever held the lock before has computed it along
-    std::lock_guard<std::mutex> counting(state_);
+  }
+
+  // Whose call came first computes first, each in its own thread, and those that fit in with it along. So all experts
+  // serve the trunks in the same order, and none waits for the last of its experts longer than it must.
+  void compute(Connection& c, Call& call) {
+    call.done = call.cancelled = false;
+    std::unique_lock<std::mutex> lock(state_);
+    call.arrived = now();
+    waiting_.push_back(&call);
+    stats_.queued_rows += call.count;
+    call.wake.wait(lock, [&] { return call.done || (!computing_ && waiting_.front() == &call); });
+    if (!call.done) {
+      computing_ = true;
+      lock.unlock();
+      try {
+        if (taken_back(c, call.id))
+          withdraw(call);
+        else
+          run(call);
+      } catch (...) {  // no memory
+        lock.lock();
+        leave(call);
+        next();
+        throw;
+      }
+      lock.lock();
+      next();
+    }
     call.queued = stats_.queued_rows;
   }
 
-  void run(Call& first) {  // under compute_
+  void next() {  // under state_
+    computing_ = false;
+    if (!waiting_.empty()) waiting_.front()->wake.notify_one();
+  }
+
+  void leave(Call& call) {  // under state_
+    const auto it = std::find(waiting_.begin(), waiting_.end(), &call);
+    if (it == waiting_.end()) return;
+    waiting_.erase(it);
+    stats_.queued_rows -= call.count;
+  }
+
+  void withdraw(Call& call) {  // its turn
+    std::lock_guard<std::mutex> lock(state_);
+    leave(call);
+    stats_.cancelled++;
+    call.cancelled = true;
+  }
+
+  void run(Call& first) {  // its turn
     std::vector<Call*> batch{&first};
     int64_t rows = first.count;
     {
@@ -253,11 +324,8 @@ class Host {
       for (Call* other : waiting_)
         if (other != &first && other->key == first.key && other->hidden == first.hidden && rows + other->count <= most_)
           batch.push_back(other), rows += other->count;
-      waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(),
-                                    [&](Call* c) { return std::count(batch.begin(), batch.end(), c) > 0; }),
-                     waiting_.end());
     }
-    Held& held = held_.at(first.key);
+    Held& held = *find(first.key);
     const int64_t hidden = first.hidden;
     const uint64_t started = now();
     if (batch.size() == 1) {
@@ -280,6 +348,9 @@ class Host {
     }
     const uint64_t ended = now();
     std::lock_guard<std::mutex> lock(state_);
+    waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(),
+                                  [&](Call* c) { return std::count(batch.begin(), batch.end(), c) > 0; }),
+                   waiting_.end());
     stats_.batches++;
     stats_.busy_ns += ended - started;
     held.stats.busy_ns += ended - started;
@@ -292,15 +363,17 @@ class Host {
       held.stats.calls++;
       held.stats.rows += c->count;
       held.stats.queue_ns += started - c->arrived;
+      if (c != &first) c->wake.notify_one();
     }
   }
 
   void* pool_;
   Ffn ffn_;
   const int64_t hidden_, inner_, most_;
-  std::map<Key, Held> held_;
-  std::mutex compute_, state_;
-  std::vector<Call*> waiting_;
+  std::map<Key, Held> held_;  // under state_
+  std::mutex state_;
+  std::vector<Call*> waiting_;  // in the order in which they came
+  bool computing_ = false;
   HostStats stats_{};
 };
 

@@ -99,6 +99,8 @@ class Kernels:
         self.library = library
         self._pool: int | None = library.pool_new(threads)
         self.layer_front = library.layer_front
+        self.packing = Path(library._name).stem
+        """Names the order of a packed matrix's bytes: the same in every process that has the same build."""
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None) is not None:
@@ -113,12 +115,16 @@ class Kernels:
         """Whether `layer_front` has a kernel for this shape."""
         return bool(self.library.layer_supported(heads, kv_heads, head_dim))
 
+    def packed(self, n: int, k: int, count: int = 1) -> Packed:
+        """Return memory for `count` matrices [n, k], k a multiple of 32, to be filled with packed ones."""
+        memory = mmap.mmap(-1, 2 * -(-n // PANEL) * PANEL * k * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return Packed(ctypes.addressof(ctypes.c_char.from_buffer(memory)), n, k, memory)
+
     def pack(self, *weights: np.ndarray) -> Packed:
         """Return matrices [N, K] packed, K a multiple of 32; items are bfloat16, whatever numpy takes them for."""
         n, k = weights[0].shape
-        memory = mmap.mmap(-1, 2 * -(-n // PANEL) * PANEL * k * len(weights), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        packed = Packed(ctypes.addressof(ctypes.c_char.from_buffer(memory)), n, k, memory)
+        packed = self.packed(n, k, len(weights))
         for index, weight in enumerate(weights):
             source = weight if weight.flags.c_contiguous else weight.copy()
             self.library.pack(source.ctypes.data, n, k, packed.address, index, len(weights))
@@ -176,7 +182,9 @@ class Kernels:
 class HostStats(ctypes.Structure):
     """`HostStats` of host.h."""
 
-    _fields_ = tuple((name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns", "queue_ns"))
+    _fields_ = tuple(
+        (name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns", "queue_ns", "cancelled")
+    )
 
 
 class KeyStats(ctypes.Structure):
@@ -186,7 +194,7 @@ class KeyStats(ctypes.Structure):
 
 
 class Host:
-    """Serves packed experts on sockets, without the interpreter. Thread-safe once all are added."""
+    """Serves packed experts on sockets, without the interpreter. Thread-safe: they may be added while it serves."""
 
     def __init__(self, kernels: Kernels, host: int) -> None:
         """`host`: as the library made it; it is freed with this object."""
@@ -208,7 +216,7 @@ class Host:
             self._kernels.library.host_free(self._host)
 
     def add(self, layer: int, expert: int, w13: Packed, w2: Packed) -> None:
-        """Serve this expert's layer, packed as `expert_ffn` wants it."""
+        """Serve this expert's layer, packed as `expert_ffn` wants it, from now on. Each key once."""
         self._held += (w13, w2)
         self._kernels.library.host_add(self._host, layer, expert, w13.address, w2.address)
 

@@ -91,6 +91,24 @@ class Link {
       }
   }
 
+  // Forgets a call and tells the replica, if that takes no waiting.
+  void cancel(uint64_t id) {
+    const Pending* p = find(id);
+    const bool tell = p && p->outcome == kWaiting;
+    drop(id);
+    if (!tell || broken()) return;
+    guarded([&] {
+      if (!ready(fd, POLLOUT, 0)) return;
+      Writer w;
+      w.number(1, id);
+      w.number(7, 1);
+      iovec part = w.done();
+      send_all(fd, &part, 1, [&] {
+        if (!ready(fd, POLLOUT, kStallMs)) throw Closed("the peer took nothing for 30 s");
+      });
+    });
+  }
+
   void fail(const std::string& why) {
     if (broken()) return;
     reason = why;
@@ -287,6 +305,13 @@ void call_forget(void* link, uint64_t id) {
   auto* l = static_cast<Link*>(link);
   std::lock_guard<std::mutex> lock(l->using_);
   l->drop(id);
+}
+
+// The same, and lets the replica skip it.
+void call_cancel(void* link, uint64_t id) {
+  auto* l = static_cast<Link*>(link);
+  std::lock_guard<std::mutex> lock(l->using_);
+  l->cancel(id);
 }
 
 }  // extern "C"

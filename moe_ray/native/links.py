@@ -37,6 +37,7 @@ _SIGNATURES: Final = {
     "gather": (None, (c_int, c_void_p, c_void_p, c_int64, POINTER(Result))),
     "call_error": (c_int, (c_void_p, c_uint64, c_char_p, c_int)),
     "call_forget": (None, (c_void_p, c_uint64)),
+    "call_cancel": (None, (c_void_p, c_uint64)),
 }
 
 
@@ -105,3 +106,8 @@ class Links:
         """Drop a call; its target is not written to from now on."""
         if link:
             self._library.call_forget(link, call_id)
+
+    def cancel(self, link: int, call_id: int) -> None:
+        """Drop a call and let the replica skip it, if it can be told at once."""
+        if link:
+            self._library.call_cancel(link, call_id)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ray.exceptions import RayError
@@ -21,55 +22,87 @@ _AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
 """What a handle raises while its controller or its replicas are away."""
 
 
-def discover_experts(handles: Sequence[DeploymentHandle]) -> Callable[[], list[ReplicaInfo]]:
-    """Return a function that lists the replicas of all `handles`; for use outside event loops.
+def as_metadata(info: ReplicaInfo) -> dict[str, Any]:
+    """What a replica answers to Serve's `record_replica_metadata`, which Serve pushes to all that hold its handle."""
+    return {"endpoint": {**asdict(info), "keys": sorted(info.keys), "addresses": dict(info.addresses)}}
 
-    It raises `NotReady` only when no deployment answers: one without replicas must not hide the others. Of one that
-    does not answer in time, the replicas that it had are told again.
+
+def from_metadata(metadata: Mapping[str, Any]) -> ReplicaInfo | None:
+    """The reverse; None for a replica that said nothing."""
+    told = metadata.get("endpoint")
+    if told is None:
+        return None
+    return ReplicaInfo(**{**told, "keys": frozenset(map(tuple, told["keys"]))})
+
+
+class ExpertDiscovery:
+    """Lists the replicas of expert deployments; for one thread, outside event loops.
+
+    Serve pushes to the handles in this process who is there, with what each replica said of itself when it was ready.
+    Replicas are asked only for what that cannot tell: the keys of one that still loads, or anything at all where the
+    handles are built otherwise (this reads the routers inside them, of ray 2.60).
     """
-    known: dict[str, list[ReplicaInfo]] = {}
 
-    def ask() -> list[ReplicaInfo]:
+    def __init__(self, handles: Sequence[DeploymentHandle]) -> None:
+        self._handles = list(handles)
+        self._known: dict[str, dict[str, ReplicaInfo]] = {handle.deployment_name: {} for handle in handles}
+
+    def members(self) -> frozenset[str]:
+        """Name the replicas that Serve routes to, by what it has pushed to this process: asks nobody."""
+        return frozenset(replica_id for handle in self._handles for replica_id in _routed(handle) or ())
+
+    def ask(self) -> list[ReplicaInfo]:
+        """List the replicas of all deployments.
+
+        Raises `NotReady` only when none is known and none answers: a deployment without replicas must not hide the
+        others. Of a replica that does not answer in time, what it said before is told again.
+        """
         failures: list[str] = []
-        responses = []
-        end = time.monotonic() + EXPERT_TIMEOUT_S
-        for handle in handles:
+        asked = []
+        for handle in self._handles:
+            name, pushed = handle.deployment_name, _pushed(handle)
+            if pushed is not None:
+                self._known[name] = {each: self._known[name].get(each, info) for each, info in pushed.items()}
+                if not any(info.loading for info in self._known[name].values()):
+                    continue
             try:
-                responses.append((handle.deployment_name, handle.broadcast("endpoint")))
+                asked.append((name, pushed, handle.broadcast("endpoint")))
             except _AWAY as error:
-                failures.append(f"{handle.deployment_name}: {error}")
-                known[handle.deployment_name] = []
-        for name, response in responses:
+                failures.append(f"{name}: {error}")
+                if pushed is None:
+                    self._known[name] = {}
+        end = time.monotonic() + EXPERT_TIMEOUT_S
+        for name, pushed, response in asked:
             try:
                 left = max(end - time.monotonic(), 0.05)
                 results = response.results(timeout_s=left, return_exceptions=True)
             except _AWAY as error:
                 failures.append(f"{name}: {error}")
-            else:
-                known[name] = [result for result in results if isinstance(result, ReplicaInfo)]
-        if len(failures) == len(handles):
+                continue
+            answers = {result.replica_id: result for result in results if isinstance(result, ReplicaInfo)}
+            self._known[name] = answers if pushed is None else {**self._known[name], **answers}
+        found = [info for infos in self._known.values() for info in infos.values()]
+        if not found and len(failures) == len(self._handles):
             raise NotReady(f"no expert deployment answers: {failures[0]}")
-        return [info for infos in known.values() for info in infos]
-
-    return ask
+        return found
 
 
-def replica_ids(handles: Sequence[DeploymentHandle]) -> Callable[[], frozenset[str]]:
-    """Return a function that names the replicas Serve routes to, by what it has pushed to this process: asks nobody.
+def _routed(handle: DeploymentHandle) -> dict[str, Mapping[str, Any]] | None:
+    """Replica → metadata, of those that the handle's router knows; None where that cannot be seen (yet)."""
+    router = getattr(getattr(handle, "_router", None), "_asyncio_router", None)
+    replicas = getattr(getattr(router, "_request_router", None), "curr_replicas", None)
+    if not isinstance(replicas, Mapping) or not handle.running_replicas_populated():
+        return None
+    found = dict(replicas).items()
+    return {replica_id.unique_id: getattr(replica, "replica_metadata", {}) for replica_id, replica in found}
 
-    Reads the routers inside the handles (ray 2.60). Where they are built otherwise it always returns the same, and who
-    asks by time still learns everything.
-    """
 
-    def ask() -> frozenset[str]:
-        found: set[str] = set()
-        for handle in handles:
-            router = getattr(getattr(handle, "_router", None), "_asyncio_router", None)
-            replicas = getattr(getattr(router, "_request_router", None), "curr_replicas", {})
-            found.update(replica.unique_id for replica in list(replicas))
-        return frozenset(found)
-
-    return ask
+def _pushed(handle: DeploymentHandle) -> dict[str, ReplicaInfo] | None:
+    """What the replicas of a deployment said when they were ready, by their id; None where one said nothing."""
+    if (routed := _routed(handle)) is None:
+        return None
+    infos = [info for info in map(from_metadata, routed.values()) if info is not None]
+    return {info.replica_id: info for info in infos} if len(infos) == len(routed) else None
 
 
 def discover_trunks(handle: DeploymentHandle) -> Callable[[], Any]:

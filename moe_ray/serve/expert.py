@@ -1,11 +1,11 @@
-"""The Serve deployment of one expert: loads its tensors, opens its ports, says who it is."""
+"""The Serve deployment of one expert: loads its first layer, opens its ports, says who it is, loads the others."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -16,62 +16,70 @@ from moe_ray import telemetry
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
 from moe_ray.engine.numerics import numerics
+from moe_ray.errors import EngineError
+from moe_ray.experts.arrival import CARRIER, Arrival
 from moe_ray.experts.load import WINDOW_S, LoadSampler
-from moe_ray.experts.worker import ExpertWorker
+from moe_ray.experts.placement import Holding
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert_reader import ExpertReader
 from moe_ray.model.numerics import limit_torch_threads
+from moe_ray.serve.discovery import as_metadata
 from moe_ray.serve.links import link_options
 from moe_ray.serve.metrics import ExpertMetrics
+from moe_ray.serve.peers import find_peers
 from moe_ray.serve.progress import reporter
 from moe_ray.serve.scaling import BUSY, QUEUED, wait_until_quiet
 from moe_ray.transport.base import ExpertServer
+from moe_ray.transport.weights import WeightsServer
 
 logger = logging.getLogger(__name__)
 
 
 class ExpertReplica:
-    """One actor holding one expert over all layers."""
+    """One actor holding some keys: one expert over all layers, or whatever its deployment holds."""
 
-    def __init__(self, config: Config, expert: int) -> None:
-        """Load and listen. Raises `CheckpointError`, `ConfigError`."""
+    def __init__(self, config: Config, holding: Holding, threads: int) -> None:
+        """Check all, load one layer, listen and load on; compute with `threads`.
+
+        Raises `CheckpointError`, `ConfigError`.
+        """
         telemetry.configure(config.log_level)
-        started, name = time.perf_counter(), serve.get_replica_context().deployment
-        threads = config.experts.of(expert).threads or 1
+        started, name = time.perf_counter(), holding.name
         limit_torch_threads(threads)
         checkpoint = Checkpoint.open(resolve_model(config))
         model = checkpoint.config
         how = numerics(config, model, threads)
-        keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = ExpertFFN.load(checkpoint, keys, how, reporter(name))
-        checkpoint.close()
-        self._worker = ExpertWorker(ffn, model.hidden_size, how)
+        reader = ExpertReader(checkpoint, holding.keys, how, reporter(name))
+        self._arrival = Arrival(name, reader, model.hidden_size, how)
+        self._worker = self._arrival.worker
         self._servers = self._listen(config)
         self._linger_s = config.experts.refresh_s + 1
-        context = ray.get_runtime_context()
+        context, replica = ray.get_runtime_context(), serve.get_replica_context()
         self._info = ReplicaInfo(
-            replica_id=serve.get_replica_context().replica_id.to_full_id_str(),
+            replica_id=replica.replica_id.to_full_id_str(),
             node_id=context.get_node_id(),
             pid=os.getpid(),
-            keys=keys,
+            keys=holding.keys,
             hidden_size=model.hidden_size,
             dtype=how.dtype,
             addresses={carrier: server.address for carrier, server in self._servers.items()},
         )
         logger.info(
-            "%s: read %d bytes (its own tensors only) in %.1f s, %s on %s, listening on %s",
+            "%s: serves its first layer after %.1f s, %s on %s, listening on %s",
             name,
-            checkpoint.bytes_read,
             time.perf_counter() - started,
             self._info.dtype,
             how.device,
             ", ".join(f"{carrier} {address}" for carrier, address in self._info.addresses.items()),
         )
-        self._bytes_read = checkpoint.bytes_read
-        metrics = ExpertMetrics(expert, self._info.replica_id, self._worker.stats)
+        metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)
         self._sampler = LoadSampler(self._worker.key_loads, metrics.report)
         self._sampler.start()
+        self._arrival.start(
+            find_peers(replica.deployment, replica.app_name),
+            *(self._info.replica_id, self._info.node_id, link_options(config)),
+        )
 
     def _listen(self, config: Config) -> dict[str, ExpertServer]:
         servers: dict[str, ExpertServer] = {}
@@ -90,11 +98,18 @@ class ExpertReplica:
             from moe_ray.transport.ray import RayExpertServer
 
             servers["ray"] = RayExpertServer(self._worker.forward)
+        if config.transport != "ray":  # which opens no ports
+            servers[CARRIER] = WeightsServer(self._arrival.offer, host, options=options)
         return servers
 
     async def endpoint(self) -> ReplicaInfo:
-        """Who this replica is and where it listens."""
-        return self._info
+        """Who this replica is, where it listens and what it serves by now."""
+        loading = self._arrival.loading  # asked first: once it is False, the keys are all there
+        return replace(self._info, keys=self._worker.keys, loading=loading)
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """What Serve pushes to trunks once this replica is ready, so that they link to it without asking."""
+        return as_metadata(await self.endpoint())
 
     async def load(self) -> dict[str, Any]:
         """Place of this process and its load in the last seconds; cheap enough to be polled."""
@@ -119,8 +134,16 @@ class ExpertReplica:
             **telemetry.process_status(psutil.Process()),
             **await self.load(),
             "addresses": dict(self._info.addresses),
-            "bytes_read": self._bytes_read,
+            "bytes_read": self._arrival.bytes_read,
+            "bytes_from_peers": self._arrival.bytes_from_peers,
+            "loaded_keys": len(self._worker.keys),
+            "keys": self._arrival.num_keys,
         }
+
+    def check_health(self) -> None:
+        """Raise when loading has failed, so that Serve replaces this replica."""
+        if self._arrival.failure is not None:
+            raise EngineError(f"loading failed: {self._arrival.failure!r}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the scaling policy."""
@@ -128,6 +151,8 @@ class ExpertReplica:
         return {BUSY: stats.busy_s, QUEUED: stats.queued_rows}
 
     def __del__(self) -> None:
+        if hasattr(self, "_arrival"):
+            self._arrival.close()
         if getattr(self, "_servers", None):
             wait_until_quiet(lambda: self._worker.stats().calls, self._linger_s)
         if hasattr(self, "_sampler"):

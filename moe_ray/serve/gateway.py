@@ -58,7 +58,7 @@ class Gateway:
         telemetry.configure(config.log_level)
         sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
         sessions.start()
-        self._service = Service(config.served_name, Tokenizer(resolve_model(config)), sessions)
+        self._service = Service(config.served_name, Tokenizer(resolve_model(config)), sessions, config.gateway.api_keys)
         self._experts = experts
 
     async def status(self) -> dict:
@@ -72,26 +72,32 @@ class Gateway:
         return await self._service.health()
 
     @app.get("/experts")
-    async def experts(self) -> dict:
+    async def experts(self, request: fastapi.Request) -> dict:
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
-        return overview(dict(enumerate(await ask_each(self._experts, "load"))))
+        self._service.authorize(request.headers.get("authorization"))
+        names = [handle.deployment_name for handle in self._experts]
+        return overview(dict(zip(names, await ask_each(self._experts, "load"), strict=True)))
 
     @app.get("/v1/models")
-    async def models(self) -> dict:
+    async def models(self, request: fastapi.Request) -> dict:
         """The served model, in OpenAI's list format."""
+        self._service.authorize(request.headers.get("authorization"))
         return self._service.models()
 
     @app.get("/v1/models/{model:path}")
-    async def model(self, model: str) -> dict:
+    async def model(self, model: str, request: fastapi.Request) -> dict:
         """One model card; 404 for a model that is not served."""
+        self._service.authorize(request.headers.get("authorization"))
         return self._service.model(model)
 
     @app.post("/v1/completions")
     async def completions(self, request: fastapi.Request) -> Response:
         """OpenAI's text completions, whole or streamed."""
+        self._service.authorize(request.headers.get("authorization"))
         return await self._service.answer(await request.body(), parse_completion, "cmpl-")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(self, request: fastapi.Request) -> Response:
         """OpenAI's chat completions, whole or streamed."""
+        self._service.authorize(request.headers.get("authorization"))
         return await self._service.answer(await request.body(), parse_chat, "chatcmpl-")

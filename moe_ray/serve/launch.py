@@ -158,20 +158,19 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
     with loading_bars(console) as progress:
         for actor, total in plan.bytes_to_read.items():
             progress(actor, 0, total)
-        while thread.is_alive():
-            rows = ray.get(board.rows.remote())
+        deployed = loaded = False
+        while not (deployed and loaded):  # experts serve, and Serve is content, before all their layers are there
+            thread.join(timeout=0.2)
+            deployed, rows = not thread.is_alive(), ray.get(board.rows.remote())
             for actor, (done, total) in rows.items():
                 progress(actor, done, total)
+            loaded = len(rows) == len(plan.bytes_to_read) and all(done == total for done, total in rows.values())
             if rows and "actors" in ahead:
                 timeline.mark(ahead.pop())
-            if len(rows) == len(plan.bytes_to_read) and all(done == total for done, total in rows.values()) and ahead:
+            if loaded and "weights" in ahead:
                 timeline.mark(ahead.pop())
             _raise_if_failed(failure)
-            thread.join(timeout=0.2)
-        for actor, (done, total) in ray.get(board.rows.remote()).items():
-            progress(actor, done, total)
     ray.kill(board)
-    _raise_if_failed(failure)
     timeline.mark("Serve")
     with console.status("linking trunk and experts"):
         _wait_ready(f"http://{_reachable(options)}/health")
@@ -180,8 +179,8 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
 
 def _raise_if_failed(failure: list[BaseException]) -> None:
     state = serve.status().applications.get(APP_NAME)
-    if state is not None and state.status == ApplicationStatus.DEPLOY_FAILED:
-        messages = [d.message for d in state.deployments.values() if d.status.value == "DEPLOY_FAILED"]
+    if state is not None and state.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        messages = [d.message for d in state.deployments.values() if d.status.value in ("DEPLOY_FAILED", "UNHEALTHY")]
         raise DeployFailed(_root_cause((messages or [state.message])[0]))
     if failure:
         raise DeployFailed(_root_cause(str(failure[0])))
@@ -214,8 +213,11 @@ def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Cons
     body = {"model": config.served_name, "messages": question, "temperature": 0}
     console.print(f"\n[bold green]ready[/] in {timeline.total:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)")
     console.print(f"  {timeline}\n", style="dim", highlight=False, soft_wrap=True)
+    headers = "-H 'Content-Type: application/json'"
+    if config.gateway.api_keys:
+        headers += ' -H "Authorization: Bearer $OPENAI_API_KEY"'
     console.print(
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n",
+        f"  curl {url}/v1/chat/completions {headers} -d {shlex.quote(json.dumps(body))}\n",
         soft_wrap=True,
         markup=False,
     )

@@ -7,16 +7,23 @@ from itertools import zip_longest
 from typing import Any
 
 from moe_ray.experts.load import WINDOW_S
+from moe_ray.experts.placement import experts_in, rank
 
 
-def overview(answers: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def overview(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Return {experts: [{expert, replicas, rows_per_layer, rows_per_s, busy}], window_s, max_over_mean}.
 
-    `answers`: expert → what each of its replicas answers to `load` or `status`; an expert that does not answer has no
-    replicas here. `max_over_mean`: rows of the busiest expert in the window over the mean of those that answer; None
-    while there are no rows.
+    `answers`: deployment → what each of its replicas answers to `load` or `status`. A replica that holds several
+    experts is listed under each, with the rows of that expert; how busy it is and what waits is said of the whole
+    replica. An expert of whom nobody answers has no replicas here. `max_over_mean`: rows of the busiest expert in the
+    window over the mean of those that answer; None while there are no rows.
     """
-    experts = [_expert(expert, answers[expert]) for expert in sorted(answers)]
+    found: dict[int, list[dict[str, Any]]] = {expert: [] for name in answers for expert in experts_in(name)}
+    for name in sorted(answers, key=rank):
+        for answer in sorted(answers[name], key=lambda answer: answer["replica_id"]):
+            for expert in answer["load"]["rows_per_layer"]:
+                found.setdefault(expert, []).append(_replica(name, expert, answer))
+    experts = [_expert(expert, found[expert]) for expert in sorted(found)]
     rows = [sum(expert["rows_per_layer"]) for expert in experts if expert["replicas"]]
     imbalance = max(rows) * len(rows) / sum(rows) if any(rows) else None
     return {"experts": experts, "window_s": WINDOW_S, "max_over_mean": imbalance}
@@ -27,9 +34,18 @@ def busiest(experts: Sequence[Mapping[str, Any]]) -> int:
     return max(experts, key=lambda expert: sum(expert["rows_per_layer"]))["expert"]
 
 
-def _expert(expert: int, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    replicas = [_replica(answer) for answer in sorted(answers, key=lambda answer: answer["replica_id"])]
-    layers = [answer["load"]["rows_per_layer"] for answer in answers]
+def by_replica(experts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return every replica of an overview's `experts` once, by deployment, with the rows/s of all it holds."""
+    found: dict[str, dict[str, Any]] = {}
+    for expert in experts:
+        for replica in expert["replicas"]:
+            whole = found.setdefault(replica["replica_id"], {**replica, "rows_per_s": 0.0})
+            whole["rows_per_s"] += replica["rows_per_s"]
+    return sorted(found.values(), key=lambda replica: (rank(replica["deployment"]), replica["replica_id"]))
+
+
+def _expert(expert: int, replicas: list[dict[str, Any]]) -> dict[str, Any]:
+    layers = [replica["rows_per_layer"] for replica in replicas]
     return {
         "expert": expert,
         "replicas": replicas,
@@ -39,10 +55,14 @@ def _expert(expert: int, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     }
 
 
-def _replica(answer: Mapping[str, Any]) -> dict[str, Any]:
+def _replica(deployment: str, expert: int, answer: Mapping[str, Any]) -> dict[str, Any]:
     load = answer["load"]
+    rows = load["rows_per_layer"][expert]
     return {
+        "deployment": deployment,
         **{name: answer[name] for name in ("replica_id", "node_id", "pid")},
-        **{name: load[name] for name in ("busy", "rows_per_s", "rows_per_call", "queue_ms")},
+        "rows_per_layer": list(rows),
+        "rows_per_s": sum(rows) / load["seconds"] if load["seconds"] else 0.0,
+        **{name: load[name] for name in ("busy", "rows_per_call", "queue_ms")},
         **{name: answer[name] for name in ("queued_rows", "weight_bytes")},
     }

@@ -1,11 +1,10 @@
 """OpenAI's completions and chat completions: schemas, validation, and conversion to `core.Request`. No ray, no network.
 
-The responses are built in `openai_stream.py`.
+The responses are built in `openai_stream.py`, those that tell of an error in `openai_errors.py`.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,15 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 
 from moe_ray.core import MAX_SEED, Request, SamplingParams
 from moe_ray.engine.tokenizer import Tokenizer
-from moe_ray.errors import (
-    InvalidRequest,
-    LinkBroken,
-    LinkTimeout,
-    ModelNotFound,
-    MoeRayError,
-    NotReady,
-    Overloaded,
-)
+from moe_ray.errors import InvalidRequest, ModelNotFound
 
 MAX_CHOICES = 128
 """Most sequences one HTTP request may start: prompts times n."""
@@ -62,6 +53,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    return_routed_experts: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -155,6 +147,7 @@ _TAKEN_OVER = (
     "ignore_eos",
     "include_stop_str_in_output",
     "skip_special_tokens",
+    "return_routed_experts",
 )
 
 # pydantic reports one error for each member of a union; these say it once
@@ -215,28 +208,6 @@ def to_requests(body: Body, tokenizer: Tokenizer, max_model_len: int, request_id
             params = _sampling(body, limit, own_seed, tokenizer.sampling_defaults)
             requests.append((index, Request(f"{request_id}-{index}", tuple(prompt), params)))
     return requests
-
-
-def error_body(exc: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Map an exception to (HTTP status, OpenAI error body, headers). Internals are never put in the message."""
-    row = next((_ERRORS[kind] for kind in type(exc).__mro__ if kind in _ERRORS), _ERRORS[MoeRayError])
-    status, kind, code, fixed, headers = row
-    message = fixed or (str(exc) if status < 429 else _ADDRESS.sub("…", str(exc)))
-    param = "model" if isinstance(exc, ModelNotFound) else getattr(exc, "param", None)
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, dict(headers)
-
-
-# exception → status, type, code, message (None: the exception's own), headers; the nearest base class counts
-_ERRORS: dict[type, tuple[int, str, str | None, str | None, dict[str, str]]] = {
-    InvalidRequest: (400, "invalid_request_error", None, None, {}),
-    ModelNotFound: (404, "invalid_request_error", "model_not_found", None, {}),
-    Overloaded: (429, "rate_limit_error", "rate_limit_exceeded", None, {"Retry-After": "1"}),
-    NotReady: (503, "service_unavailable_error", "service_unavailable", None, {"Retry-After": "5"}),
-    LinkBroken: (503, "service_unavailable_error", "service_unavailable", "A part of the model is unreachable.", {}),
-    LinkTimeout: (503, "service_unavailable_error", "service_unavailable", "A part of the model is unreachable.", {}),
-    MoeRayError: (500, "server_error", "internal_error", "The server failed to process the request.", {}),
-}
-_ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?|(?<![\w.])(?:/[\w.+-]+){2,}")
 
 
 def _parse(kind: type[_B], body: bytes) -> _B:

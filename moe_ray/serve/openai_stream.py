@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from moe_ray.core import Request, TokenEvent, TokenLogprobs
 from moe_ray.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from moe_ray.errors import EngineError, MoeRayError
-from moe_ray.serve.openai import Body, ChatRequest, error_body
+from moe_ray.serve.openai import Body, ChatRequest
+from moe_ray.serve.openai_choice import Choice
+from moe_ray.serve.openai_errors import error_body
 
 Events = AsyncIterator[tuple[int, TokenEvent]]
 
@@ -21,58 +21,6 @@ DONE = "data: [DONE]\n\n"
 _MIN_LOGPROB = -9999.0  # JSON has no -inf; the value OpenAI uses
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Choice:
-    """What one choice has become so far."""
-
-    index: int
-    request: Request
-    detokenizer: IncrementalDetokenizer
-    head: str
-    """A chunk's JSON up to and including the choice's index."""
-    echo: str = ""
-    started: bool = False
-    ended: bool = False
-    """Its engine request is over, or was stopped."""
-    num_tokens: int = 0
-    num_cached: int = 0
-    degraded: list[int] = field(default_factory=list)
-    """Positions that were computed without one of their experts."""
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    offset: int = 0
-    """Characters of text before the next token, for `text_offset`."""
-    characters: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )
-
-    def take(self, event: TokenEvent) -> tuple[str, Sequence[TokenLogprobs]]:
-        """Account for one engine step; return the text that is now certain and the logprobs of its tokens."""
-        params = self.request.sampling
-        token_ids = event.token_ids
-        self.num_cached = max(self.num_cached, event.num_cached_tokens)
-        self.degraded += event.degraded_positions
-        self.ended = event.last
-        if event.stop_token_id is not None and not params.include_stop_str_in_output:
-            token_ids = token_ids[:-1]
-        text, used = "", 0
-        while used < len(token_ids) and self.detokenizer.stopped_on is None:
-            text += self.detokenizer.push([token_ids[used]])
-            used += 1
-        # Tokens that came in one step with the end of a stop string, but after it, are no part of the answer.
-        self.num_tokens += len(event.token_ids) if self.detokenizer.stopped_on is None else used
-        if event.finish_reason is not None:
-            text += self.detokenizer.finish()
-            self.finish_reason = event.finish_reason
-            if event.stop_token_id in params.stop_token_ids:
-                self.stop_reason = event.stop_token_id
-        if self.detokenizer.stopped_on is not None:
-            self.finish_reason, self.stop_reason = "stop", self.detokenizer.stopped_on
-        if not self.started and self.echo:
-            text = self.echo + text
-        return text, event.logprobs[:used]
 
 
 class Responder:
@@ -110,7 +58,7 @@ class Responder:
         chunk = {**self._meta, "object": "chat.completion.chunk"} if self._chat else self._meta
         self._head = "data: " + _dumps(chunk)[:-1] + ',"choices":['
         self._choices = {
-            index: _Choice(
+            index: Choice(
                 index,
                 request,
                 IncrementalDetokenizer(tokenizer, request.prompt_token_ids, request.sampling),
@@ -196,11 +144,12 @@ class Responder:
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
                     **({"degraded_positions": choice.degraded} if choice.degraded else {}),
+                    **choice.routed(),
                 }
             )
         return {**self._meta, "choices": choices, "usage": self._usage()}
 
-    def _take(self, choice: _Choice, event: TokenEvent) -> tuple[str, Sequence[TokenLogprobs]]:
+    def _take(self, choice: Choice, event: TokenEvent) -> tuple[str, Sequence[TokenLogprobs]]:
         if event.error is not None:
             choice.ended = True
             raise event.error
@@ -216,7 +165,7 @@ class Responder:
                 choice.ended = True
                 self._on_stop(choice.index)
 
-    def _chunk(self, choice: _Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> str:
+    def _chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> str:
         """One engine step as SSE text; "" where there is nothing to say yet (held-back text, half a character)."""
         usage = ""
         if self._continuous_usage:
@@ -242,7 +191,9 @@ class Responder:
             reason = f'"{choice.finish_reason}","stop_reason":{_dumps(choice.stop_reason)}'
             if choice.degraded:
                 reason += f',"degraded_positions":{_dumps(choice.degraded)}'
-        return f'{first}{choice.head}{says},"logprobs":{likely},"finish_reason":{reason}}}]{usage}}}\n\n'
+        routed = choice.routed(since_last=True)
+        more = f",{_dumps(routed)[1:-1]}" if routed else ""
+        return f'{first}{choice.head}{says},"logprobs":{likely},"finish_reason":{reason}{more}}}]{usage}}}\n\n'
 
     def _usage(self) -> dict[str, Any]:
         prompts = [choice for index, choice in self._choices.items() if index % self._n == 0]  # n choices share one
@@ -263,7 +214,7 @@ class Responder:
         given = body.prompt[index // body.n]
         return given if isinstance(given, str) else self._tokenizer.decode(request.prompt_token_ids)
 
-    def _logprobs(self, choice: _Choice, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if choice.request.sampling.logprobs is None:
             return None
         if self._chat:

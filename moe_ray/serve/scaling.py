@@ -1,7 +1,10 @@
-"""Replicas per expert, set by hand or decided by the policy: what Serve's controller and `moe-ray scale` share.
+"""Replicas per expert and of the trunk, set by hand or decided by policies: what controller and `moe-ray scale` share.
 
-Numbers set by hand are in Ray's internal key-value store, one key per application and expert, so they outlive replicas
-and controller. In the controller a `Scaler` per application reads them and the replicas' reports, and decides.
+Where experts share a deployment, the number of its first one stands for it, here and in the store.
+
+Numbers set by hand are in Ray's internal key-value store, one key per application and expert (or the trunk), so they
+outlive replicas and controller. In the controller a `Scaler` per application reads them and the experts' reports, and
+decides; a `TrunkScaler` does so for the trunk.
 """
 
 from __future__ import annotations
@@ -10,19 +13,26 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from moe_ray.experts.autoscale import ExpertState, ScaleOptions, decide
+from moe_ray.serve import trunk_autoscale
+from moe_ray.serve.trunk_autoscale import TrunkScaleOptions, TrunksState
 
 if TYPE_CHECKING:
-    from moe_ray.config import ExpertsSection
+    from ray.serve.config import AutoscalingContext
+
+    from moe_ray.actor_options import ExpertsSection, TrunkSection
 
 logger = logging.getLogger(__name__)
 
 POLICY: Final = "moe_ray.serve.policy.ExpertPolicy"
+TRUNK_POLICY: Final = "moe_ray.serve.policy.TrunkPolicy"
+TRUNK: Final = "trunk"
+"""Stands for the trunk where an expert has its number."""
 DECIDE_EVERY_S: Final = 0.5
 IDLE_REPORTS_S: Final = 10.0
 """How often replicas report where nothing is scaled by their load."""
@@ -34,10 +44,17 @@ KV_NAMESPACE: Final = b"moe_ray"
 KV_TIMEOUT_S: Final = 1.0
 BUSY, QUEUED = "busy_s", "queued_rows"
 """What a replica reports: seconds computed since its start, rows waiting now."""
+RUNNING, WAITING, KV_USE = "running", "waiting", "kv_use"
+"""What a trunk reports: its requests, and the share of its KV blocks that they hold."""
+
+Unit = TypeVar("Unit", int, str, int | str)
+"""An expert's number, or `TRUNK`."""
+Reports = Mapping[str, Mapping[Any, Sequence[Any]]]
+"""By name and replica, the points (`timestamp`, `value`) of the look-back window."""
 
 
 def autoscaling_config(experts: ExpertsSection, expert: int) -> dict[str, Any]:
-    """Serve's `autoscaling_config` of an expert's deployment: our policy, with bounds that leave room for the hand."""
+    """Serve's `autoscaling_config` of the deployment whose first expert this is: our policy, room for the hand."""
     mine, scale = experts.of(expert), experts.autoscale
     bounds = (mine.min_replicas, mine.most_replicas) if scale.enabled else (mine.num_replicas, mine.num_replicas)
     options = ScaleOptions(
@@ -66,11 +83,44 @@ def autoscaling_config(experts: ExpertsSection, expert: int) -> dict[str, Any]:
     }
 
 
-def measured(reports: Mapping[str, Mapping[Any, Sequence[Any]]]) -> tuple[float, float]:
+def trunk_autoscaling_config(trunk: TrunkSection, max_num_seqs: int) -> dict[str, Any]:
+    """Serve's `autoscaling_config` of the trunk: our policy, room for the hand."""
+    scale = trunk.autoscale
+    bounds = (trunk.min_replicas, trunk.most_replicas) if scale.enabled else (trunk.num_replicas, trunk.num_replicas)
+    options = TrunkScaleOptions(
+        max_num_seqs=max_num_seqs,
+        target_kv_use=scale.target_kv_use,
+        target_waiting=scale.target_waiting,
+        up_after_s=scale.up_after_s,
+        down_after_s=scale.down_after_s,
+    )
+    kwargs = {"min_replicas": bounds[0], "max_replicas": bounds[1], "options": asdict(options)}
+    return {
+        "min_replicas": 1,
+        "initial_replicas": trunk.num_replicas,
+        "max_replicas": max(trunk.max_replicas_by_hand, trunk.most_replicas),
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": scale.interval_s if scale.enabled else IDLE_REPORTS_S,
+        "look_back_period_s": scale.look_back_s if scale.enabled else 3 * IDLE_REPORTS_S,
+        "policy": {"policy_function": TRUNK_POLICY, "policy_kwargs": kwargs},
+    }
+
+
+def measured_trunks(reports: Reports, replicas: int) -> TrunksState:
+    """Return the trunks of which `replicas` were asked for, as their reports say: means, summed over trunks."""
+
+    def total(name: str) -> float:
+        return sum(sum(p.value for p in points) / len(points) for points in reports.get(name, {}).values() if points)
+
+    reporting = sum(1 for points in reports.get(KV_USE, {}).values() if points)
+    return TrunksState(replicas, reporting, total(RUNNING), total(WAITING), total(KV_USE))
+
+
+def measured(reports: Reports) -> tuple[float, float]:
     """Return (busy, queued rows) of one expert, both summed over its replicas.
 
-    `reports` has, by name and replica, the points (`timestamp`, `value`) of the look-back window. A replica with a
-    single report is too young to count.
+    A replica with a single report is too young to count.
     """
     busy = 0.0
     for points in reports.get(BUSY, {}).values():
@@ -79,6 +129,13 @@ def measured(reports: Mapping[str, Mapping[Any, Sequence[Any]]]) -> tuple[float,
             busy += min(max((points[-1].value - points[0].value) / seconds, 0.0), 1.0)
     queued = sum(sum(p.value for p in points) / len(points) for points in reports.get(QUEUED, {}).values() if points)
     return busy, queued
+
+
+def within_serve(bounds: tuple[int, int], context: AutoscalingContext) -> tuple[int, int]:
+    """The policy's (fewest, most) replicas within those of Serve's own configuration, which may change on its own."""
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    fewest = max(bounds[0], least or 1)
+    return fewest, max(fewest, min(bounds[1], most or bounds[1]))
 
 
 def wait_until_quiet(calls: Callable[[], int], at_most_s: float, quiet_s: float = QUIET_S) -> None:
@@ -126,6 +183,34 @@ class Scaler:
         self._seen = {e: (at, replace(state, replicas=self._targets[e])) for e, (at, state) in self._seen.items()}
 
 
+class TrunkScaler:
+    """Decides for the trunks of one application. Used by one thread, the controller's."""
+
+    def __init__(self, options: TrunkScaleOptions) -> None:
+        self._options = options
+        self._wanted: int | None = None
+        self._target: int | None = None
+        self._asked: trunk_autoscale.Asked | None = None
+        self._decided_at = float("-inf")
+
+    def replicas(self, now: float, measure: Callable[[], TrunksState], wanted: Callable[[], int | None]) -> int:
+        """Return the trunks that there should be; `measure` and `wanted` are asked every `DECIDE_EVERY_S` at most.
+
+        `wanted` returns the number set by hand; where it raises `RayError`, the last one holds.
+        """
+        if self._target is None or now - self._decided_at >= DECIDE_EVERY_S:
+            try:
+                self._wanted = wanted()
+            except RayError as error:
+                logger.warning("cannot read the trunks set by hand, keeping what is known: %s", error)
+            state = replace(measure(), wanted=self._wanted)
+            if self._target is not None:  # what was decided a moment ago Serve may not have done yet
+                state = replace(state, replicas=self._target)
+            self._target, self._asked = trunk_autoscale.decide(state, self._options, self._asked, now)
+            self._decided_at = now
+        return self._target
+
+
 _scalers: dict[str, Scaler] = {}
 """By application. Global because Serve makes one policy object per deployment and lets them share nothing else."""
 
@@ -137,15 +222,15 @@ def scaler_of(application: str) -> Scaler:
     return _scalers[application]
 
 
-def set_by_hand(application: str, experts: Sequence[int]) -> dict[int, int]:
-    """Return expert → replicas set by hand. Raises `RayError` when Ray's store does not answer."""
+def set_by_hand(application: str, experts: Sequence[Unit]) -> dict[Unit, int]:
+    """Return expert or `TRUNK` → replicas set by hand. Raises `RayError` when Ray's store does not answer."""
     keys = {_key(application, expert): expert for expert in experts}
     found = internal_kv_get_gcs_client().internal_kv_multi_get(list(keys), KV_NAMESPACE, KV_TIMEOUT_S)
     return {keys[key]: int(value) for key, value in found.items()}
 
 
-def set_replicas(application: str, experts: Sequence[int], replicas: int | None) -> None:
-    """Set the replicas of `experts` by hand; None gives them back to the policy."""
+def set_replicas(application: str, experts: Sequence[Unit], replicas: int | None) -> None:
+    """Set the replicas of `experts` (or of `TRUNK`) by hand; None gives them back to the policy."""
     store = internal_kv_get_gcs_client()
     for expert in experts:
         if replicas is None:
@@ -159,5 +244,5 @@ def forget_replicas(application: str) -> None:
     internal_kv_get_gcs_client().internal_kv_del(_key(application, None), True, KV_NAMESPACE)
 
 
-def _key(application: str, expert: int | None) -> bytes:
+def _key(application: str, expert: int | str | None) -> bytes:
     return f"replicas/{application}/{'' if expert is None else expert}".encode()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moe_ray.engine.tokenizer import Tokenizer
-from moe_ray.serve.openai import Body, check_model, error_body, to_requests
+from moe_ray.errors import Unauthorized
+from moe_ray.serve.openai import Body, check_model, to_requests
+from moe_ray.serve.openai_errors import error_body
 from moe_ray.serve.openai_stream import Responder
 from moe_ray.serve.sessions import Session, Sessions
 
@@ -29,9 +32,21 @@ TRUNK_TIMEOUT_S = 5.0
 class Service:
     """OpenAI's API over one model. Runs on the loop of its `Sessions`."""
 
-    def __init__(self, served_name: str, tokenizer: Tokenizer, sessions: Sessions) -> None:
+    def __init__(
+        self, served_name: str, tokenizer: Tokenizer, sessions: Sessions, api_keys: Sequence[str] = ()
+    ) -> None:
+        self._api_keys = [f"Bearer {key}".encode() for key in api_keys]
         self._served_name, self._tokenizer, self._sessions = served_name, tokenizer, sessions
         self._created = int(time.time())
+
+    def authorize(self, shown: str | None) -> None:
+        """Check a request's Authorization header, in constant time. Raises `Unauthorized`."""
+        if not self._api_keys:
+            return
+        # Every key is compared: how long it takes says nothing about which one was nearly right.
+        if not sum(hmac.compare_digest((shown or "").encode(), key) for key in self._api_keys):
+            said = "Incorrect API key provided." if shown else "No API key provided."
+            raise Unauthorized(f"{said} Send one of the server's keys as `Authorization: Bearer KEY`.")
 
     async def health(self) -> Response:
         """200 once a trunk and every expert are up, else 503 naming what is missing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from moe_ray.errors import MoeRayError, NotReady, ProtocolError
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.serve.links import open_aio_channel
+from moe_ray.serve.routing import TrunkView, choose, extend_keys
 from moe_ray.serve.trunk_wire import pack_request, unpack_event
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.grpc import token_metadata
@@ -36,6 +38,15 @@ class _Live:
     tokens: list[int] = field(default_factory=list)
     """Output so far: what another trunk must be told to go on from here."""
     trunk: _TrunkLink | None = None
+    keys: list[bytes] = field(default_factory=list)
+    """Of its first full blocks, in the block size of its trunk."""
+    unanswered: int = 0
+    """Its share of its trunk's `unanswered_tokens`."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and output so far."""
+        return (*self.request.prompt_token_ids, *self.request.output_token_ids, *self.tokens)
 
     def put(self, event: TokenEvent) -> None:
         self.events.put_nowait((self.index, event))
@@ -48,8 +59,7 @@ class Session:
         self._sessions = sessions
         self._events: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
         self._live = {index: _Live(index, request, self._events) for index, request in requests}
-        for live in self._live.values():
-            sessions.add(live)
+        sessions.add(list(self._live.values()))
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Yield events until every sequence has ended or was stopped. A lost trunk shows only as a pause."""
@@ -78,7 +88,7 @@ class _TrunkLink:
 
     def __init__(self, info: TrunkInfo, options: LinkOptions, on_event: Callable[[TokenEvent], None]) -> None:
         self.info = info
-        self.live = 0
+        self.view = TrunkView.of(info.block_size, info.kv_cache_tokens)
         self._on_event = on_event
         self._channel = open_aio_channel(info.address, options)
         self.stub = pb_grpc.TrunkStub(self._channel)
@@ -102,6 +112,10 @@ class _TrunkLink:
             async for message in stream:
                 for event in message.events:
                     self._on_event(unpack_event(event))
+                if message.HasField("load"):
+                    load = message.load
+                    held = 1 - load.kv_blocks_free / max(load.kv_blocks_total, 1)
+                    self.view.told(load.num_running + load.num_waiting, held, load.draining)
         except grpc.aio.AioRpcError as error:
             logger.warning("trunk %s: stream ended (%s: %s)", self.info.replica_id, error.code().name, error.details())
         except ProtocolError as error:
@@ -133,6 +147,7 @@ class Sessions:
         self._deadline_s, self._refresh_s = deadline_s, refresh_s
         self._links: dict[str, tuple[_TrunkLink, asyncio.Task[None]]] = {}
         self._live: dict[str, _Live] = {}
+        self._draw = random.Random()
         self._changed = asyncio.Event()
         self._look = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -145,18 +160,17 @@ class Sessions:
         """Start generating (choice index, request) pairs."""
         return Session(self, requests)
 
-    def add(self, live: _Live) -> None:
-        """Take in one sequence and send it to a trunk."""
-        self._live[live.request.request_id] = live
-        self._place(live)
+    def add(self, lives: Sequence[_Live]) -> None:
+        """Take in sequences and send them to trunks, those with the same prompt to the same one."""
+        self._live.update((live.request.request_id, live) for live in lives)
+        self._place(lives)
 
     def remove(self, live: _Live) -> None:
         """Forget a sequence; if its trunk still works on it, tell it to stop."""
         self._live.pop(live.request.request_id, None)
         if live.trunk is not None:
-            live.trunk.live -= 1
             live.trunk.abort(live.request.request_id)
-            live.trunk = None
+            self._detach(live)
 
     async def status(self) -> list[pb.TrunkStatus]:
         """The state of every linked trunk. Empty when there is none."""
@@ -176,27 +190,64 @@ class Sessions:
             await self._wait_change(deadline)
         return self.trunks[0]
 
-    def _place(self, live: _Live) -> None:
-        """Send a request to the trunk with the fewest live ones; without a trunk, wait for one in the background."""
+    def _place(self, lives: Sequence[_Live]) -> None:
+        """Send requests to the trunks that suit them best; without a trunk, wait for one in the background."""
         links = [link for link, task in self._links.values() if not task.done()]
+        links = [link for link in links if not link.view.draining] or links
         if not links:
-            self._spawn(self._place_later(live))
+            self._spawn(self._place_later(lives))
             return
-        link = min(links, key=lambda candidate: candidate.live)
-        live.trunk, link.live = link, link.live + 1
-        tokens = live.request.output_token_ids + tuple(live.tokens)
-        link.submit(replace(live.request, output_token_ids=tokens))
+        same: dict[tuple[int, ...], list[_Live]] = {}
+        for live in lives:
+            same.setdefault(live.request.prompt_token_ids, []).append(live)
+        for together in same.values():
+            shared = together[0].token_ids if len(together) == 1 else together[0].request.prompt_token_ids
+            keys: dict[int, list[bytes]] = {link.view.block_size: [] for link in links}
+            for size, own in keys.items():
+                extend_keys(own, shared, size)
+            candidates = [link.view.candidate(keys[link.view.block_size], len(shared)) for link in links]
+            chosen = choose(candidates, self._draw)
+            link, known = links[chosen], candidates[chosen].known_tokens
+            for live in together:
+                live.keys = list(keys[link.view.block_size])
+                self._send(live, link, known)
 
-    async def _place_later(self, live: _Live) -> None:
+    def _send(self, live: _Live, link: _TrunkLink, known_tokens: int) -> None:
+        token_ids, view = live.token_ids, link.view
+        live.trunk, live.unanswered = link, len(token_ids) - known_tokens
+        view.live += 1
+        view.unanswered_tokens += live.unanswered
+        self._note_keys(live)
+        link.submit(replace(live.request, output_token_ids=token_ids[len(live.request.prompt_token_ids) :]))
+
+    def _note_keys(self, live: _Live) -> None:
+        """Remember that its trunk computes the blocks of a sequence."""
+        assert live.trunk is not None
+        extend_keys(live.keys, live.token_ids, live.trunk.view.block_size)
+        live.trunk.view.known.add(live.keys)
+
+    def _answered(self, live: _Live) -> None:
+        """The prompt of a sequence is computed, or nobody wants it any more."""
+        assert live.trunk is not None
+        live.trunk.view.unanswered_tokens -= live.unanswered
+        live.unanswered = 0
+
+    def _detach(self, live: _Live) -> None:
+        assert live.trunk is not None
+        self._answered(live)
+        live.trunk.view.live -= 1
+        live.trunk = None
+
+    async def _place_later(self, lives: Sequence[_Live]) -> None:
         deadline = time.monotonic() + self._deadline_s
         try:
             while not self._links:
                 await self._wait_change(deadline)
         except NotReady as error:
-            live.put(TokenEvent(live.request.request_id, error=error))
+            for live in lives:
+                live.put(TokenEvent(live.request.request_id, error=error))
             return
-        if live.request.request_id in self._live:
-            self._place(live)
+        self._place([live for live in lives if live.request.request_id in self._live])
 
     async def _wait_change(self, deadline: float) -> None:
         self._look.set()
@@ -210,9 +261,12 @@ class Sessions:
         if live is None:
             return  # aborted a moment ago
         live.tokens += event.token_ids
-        if event.last and live.trunk is not None:
-            live.trunk.live -= 1
-            live.trunk = None
+        if live.trunk is not None:
+            self._answered(live)
+            if event.last:
+                if event.error is None:
+                    self._note_keys(live)  # of its output too: a conversation goes on from there
+                self._detach(live)
         live.put(event)
 
     async def _keep_looking(self) -> None:
@@ -245,9 +299,9 @@ class Sessions:
             orphans = [live for live in self._live.values() if live.trunk is link]
             if orphans:
                 logger.warning("replaying %d requests of trunk %s", len(orphans), link.info.replica_id)
-            for live in orphans:
-                live.trunk = None
-                self._place(live)
+                for live in orphans:
+                    self._detach(live)
+                self._place(orphans)
             self._look.set()
 
     async def _info(self, link: _TrunkLink) -> pb.TrunkStatus | None:

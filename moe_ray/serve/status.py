@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_ray.errors import NotReady
+from moe_ray.experts.placement import holds_experts, rank
 from moe_ray.serve.app import APP_NAME
-from moe_ray.serve.load import busiest, overview
+from moe_ray.serve.load import busiest, by_replica, overview
 from moe_ray.serve.local_ray import reach
 from moe_ray.serve.progress import NAMESPACE
 
@@ -53,7 +54,7 @@ def collect(address: str = "auto") -> dict[str, Any]:
                 "actors": [actor for actor in actors if isinstance(actor, dict)],
             }
         )
-    load = overview({_number(d["name"]): d["actors"] for d in deployments if _number(d["name"]) >= 0})
+    load = overview({d["name"]: d["actors"] for d in deployments if holds_experts(d["name"])})
     return {"application": application.status.value, "deployments": deployments, "load": load}
 
 
@@ -112,17 +113,16 @@ def _print_load(console: Console, load: dict[str, Any]) -> None:
     table.add_column(f"last {load['window_s']:.0f} s")
     for column in ("pid", "busy", "rows/s", "rows/call", "wait ms", "queued rows"):
         table.add_column(column, justify="right")
-    for expert in load["experts"]:
-        for replica in expert["replicas"]:
-            table.add_row(
-                f"Expert{expert['expert']}",
-                str(replica["pid"]),
-                f"{replica['busy']:.0%}",
-                f"{replica['rows_per_s']:,.0f}",
-                f"{replica['rows_per_call']:,.1f}",
-                f"{replica['queue_ms']:,.2f}",
-                f"{replica['queued_rows']:,}",
-            )
+    for replica in by_replica(load["experts"]):
+        table.add_row(
+            replica["deployment"],
+            str(replica["pid"]),
+            f"{replica['busy']:.0%}",
+            f"{replica['rows_per_s']:,.0f}",
+            f"{replica['rows_per_call']:,.1f}",
+            f"{replica['queue_ms']:,.2f}",
+            f"{replica['queued_rows']:,}",
+        )
     console.print()
     console.print(table)
     if load["max_over_mean"] is None:
@@ -152,13 +152,5 @@ def _mib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.0f} MiB"
 
 
-def _order(name: str) -> tuple[int, int, str]:
-    if name == "Gateway":
-        return (0, 0, name)
-    return (2, _number(name), name) if _number(name) >= 0 else (1, 0, name)
-
-
-def _number(name: str) -> int:
-    """Which expert a deployment is; -1 for the others."""
-    number = name.removeprefix("Expert")
-    return int(number) if number != name and number.isdigit() else -1
+def _order(name: str) -> tuple[bool, tuple[int, int], str]:
+    return name != "Gateway", rank(name), name

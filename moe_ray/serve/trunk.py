@@ -41,6 +41,10 @@ class TrunkReplica:
         if self._engine.failure is not None:
             raise EngineError(f"the engine stopped: {self._engine.failure!r}")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the scaling policy."""
+        return self._engine.load()
+
     def __del__(self) -> None:
         if hasattr(self, "_engine"):
             self._engine.close()

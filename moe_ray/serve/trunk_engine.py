@@ -23,9 +23,11 @@ from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.numerics import Numerics, limit_torch_threads
-from moe_ray.serve.discovery import discover_experts, replica_ids
+from moe_ray.serve.discovery import ExpertDiscovery
 from moe_ray.serve.links import link_options
+from moe_ray.serve.metrics import Reporter, TrunkMetrics
 from moe_ray.serve.progress import reporter
+from moe_ray.serve.scaling import KV_USE, RUNNING, WAITING
 from moe_ray.serve.trunk_server import TrunkServer
 from moe_ray.transport import CARRIERS, best_carrier, connect
 
@@ -63,7 +65,9 @@ class TrunkEngine:
             address=self._server.address,
             max_model_len=options.max_model_len,
             kv_cache_tokens=options.num_blocks * options.block_size,
+            block_size=options.block_size if config.trunk.affinity and options.limits.enable_prefix_caching else 0,
         )
+        self._drain_s = config.trunk.drain_s
         logger.info(
             "%s: read %d bytes (shared tensors%s) in %.1f s; KV cache %d tokens, %.2f x %d; listening on %s",
             deployment,
@@ -75,6 +79,7 @@ class TrunkEngine:
             options.max_model_len,
             self.info.address,
         )
+        self._reporter = Reporter(TrunkMetrics(replica_id, self._loop.stats, self._pool.counters).report)
 
     def status(self) -> dict[str, Any]:
         """Memory and load."""
@@ -95,10 +100,18 @@ class TrunkEngine:
         """Why the engine stopped; None while it runs."""
         return self._loop.failure
 
+    def load(self) -> dict[str, float]:
+        """What the scaling policy goes by: requests running and waiting, the share of KV blocks that they hold."""
+        stats = self._loop.stats()
+        kv_use = 1 - stats.kv_blocks_free / max(stats.kv_blocks_total, 1)
+        return {RUNNING: stats.num_running, WAITING: stats.num_waiting, KV_USE: kv_use}
+
     def close(self) -> None:
-        """End everything."""
-        self._server.close()  # first: gateways replay elsewhere what was running, and see no error
+        """Let running requests end for at most `trunk.drain_s`, then end everything. Idempotent."""
+        self._server.drain(self._drain_s)
+        self._server.close()  # first: gateways replay elsewhere what still runs, and see no error
         self._loop.close()
+        self._reporter.close()
         self._pool.close()
 
 
@@ -106,12 +119,13 @@ def _remote_pool(config: Config, model: ModelConfig, handles: Sequence[Deploymen
     keys = model_keys(model.num_hidden_layers, model.num_local_experts)
     options = link_options(config)
     carriers = CARRIERS if config.transport == "auto" else (config.transport,)
+    discovery = ExpertDiscovery(handles)
     directory = Directory(
-        discover_experts(handles),
+        discovery.ask,
         lambda info: connect(best_carrier(info, carriers), info, options),
         keys,
         config.experts.refresh_s,
-        replica_ids(handles),
+        discovery.members,
     )
     directory.start()
     return ExpertPool(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 from moe_ray import errors
-from moe_ray.core import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from moe_ray.core import EngineStats, FinishReason, Request, RoutedExperts, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
 from moe_ray.pb import moe_ray_pb2 as pb
 
@@ -30,6 +31,7 @@ def pack_request(request: Request) -> pb.Submit:
         stop_token_ids=s.stop_token_ids,
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs,
+        return_routed_experts=s.return_routed_experts,
     )
     return pb.Submit(
         request_id=request.request_id,
@@ -57,8 +59,25 @@ def unpack_request(message: pb.Submit) -> Request:
         stop_token_ids=tuple(s.stop_token_ids),
         ignore_eos=s.ignore_eos,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
+        return_routed_experts=s.return_routed_experts,
     )
     return Request(message.request_id, tuple(message.prompt_token_ids), sampling, tuple(message.output_token_ids))
+
+
+def pack_load(stats: EngineStats, draining: bool) -> pb.TrunkLoad:
+    """How busy a trunk is, and whether it takes nothing new → message."""
+    return pb.TrunkLoad(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        kv_blocks_total=stats.kv_blocks_total,
+        kv_blocks_free=stats.kv_blocks_free,
+        draining=draining,
+    )
+
+
+def pack_step(events: Iterable[TokenEvent], load: pb.TrunkLoad) -> pb.StepEvents:
+    """What one step brought one gateway → message."""
+    return pb.StepEvents(events=map(pack_event, events), load=load)
 
 
 def pack_event(event: TokenEvent) -> pb.TokenEvent:
@@ -78,6 +97,11 @@ def pack_event(event: TokenEvent) -> pb.TokenEvent:
             top_token_ids=[token for token, _ in entry.top],
             top_logprobs=[value for _, value in entry.top],
         )
+    if (told := event.routed_experts) is not None:
+        positions, layers, top_k = told.shape
+        message.routed_experts.start, message.routed_experts.num_positions = told.start, positions
+        message.routed_experts.num_layers, message.routed_experts.top_k = layers, top_k
+        message.routed_experts.experts = told.data
     if event.error is not None:
         message.error_type, message.error_message = type(event.error).__name__, str(event.error)
     return message
@@ -98,8 +122,13 @@ def unpack_event(message: pb.TokenEvent) -> TokenEvent:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
         degraded_positions=tuple(message.degraded_positions),
+        routed_experts=_routed(message.routed_experts) if message.HasField("routed_experts") else None,
         error=_error(message) if message.error_type else None,
     )
+
+
+def _routed(message: pb.RoutedExperts) -> RoutedExperts:
+    return RoutedExperts(message.start, (message.num_positions, message.num_layers, message.top_k), message.experts)
 
 
 def _error(message: pb.TokenEvent) -> MoeRayError:

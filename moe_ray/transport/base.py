@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 ExpertHandler = Callable[[ExpertCall], ExpertReply]
-"""Computes a call on the calling thread. Thread-safe. Raises `ExpertFailed` or `ProtocolError`."""
+"""Computes a call on the calling thread. Thread-safe. Raises `ExpertFailed`, `ProtocolError`, `CallCancelled`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,13 @@ class PendingReply(Protocol):
         """
         ...
 
+    def cancel(self) -> None:
+        """Wait no more. A replica that has not begun the call skips it, where the carrier can tell it in time.
+
+        Never blocks. Idempotent.
+        """
+        ...
+
 
 class Replies(Protocol):
     """The replies of calls that were sent together; they come into `rows`."""
@@ -74,6 +81,10 @@ class Replies(Protocol):
 
     def forget(self, index: int | None = None) -> None:
         """Stop waiting for one call, or for all: its rows are not written to from now on. Idempotent."""
+        ...
+
+    def cancel(self, index: int) -> None:
+        """Forget one call as `PendingReply.cancel` does."""
         ...
 
 
@@ -109,6 +120,11 @@ class Link(Protocol):
     @property
     def broken(self) -> bool:
         """True once the link can carry no more calls; it stays so (connect anew)."""
+        ...
+
+    @property
+    def silent(self) -> bool:
+        """True while the other machine does not even acknowledge what it was sent, where the carrier can know."""
         ...
 
     def send(self, call: ExpertCall) -> PendingReply:

@@ -64,6 +64,16 @@ class FrameStream:
         self._start = begin + size
         return bytes(self._stage[begin : self._start])
 
+    def peek_header(self) -> bytes | None:
+        """The header of the next frame, if it has come already; it stays to be read."""
+        if len(self._stage) - self._end >= _STAGE and (count := self._receive(self._stage[self._end :][:_STAGE])):
+            self._end += count
+        if self._end - self._start < LENGTH.size:
+            return None
+        (size,) = LENGTH.unpack_from(self._stage, self._start)
+        begin = self._start + LENGTH.size
+        return bytes(self._stage[begin : begin + size]) if begin + size <= self._end else None
+
     def read_into(self, target: memoryview, stall_s: float) -> None:
         """Fill `target` from what is staged and then straight from the socket."""
         staged = min(len(target), self._end - self._start)
@@ -92,6 +102,10 @@ class FrameStream:
                 count -= len(left.pop(0))
             if count:
                 left[0] = left[0][count:]
+
+    def writable(self) -> bool:
+        """Whether the peer takes more now."""
+        return bool(self._writable.poll(0))
 
     def shutdown(self) -> None:
         """End the connection; whoever waits on it wakes."""

@@ -109,6 +109,7 @@ class GrpcLink:
     """`base.Link` over one gRPC stream. Threads: one reader here, and those of grpc; `close` ends them all."""
 
     together = None
+    silent = False  # its own keepalive ends it
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Connect and wait until the replica accepts the stream, `connect_timeout_s` at most. Raises `LinkBroken`."""

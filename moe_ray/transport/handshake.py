@@ -1,4 +1,4 @@
-"""Connecting the `socket` carrier: Unix socket or TCP, TLS if asked, and a mutual proof of the cluster token."""
+"""Connecting to a replica's port: Unix socket or TCP, TLS if asked, and a mutual proof of the cluster token."""
 
 from __future__ import annotations
 
@@ -7,18 +7,37 @@ import hmac
 import secrets
 import socket
 import ssl
+import struct
 import sys
+from dataclasses import dataclass
 
 from moe_ray.errors import ConfigError, ProtocolError
 from moe_ray.transport.base import LinkOptions
 
 ABSTRACT_UNIX = sys.platform == "linux"
 """Unix sockets without a file vanish with their process, however it ends; the token guards them as it does TCP."""
-_HELLO = b"moe-ray-expert-1"
 _NONCE, _MAC = 32, 32
+SILENT_RETRANSMITS, SILENT_MS = 3, 1000
+"""Timeouts in a row, and time without an acknowledgement, from which on a machine is taken for gone."""
+_TCP_INFO = struct.Struct("=2xB21xI28xI")
+"""tcpi_retransmits, tcpi_unacked and tcpi_last_ack_recv (ms), each at its offset: 2, 24, 56."""
 
 
-def connect(address: str, options: LinkOptions) -> socket.socket:
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a port serves. A proof of the token is for one service and one role in it."""
+
+    hello: bytes
+    """16 bytes: name and version."""
+    asks: bytes
+    answers: bytes
+
+
+CALLS = Service(b"moe-ray-expert-1", b"trunk", b"expert")
+WEIGHTS = Service(b"moe-ray-weight-1", b"newcomer", b"peer")
+
+
+def connect(address: str, options: LinkOptions, service: Service = CALLS) -> socket.socket:
     """Connect to "host:port,name" and prove the token: the Unix socket if this machine has it, else TCP."""
     where, _, name = address.partition(",")
     if name and ABSTRACT_UNIX:
@@ -29,7 +48,7 @@ def connect(address: str, options: LinkOptions) -> socket.socket:
         except OSError:
             local.close()  # another machine's, or gone
         else:
-            return _introduce(local, options)
+            return _introduce(local, options, service)
     host, _, port = where.rpartition(":")
     if not port.isdigit():
         raise ProtocolError(f"{where!r} is not host:port")
@@ -39,35 +58,37 @@ def connect(address: str, options: LinkOptions) -> socket.socket:
     if context is not None:
         certified = options.tls.server_name if options.tls is not None else None
         sock = context.wrap_socket(sock, server_hostname=certified or host.strip("[]"))
-    return _introduce(sock, options)
+    return _introduce(sock, options, service)
 
 
-def welcome(connection: socket.socket, tls: ssl.SSLContext | None, options: LinkOptions) -> socket.socket:
-    """The expert's side of the handshake; returns the socket to use. Raises `OSError`, `EOFError` on a wrong token."""
+def welcome(
+    connection: socket.socket, tls: ssl.SSLContext | None, options: LinkOptions, service: Service = CALLS
+) -> socket.socket:
+    """The replica's side of the handshake; returns the socket to use. Raises `OSError`, `EOFError` on a wrong token."""
     connection.settimeout(options.connect_timeout_s)
     tune(connection, options)
     if tls is not None and connection.family != socket.AF_UNIX:
         connection = tls.wrap_socket(connection, server_side=True)
     nonce = secrets.token_bytes(_NONCE)
-    connection.sendall(_HELLO + nonce)
+    connection.sendall(service.hello + nonce)
     theirs = _exactly(connection, _NONCE + _MAC)
-    if not hmac.compare_digest(theirs[_NONCE:], _mac(options, b"trunk", nonce, theirs[:_NONCE])):
+    if not hmac.compare_digest(theirs[_NONCE:], _mac(options, service.asks, nonce, theirs[:_NONCE])):
         connection.sendall(b"no")
         raise EOFError("wrong token")
-    connection.sendall(b"ok" + _mac(options, b"expert", theirs[:_NONCE], nonce))
+    connection.sendall(b"ok" + _mac(options, service.answers, theirs[:_NONCE], nonce))
     return connection
 
 
-def _introduce(sock: socket.socket, options: LinkOptions) -> socket.socket:
+def _introduce(sock: socket.socket, options: LinkOptions, service: Service) -> socket.socket:
     try:
-        hello = _exactly(sock, len(_HELLO) + _NONCE)
-        if not hello.startswith(_HELLO):
+        hello = _exactly(sock, len(service.hello) + _NONCE)
+        if not hello.startswith(service.hello):
             raise ProtocolError("the peer is not a moe_ray expert of this version")
-        theirs, ours = hello[len(_HELLO) :], secrets.token_bytes(_NONCE)
-        sock.sendall(ours + _mac(options, b"trunk", theirs, ours))
+        theirs, ours = hello[len(service.hello) :], secrets.token_bytes(_NONCE)
+        sock.sendall(ours + _mac(options, service.asks, theirs, ours))
         if _exactly(sock, 2) != b"ok":
             raise ProtocolError("the replica refused the cluster token")
-        if not hmac.compare_digest(_exactly(sock, _MAC), _mac(options, b"expert", ours, theirs)):
+        if not hmac.compare_digest(_exactly(sock, _MAC), _mac(options, service.answers, ours, theirs)):
             raise ProtocolError("the peer does not know the cluster token")
     except BaseException:
         sock.close()
@@ -93,6 +114,24 @@ def tune(sock: socket.socket, options: LinkOptions) -> None:
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
     ):
         sock.setsockopt(level, option, value)
+
+
+def is_silent(sock: socket.socket) -> bool:
+    """Whether the machine at the other end has stopped to acknowledge what it was sent.
+
+    One that merely takes nothing more (its process is busy) still acknowledges; keepalive does not find one that owes
+    an acknowledgement. Linux: struct tcp_info of <linux/tcp.h>.
+    """
+    if sock.family == socket.AF_UNIX or not hasattr(socket, "TCP_INFO"):
+        return False
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:
+        return False  # closed
+    if len(told) < _TCP_INFO.size:
+        return False
+    retransmits, unacked, last_ack_ms = _TCP_INFO.unpack(told)
+    return bool(unacked) and retransmits >= SILENT_RETRANSMITS and last_ack_ms >= SILENT_MS
 
 
 def tls_context(options: LinkOptions, server: bool) -> ssl.SSLContext | None:

@@ -46,11 +46,15 @@ class LocalPending:
         except ProtocolError as error:
             raise ProtocolError(f"{link.peer}: {error}") from None
 
+    def cancel(self) -> None:
+        """Nothing to do: only a result that is asked for is computed."""
+
 
 class LocalLink:
     """`base.Link` to a handler in this process."""
 
     together = None
+    silent = False
 
     def __init__(self, info: ReplicaInfo, handler: ExpertHandler) -> None:
         self.info, self.handler = info, handler

@@ -19,7 +19,7 @@ from moe_ray.errors import KernelsUnavailable, LinkBroken, LinkTimeout, Protocol
 from moe_ray.native.links import BROKEN, DONE, WAITING, Links, Result
 from moe_ray.transport import wire
 from moe_ray.transport.base import Link, LinkOptions
-from moe_ray.transport.handshake import connect
+from moe_ray.transport.handshake import connect, is_silent
 from moe_ray.transport.pending import address_of, peer_name
 
 
@@ -57,6 +57,10 @@ class NativeSocketLink:
     @property
     def broken(self) -> bool:
         return self.reason is not None
+
+    @property
+    def silent(self) -> bool:
+        return self.reason is None and is_silent(self._sock)
 
     def send(self, call: ExpertCall) -> NativePending:
         """Write `call`, receiving replies while the peer takes no more. Raises `LinkBroken`, `ProtocolError`."""
@@ -171,6 +175,12 @@ class NativeReplies:
             self._waiting.remove(i)
             self._library.forget(self._links[i].handle, self.ids[i])
 
+    def cancel(self, index: int) -> None:
+        """Forget one call and let its replica skip it. Idempotent."""
+        if index in self._waiting:
+            self._waiting.remove(index)
+            self._library.cancel(self._links[index].handle, self.ids[index])
+
     def __del__(self) -> None:
         self.forget()
 
@@ -193,3 +203,7 @@ class NativePending:
         if isinstance(outcome, TransportError):
             raise outcome
         return ExpertReply(self._call_id, self._replies.rows, outcome)
+
+    def cancel(self) -> None:
+        """Wait no more and let the replica skip the call. Idempotent."""
+        self._replies.cancel(0)

@@ -63,6 +63,9 @@ class Pending(Generic[M]):
         except TransportError as error:
             raise type(error)(f"{peer}: {error}") from None
 
+    def cancel(self) -> None:
+        """Wait no more. The replica computes the call nevertheless: these carriers read one call after the other."""
+
 
 class CallTable(Generic[M]):
     """Owns a link's pending replies and its state. Thread-safe; once broken it stays so, with the first reason."""

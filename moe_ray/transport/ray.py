@@ -79,6 +79,7 @@ class RayLink:
     """`base.Link` by actor calls. It learns that the actor died from a call: `broken` is not set before one fails."""
 
     together = None
+    silent = False  # Ray tells when the actor is gone
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Find the actor and wait for its first answer, `connect_timeout_s` at most. Raises `LinkBroken`."""
@@ -154,6 +155,13 @@ class RayPending:
             return check_reply(self._call, reply)
         except TransportError as fault:
             raise type(fault)(f"{peer}: {fault}") from None
+
+    def cancel(self) -> None:
+        """Wait no more. Idempotent.
+
+        The replica computes the call nevertheless. `ray.cancel` drops one that queues, but after that an actor of ray
+        2.60 has been seen to answer nobody any more.
+        """
 
     def _wait(self, timeout_s: float) -> _Answer:
         call, link = self._call, self._link

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from moe_ray.core import ExpertCall, ExpertReply
-from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.errors import CallCancelled, ExpertFailed, ProtocolError
 from moe_ray.transport import wire
 from moe_ray.transport.base import ExpertHandler
 
 
 def answer(handler: ExpertHandler, call: ExpertCall) -> ExpertReply:
-    """Compute `call` on this thread. Raises `ExpertFailed` or `ProtocolError` and nothing else.
+    """Compute `call` on this thread. Raises `ExpertFailed`, `ProtocolError`, `CallCancelled` and nothing else.
 
     An unforeseen exception of the handler becomes `ExpertFailed` with its type and message: it belongs to this call,
     and the connection and the calls behind it must outlive it.
     """
     try:
         reply = handler(call)
-    except (ExpertFailed, ProtocolError):
+    except (ExpertFailed, ProtocolError, CallCancelled):
         raise
     except Exception as error:
         raise ExpertFailed(f"{type(error).__name__}: {error}") from error

@@ -12,29 +12,27 @@ Both ends prove that they know the cluster token by HMAC over fresh nonces, with
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import secrets
 import socket
 import ssl
 import threading
 import time
-from typing import TypeVar
+from functools import partial
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
-from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.errors import CallCancelled, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError, TransportError
 from moe_ray.native.kernels import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 from moe_ray.transport.base import ExpertHandler, LinkOptions, check_reply
 from moe_ray.transport.frames import STALL_S, FrameStream, Quiet
-from moe_ray.transport.handshake import ABSTRACT_UNIX, connect, tls_context, welcome
+from moe_ray.transport.handshake import connect, is_silent
+from moe_ray.transport.listener import Listener
+from moe_ray.transport.messages import parse, say
 from moe_ray.transport.pending import address_of, peer_name
 from moe_ray.transport.serving import answer
-
-H = TypeVar("H", bound=Message)
 
 
 class SocketPending:
@@ -67,6 +65,11 @@ class SocketPending:
         except TransportError as error:
             raise type(error)(f"{link.peer}: {error}") from None
 
+    def cancel(self) -> None:
+        """Wait no more and let the replica skip the call. Idempotent."""
+        if self.outcome is None:
+            self._link.cancel(self.call.call_id)
+
 
 class SocketLink:
     """`base.Link` over one connection, without a thread: its user's thread sends and receives."""
@@ -84,12 +87,16 @@ class SocketLink:
         try:
             sock = connect(address_of(info, "socket"), options)
         except (OSError, EOFError, ProtocolError) as error:
-            raise LinkBroken(f"{self.peer}: {_say(error)}") from None
-        self._stream = FrameStream(sock)
+            raise LinkBroken(f"{self.peer}: {say(error)}") from None
+        self._sock, self._stream = sock, FrameStream(sock)
 
     @property
     def broken(self) -> bool:
         return self.reason is not None
+
+    @property
+    def silent(self) -> bool:
+        return self.reason is None and is_silent(self._sock)
 
     def send(self, call: ExpertCall) -> SocketPending:
         """Write `call` from tensor memory, reading replies while the peer takes no more. Raises `LinkBroken`."""
@@ -104,7 +111,7 @@ class SocketLink:
             try:
                 self._stream.write_frame(wire.call_header(call), body, STALL_S, self._read_reply)
             except (OSError, EOFError, ProtocolError) as error:
-                raise self._broke(_say(error)) from None
+                raise self._broke(say(error)) from None
         return pending
 
     def pump(self, deadline: float) -> None:
@@ -118,14 +125,26 @@ class SocketLink:
             except Quiet:
                 raise TimeoutError from None
             except (OSError, EOFError, ProtocolError) as error:
-                raise self._broke(_say(error)) from None
+                raise self._broke(say(error)) from None
+
+    def cancel(self, call_id: int) -> None:
+        """Tell the replica that nobody waits for a call, if that takes no waiting."""
+        with self._using:
+            if self.reason is not None or not self._stream.writable():
+                return
+            try:
+                self._stream.write_frame(
+                    pb.ExpertCallHeader(call_id=call_id, cancel=True), (), STALL_S, self._read_reply
+                )
+            except (OSError, EOFError, ProtocolError) as error:
+                self._broke(say(error))
 
     def close(self) -> None:
         """End the link; a thread that waits on it is woken. Idempotent, from any thread."""
         self._broke("link closed")
 
     def _read_reply(self) -> None:
-        header = _parse(pb.ExpertReplyHeader, self._stream.read_header(STALL_S))
+        header = parse(pb.ExpertReplyHeader, self._stream.read_header(STALL_S))
         pending = self._pending.pop(header.call_id, None)
         if pending is None:
             raise ProtocolError(f"the replica answered call {header.call_id}, which is not in flight")
@@ -159,85 +178,50 @@ class SocketExpertServer:
         native: Host | None = None,
     ) -> None:
         """Listen. `native` answers in the handler's stead where there is no TLS. Raises `ConfigError`."""
-        self._handler, self._native, self._options = handler, native, options or LinkOptions()
-        self._tls = tls_context(self._options, server=True)
-        name = f"moe-ray-{secrets.token_hex(8)}"
-        self._connections: set[socket.socket] = set()
-        self._closed = False
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            tcp = socket.create_server((host, port), family=family, backlog=64)
-            self._listeners = [tcp]
-            if ABSTRACT_UNIX:
-                local = socket.socket(socket.AF_UNIX)
-                local.bind(f"\0{name}")
-                local.listen(64)
-                self._listeners.append(local)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        bound_host, bound_port = tcp.getsockname()[:2]
-        self.address = f"{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port},{name}"
-        for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), name="expert-accept", daemon=True).start()
+        self._handler, self._native = handler, native
+        self._listener = Listener(self._serve, host, port, options or LinkOptions())
+        self.address = self._listener.address
 
     def close(self) -> None:
         """Stop listening and end every connection at once; a call being computed is lost. Idempotent."""
-        self._closed = True
-        for sock in (*self._listeners, *list(self._connections)):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        self._listener.close()
 
-    def _accept(self, listener: socket.socket) -> None:
-        while not self._closed:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                time.sleep(0.05)  # out of file descriptors, say: others may end
-                continue
-            self._connections.add(connection)
-            threading.Thread(target=self._serve, args=(connection,), name="expert-connection", daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        sock = connection
-        try:
-            sock = welcome(connection, self._tls, self._options)
-            self._connections.add(sock)  # another object, if TLS took the connection over
-            if self._native is not None and not isinstance(sock, ssl.SSLSocket):
-                self._native.serve(sock.fileno())
-                return
-            stream = FrameStream(sock)
-            while True:
-                stream.wait_frame(None)
-                self._answer(stream, _parse(pb.ExpertCallHeader, stream.read_header(STALL_S)))
-        except (OSError, EOFError, ProtocolError):
-            pass  # the trunk is gone, or does not speak our language: its link ends, others go on
-        finally:
-            self._connections -= {connection, sock}
-            sock.close()
+    def _serve(self, sock: socket.socket) -> None:
+        if self._native is not None and not isinstance(sock, ssl.SSLSocket):
+            self._native.serve(sock.fileno())
+            return
+        stream = FrameStream(sock)
+        while True:
+            stream.wait_frame(None)
+            self._answer(stream, parse(pb.ExpertCallHeader, stream.read_header(STALL_S)))
 
     def _answer(self, stream: FrameStream, header: pb.ExpertCallHeader) -> None:
+        if header.cancel:
+            return  # too late: that call has been answered
         rows, weights = wire.empty_rows(header), wire.empty_weights(header.num_rows)
         stream.read_into(wire.buffer(rows), STALL_S)
         stream.read_into(wire.buffer(weights), STALL_S)
         body: list[memoryview] = []
         try:
-            reply = answer(self._handler, ExpertCall(header.layer, header.expert, rows, weights, header.call_id))
+            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id)
+            call.taken_back = partial(_taken_back, stream, header.call_id)
+            reply = answer(self._handler, call)
             head, rows = wire.reply_header(reply), wire.sendable(reply.rows)
             body = [wire.buffer(rows)]
+        except CallCancelled:
+            head = pb.ExpertReplyHeader(call_id=header.call_id, status=pb.CANCELLED)
         except (ExpertFailed, ProtocolError) as error:
             head = wire.pack_error(header.call_id, error).header
         stream.write_frame(head, body, None, None)
 
 
-def _parse(kind: type[H], data: bytes) -> H:
+def _taken_back(stream: FrameStream, call_id: int) -> bool:
+    """Whether the frame behind a call, if one has come, takes it back, or the trunk is gone."""
     try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise ProtocolError(f"a header that is no {kind.__name__}: {error}") from None
-
-
-def _say(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        header = stream.peek_header()
+        after = None if header is None else pb.ExpertCallHeader.FromString(header)
+    except (OSError, EOFError):
+        return True
+    except DecodeError:
+        return False  # whoever reads it as the next call ends the connection
+    return after is not None and after.cancel and after.call_id == call_id

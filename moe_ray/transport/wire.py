@@ -184,6 +184,8 @@ def error_of(status: int, message: str) -> ExpertFailed | ProtocolError:
         return ExpertFailed(message)
     if status == pb.REFUSED:
         return ProtocolError(f"call refused: {message}")
+    if status == pb.CANCELLED:
+        return ProtocolError("the replica cancelled a call that was not taken back")
     return ProtocolError(f"header.status is {status}, which is not a CallStatus")
 
 

@@ -24,7 +24,7 @@ from moe_ray.llm import LLM, RequestOutput
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
-from moe_ray.serve.openai_stream import _Choice
+from moe_ray.serve.openai_choice import Choice
 
 torch.set_num_threads(1)
 VOCAB, EOS = 96, 2
@@ -241,7 +241,7 @@ def test_a_response_is_the_same_however_many_tokens_come_in_a_step(tokenizer: To
     whole[-1] = replace(whole[-1], finish_reason="stop", stop_token_id=tokens[-1])
 
     def told(sizes: list[int]) -> tuple[Any, ...]:
-        choice = _Choice(0, request, IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params), head="")
+        choice = Choice(0, request, IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params), head="")
         text, logprobs, at = "", [], 0
         while choice.finish_reason is None:
             part = whole[at : at + sizes[at]]

@@ -127,3 +127,13 @@ def test_a_bad_file_is_named_with_what_is_wrong(text: str, named: str) -> None:
 def test_options_that_mean_nothing_are_named(count: int, each: int | None, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         propose(HOT, count, each)
+
+
+def test_experts_that_share_an_actor_add_up() -> None:
+    assert imbalance([[30, 10, 5, 5]], (), 2).per_layer == (40 * 2 / 50,)
+    assert imbalance([[30, 10, 5]], (), 2).per_layer == (40 * 2 / 45,)
+    spare = frozenset({(0, 0)})
+    assert imbalance([[30, 10, 5, 5]], (spare,), 2).per_layer == (25 * 3 / 50,)
+    assert spread_layers([[30, 10, 5, 5]], 1, 4, 2) == ({(0, 0), (0, 1)},), "both relieve the hot group"
+    made = propose([[30, 10, 5, 5]], 1, 1, 2)
+    assert (made.before.total, made.after.total) == (pytest.approx(1.6), pytest.approx(1.5))

@@ -11,6 +11,7 @@ import pytest
 from moe_ray.experts.choice import (
     CALL_US,
     PACE_HALF_LIFE_S,
+    UNKNOWN_S,
     UNMEASURED_ROWS,
     Costs,
     Lateness,
@@ -132,11 +133,12 @@ def test_pace_forgets() -> None:
 
 def test_lateness_is_a_percentile_and_has_a_budget() -> None:
     late = Lateness(least_s=0.001)
-    assert late.limit_s(8) is None
+    assert late.limit_s(8) == UNKNOWN_S
     for i in range(101):
         late.observe(8, 0.2 if i % 50 == 0 else 0.010, 1)
     assert late.limit_s(8) == pytest.approx(0.020), "two in a hundred stalls do not move it"
-    assert late.limit_s(500) is None, "of calls of such a size nothing is known"
+    assert late.limit_s(500) == UNKNOWN_S, "of calls of such a size nothing is known"
+    assert late.limit_s(8000) == pytest.approx(10.24), "but the time it takes may grow with the rows"
     spent = sum(late.spend() for _ in range(100))
     assert spent == 6, "four to begin with, and two for a hundred calls"
     for _ in range(51):

@@ -32,35 +32,45 @@ class Worker:
 
 def test_a_sample_adds_up_what_a_replica_holds() -> None:
     loads = {(2, 5): KeyLoad(1, 4, 0.5, 0.25), (0, 5): KeyLoad(2, 8, 1.0, 0.5), (2, 6): KeyLoad(4, 16, 2.0, 1.0)}
-    assert Sample.of(3.0, loads) == Sample(3.0, KeyLoad(7, 28, 3.5, 1.75), (8, 0, 20))
-    assert Sample.of(3.0, {}) == Sample(3.0, KeyLoad(), ())
+    rows = {(2, 5): 4, (0, 5): 8, (2, 6): 16}
+    assert Sample.of(3.0, loads) == Sample(3.0, KeyLoad(7, 28, 3.5, 1.75), rows)
+    assert Sample.of(3.0, {}) == Sample(3.0, KeyLoad(), {})
 
 
 def test_rates_are_differences_over_the_time_between() -> None:
-    first = Sample(10.0, KeyLoad(5, 50, 1.0, 0.5), (20, 30))
-    last = Sample(14.0, KeyLoad(15, 90, 2.0, 0.53), (40, 50))
+    first = Sample(10.0, KeyLoad(5, 50, 1.0, 0.5), {(0, 5): 20, (1, 5): 30})
+    last = Sample(14.0, KeyLoad(15, 90, 2.0, 0.53), {(0, 5): 40, (1, 5): 50})
     got = between(first, last)
     assert (got.seconds, got.busy, got.rows_per_s, got.calls_per_s) == (4.0, 0.25, 10.0, 2.5)
-    assert (got.rows_per_call, got.rows_per_layer) == (4.0, (20, 20))
+    assert (got.rows_per_call, got.rows_per_layer) == (4.0, {5: (20, 20)})
     assert got.queue_ms == pytest.approx(3.0)
 
 
+def test_rows_are_told_by_expert_and_layer() -> None:
+    first = Sample(0.0, KeyLoad(), {(0, 3): 1, (2, 3): 2, (1, 5): 4})
+    last = Sample(1.0, KeyLoad(), {(0, 3): 11, (2, 3): 2, (1, 5): 40})
+    assert between(first, last).rows_per_layer == {3: (10, 0, 0), 5: (0, 36, 0)}
+
+
 def test_nothing_done_and_no_time_passed_are_zeros() -> None:
-    idle = Sample(10.0, KeyLoad(5, 50, 1.0, 0.5), (50,))
-    assert between(idle, Sample(12.0, idle.total, (50,))) == LoadWindow(2.0, 0, 0, 0, 0, 0, (0,))
-    assert between(idle, idle) == LoadWindow(0.0, 0, 0, 0, 0, 0, (0,))
+    idle = Sample(10.0, KeyLoad(5, 50, 1.0, 0.5), {(0, 5): 50})
+    assert between(idle, Sample(12.0, idle.total, idle.rows)) == LoadWindow(2.0, 0, 0, 0, 0, 0, {5: (0,)})
+    assert between(idle, idle) == LoadWindow(0.0, 0, 0, 0, 0, 0, {5: (0,)})
+    nobody = Sample(10.0, KeyLoad(), {})
+    assert between(nobody, nobody).rows_per_layer == {}
 
 
 def test_a_long_call_that_ends_in_a_short_window_is_not_more_than_busy() -> None:
-    assert between(Sample(0.0, KeyLoad(), (0,)), Sample(1.0, KeyLoad(1, 900, 7.0, 0.0), (900,))).busy == 1.0
+    first, last = Sample(0.0, KeyLoad(), {(0, 5): 0}), Sample(1.0, KeyLoad(1, 900, 7.0, 0.0), {(0, 5): 900})
+    assert between(first, last).busy == 1.0
 
 
 @pytest.mark.parametrize(("seconds", "begins"), [(0, 9), (1, 8), (2.5, 6), (9, 0), (60, 0)])
 def test_a_window_begins_at_the_newest_sample_that_is_old_enough(seconds: float, begins: int) -> None:
-    samples = [Sample(float(t), KeyLoad(t, t * t), (t * t,)) for t in range(10)]
+    samples = [Sample(float(t), KeyLoad(t, t * t), {(0, 5): t * t}) for t in range(10)]
     got = window(samples, seconds)
     assert got.seconds == 9 - begins
-    assert got.rows_per_layer == (81 - begins**2,)
+    assert got.rows_per_layer == {5: (81 - begins**2,)}
 
 
 def test_an_answer_goes_up_to_this_moment_and_leaves_no_trace() -> None:
@@ -74,7 +84,7 @@ def test_an_answer_goes_up_to_this_moment_and_leaves_no_trace() -> None:
         assert got.busy == pytest.approx(0.5)
         assert got.rows_per_s == pytest.approx(5.0)
         assert got.queue_ms == pytest.approx(2.0)
-    assert got.rows_per_layer == (0, 20, 0)
+    assert got.rows_per_layer == {5: (0, 20, 0)}
     assert got.seconds == 4.0
 
 
@@ -86,7 +96,7 @@ def test_a_minute_is_kept_and_no_more() -> None:
         worker.work(second % 3, 1, 2)
         sampler.sample()
     assert sampler.window(1000).seconds == 60
-    assert sum(sampler.window(1000).rows_per_layer) == 2 * 60
+    assert sum(sampler.window(1000).rows_per_layer[5]) == 2 * 60
     assert sampler.window(10).rows_per_s == 2.0
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from moe_ray.core import ExpertCall
+from moe_ray.core import ExpertCall, ExpertReply
 from moe_ray.errors import ExpertFailed, ProtocolError
 from moe_ray.experts.load import KeyLoad
 from moe_ray.experts.worker import MAX_BATCHED_ROWS, ExpertWorker
@@ -28,14 +28,14 @@ class Gated(TorchFFN):
         super().__init__(*(torch.randn(WIDTH, WIDTH, generator=g) for _ in range(3)), "silu")
         self.gate, self.entered = threading.Event(), threading.Event()
         self.batches: list[int] = []
-        self.fail = False
+        self.fail: type[Exception] | None = None
 
     def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.batches.append(len(rows))
         self.entered.set()
         assert self.gate.wait(20)
-        if self.fail:
-            raise RuntimeError("the device fell off")
+        if self.fail is not None:
+            raise self.fail("the device fell off")
         return super().forward(rows, weights)
 
 
@@ -70,13 +70,17 @@ def queue_up(worker: ExpertWorker, layers: list[Gated], pool: ThreadPoolExecutor
     return futures
 
 
+def let_go(layers: list[Gated], futures: list) -> list[ExpertReply]:
+    """Let all compute; what came of it."""
+    for layer in layers:
+        layer.gate.set()
+    return [future.result(20) for future in futures]
+
+
 def test_waiting_calls_of_a_layer_are_one_batch(worker: ExpertWorker, layers: list[Gated]) -> None:
     calls = [call(0, 3, 1), call(1, 2, 2), call(0, 4, 3), call(1, 5, 4), call(1, 1, 5), call(0, 1, 6)]
     with ThreadPoolExecutor(len(calls)) as pool:
-        futures = queue_up(worker, layers, pool, calls)
-        for layer in layers:
-            layer.gate.set()
-        replies = [future.result(20) for future in futures]
+        replies = let_go(layers, queue_up(worker, layers, pool, calls))
     assert layers[0].batches == [3, 5]
     assert layers[1].batches == [8]
     for one, reply in zip(calls, replies, strict=True):
@@ -112,16 +116,12 @@ def test_each_layer_is_counted_for_itself(worker: ExpertWorker, layers: list[Gat
 def test_a_batch_has_a_limit(worker: ExpertWorker, layers: list[Gated]) -> None:
     calls = [call(0, 1), call(1, MAX_BATCHED_ROWS), call(1, 1)]
     with ThreadPoolExecutor(len(calls)) as pool:
-        futures = queue_up(worker, layers, pool, calls)
-        for layer in layers:
-            layer.gate.set()
-        for future in futures:
-            future.result(20)
+        let_go(layers, queue_up(worker, layers, pool, calls))
     assert sorted(layers[1].batches) == [1, MAX_BATCHED_ROWS]
 
 
 def test_a_failure_reaches_every_call_of_the_batch_and_no_other(worker: ExpertWorker, layers: list[Gated]) -> None:
-    layers[1].fail = True
+    layers[1].fail = RuntimeError
     calls = [call(0, 1), call(1, 2), call(1, 3), call(0, 2)]
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = queue_up(worker, layers, pool, calls)
@@ -133,9 +133,32 @@ def test_a_failure_reaches_every_call_of_the_batch_and_no_other(worker: ExpertWo
                     future.result(20)
             else:
                 assert future.result(20).rows.shape == one.rows.shape
-    layers[1].fail = False
+    layers[1].fail = None
     assert worker.forward(call(1, 2)).rows.shape == (2, WIDTH)
     assert worker.stats().queued_rows == 0
+
+
+def test_an_unforeseen_error_leaves_nobody_waiting(worker: ExpertWorker, layers: list[Gated]) -> None:
+    layers[0].fail = TypeError
+    calls = [call(0, 1, 1), call(0, 2, 2), call(0, 3, 3), call(1, 4, 4)]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = queue_up(worker, layers, pool, calls)
+        for layer in layers:
+            layer.gate.set()
+        errors = [future.exception(20) for future in futures]
+    assert [type(error) for error in errors] == [TypeError, TypeError, ExpertFailed, type(None)]
+    assert worker.stats().queued_rows == 0
+
+
+def test_turns_come_in_the_order_of_arrival(layers: list[Gated]) -> None:
+    """So that experts that several trunks call at once all answer the same trunk first."""
+    ffn = ExpertFFN({(layer, 5): gated for layer, gated in enumerate(layers)})
+    worker = ExpertWorker(ffn, WIDTH, Numerics("float32", "cpu"), max_batched_rows=1)  # each call by itself
+    layers[0].batches = layers[1].batches
+    calls = [call(number % 2, 1 + number, number) for number in range(8)]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        let_go(layers, queue_up(worker, layers, pool, calls))
+    assert layers[0].batches == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_call_that_does_not_fit_is_refused_before_it_waits(worker: ExpertWorker) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import INDEX, SINGLE, Checkpoint, TensorSpec, expert_specs, trunk_specs
-from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
@@ -106,12 +106,12 @@ def test_each_process_reads_its_own_bytes_only(random_model: Path) -> None:
     for expert in range(EXPERTS):
         checkpoint = Checkpoint.open(random_model)
         assert checkpoint.bytes_read == 0, "opening reads no tensor"
-        ffn = ExpertFFN.load(checkpoint, {(layer, expert) for layer in range(LAYERS)}, Numerics("bfloat16", "cpu"))
+        ffn = read_experts(checkpoint, {(layer, expert) for layer in range(LAYERS)}, Numerics("bfloat16", "cpu"))
         own = sum(t.nbytes for name, t in tensors.items() if _owner(name) == f"expert{expert}")
         assert checkpoint.bytes_read == own
         assert ffn.nbytes == own // 2
     part = Checkpoint.open(random_model)
-    ExpertFFN.load(part, {(2, 5)}, Numerics("float32", "cpu"))
+    read_experts(part, {(2, 5)}, Numerics("float32", "cpu"))
     assert part.bytes_read == 3 * 4 * 64 * 112
 
 
@@ -121,7 +121,7 @@ def test_an_expert_does_not_need_the_shards_of_others(sharded: Path, damage: str
         if path.stem != "expert3":
             path.unlink() if damage == "deleted" else path.write_bytes(b"garbage")
     checkpoint = Checkpoint.open(sharded)
-    ffn = ExpertFFN.load(checkpoint, {(layer, 3) for layer in range(LAYERS)}, Numerics("float32", "cpu"))
+    ffn = read_experts(checkpoint, {(layer, 3) for layer in range(LAYERS)}, Numerics("float32", "cpu"))
     assert checkpoint.bytes_read == ffn.nbytes == LAYERS * 3 * 4 * 64 * 112
     specs = expert_specs(checkpoint.config, 0, 2)
     refused(lambda: checkpoint.check(iter(specs)), "expert2.safetensors")
@@ -131,6 +131,49 @@ def test_a_sharded_checkpoint_reads_as_the_whole_one(sharded: Path, random_model
     one, other = Checkpoint.open(sharded), Checkpoint.open(random_model)
     for spec in all_specs(one.config):
         assert torch.equal(one.read(spec, torch.float32), other.read(spec, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bfloat16_without_torch_is_torchs(whole: Path, dtype: torch.dtype) -> None:
+    change(whole, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    checkpoint = Checkpoint.open(whole)
+    for spec in expert_specs(checkpoint.config, 2, 3):
+        read, start = checkpoint.read(spec, torch.bfloat16), checkpoint.bytes_read
+        again = torch.from_numpy(checkpoint.read_bfloat16(spec).view("int16")).view(torch.bfloat16)
+        assert torch.equal(again, read)
+        assert checkpoint.bytes_read - start == start, "each way counts what it took"
+        checkpoint.bytes_read = 0
+
+
+def test_a_fingerprint_is_that_of_the_values(sharded: Path, random_model: Path, whole: Path) -> None:
+    def prints(directory: Path) -> dict[tuple[int, int], bytes]:
+        checkpoint = Checkpoint.open(directory)
+        found = {
+            (layer, expert): checkpoint.fingerprint(expert_specs(checkpoint.config, layer, expert))
+            for layer in range(LAYERS)
+            for expert in range(EXPERTS)
+        }
+        assert checkpoint.bytes_read == 0
+        return found
+
+    before = prints(random_model)
+    assert len(set(before.values())) == LAYERS * EXPERTS, "no two experts are alike"
+    assert prints(sharded) == prints(whole) == before, "wherever the same values lie"
+    name = "model.layers.1.block_sparse_moe.experts.6.w2.weight"
+    change(whole, lambda tensors: tensors.update({name: tensors[name] * (1 + 2**-20)}))
+    assert {key for key, value in prints(whole).items() if value != before[key]} == {(1, 6)}
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(whole: Path) -> None:
+    checkpoint = Checkpoint.open(whole)
+    specs = expert_specs(checkpoint.config, 3, 7)
+    checkpoint.check(iter(specs))
+    data = (whole / SINGLE).read_bytes()
+    first = min(specs, key=checkpoint._start_of)
+    with open(whole / SINGLE, "r+b") as file:
+        file.truncate(checkpoint._start_of(first) + 100)
+    refused(lambda: checkpoint.read_bfloat16(first), SINGLE, first.name, "bytes early")
+    (whole / SINGLE).write_bytes(data)
 
 
 def test_missing_tensor(whole: Path) -> None:

@@ -162,6 +162,52 @@ def test_what_does_not_fit_is_refused_and_the_link_lives_on(
     link.close()
 
 
+@pytest.fixture
+def busy_host(worker: ExpertWorker, address: str) -> Iterator[ExpertWorker]:
+    """The worker while other trunks keep its compute thread busy, so that calls queue."""
+    ended = threading.Event()
+
+    def trunk() -> None:
+        link = link_to(address)
+        while not ended.is_set():
+            link.send(call(0, 4000)).result(20)
+        link.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        trunks = [pool.submit(trunk) for _ in range(2)]
+        yield worker
+        ended.set()
+        for running in trunks:
+            running.result()
+    assert worker.stats().queued_rows == 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_call_taken_back_while_it_queues_is_not_computed(busy_host: ExpertWorker, address: str, native: bool) -> None:
+    link, key, turns = link_to(address, native), (2, EXPERT), 50
+    wanted = busy_host.forward(call(2, 5)).rows
+    before, cancelled = busy_host.key_loads()[key], busy_host.stats().cancelled
+    for _ in range(turns):
+        link.send(call(2, 3)).cancel()
+        assert torch.equal(link.send(call(2, 5)).result(20).rows, wanted), "the call behind it"
+    skipped = busy_host.stats().cancelled - cancelled
+    done = busy_host.key_loads()[key]
+    assert skipped > 0
+    assert (done.calls - before.calls, done.rows - before.rows) == (2 * turns - skipped, 8 * turns - 3 * skipped)
+    link.close()
+
+
+def test_a_call_of_a_trunk_that_went_away_is_not_computed(busy_host: ExpertWorker, address: str) -> None:
+    before = busy_host.stats().cancelled
+    for _ in range(100):
+        link = link_to(address)
+        link.send(call(1, 3))
+        link.close()
+        if busy_host.stats().cancelled > before:
+            return
+    raise AssertionError("every call was computed for nobody")
+
+
 @pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", struct.pack("<I", 3) + b"\xff\xff\xff", b"\x05"])
 def test_garbage_ends_that_connection_alone(worker: ExpertWorker, address: str, garbage: bytes) -> None:
     healthy = link_to(address)

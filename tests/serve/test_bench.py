@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Served
+from served import Served
 
 from moe_ray.bench.processes import own_server, pss_mib
 from moe_ray.bench.serve import ServeBenchOptions, run_serve

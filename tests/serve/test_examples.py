@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from conftest import Served, wait_ready
+from served import Served, wait_ready
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -25,7 +25,7 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_every_example_is_run_here() -> None:
-    tested = {"chat_stream.py", "many_at_once.py", "offline.py", "serve_config.yaml"}
+    tested = {"chat_stream.py", "hot_experts.py", "many_at_once.py", "offline.py", "serve_config.yaml"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
 
 
@@ -49,6 +49,16 @@ def test_many_at_once(served_demo: Served) -> None:
     assert all("tokens/s: " in line and line.endswith("…") for line in answers)
     assert not blank
     assert total.startswith("16 answers, 256 tokens in ")
+
+
+def test_hot_experts(served_demo: Served) -> None:
+    flags = ("-n", "3", "--calm", "2", "--hot", "4", "--cool", "2")
+    *lines, blank, total = run("hot_experts.py", "--url", served_demo.url, *flags).strip().splitlines()
+    assert [line.split()[2] for line in lines] == ["calm", "hot", "hot", "cool"]
+    assert all(line.count("▮") == 8 for line in lines), "one replica of each expert"
+    assert int(lines[2].split()[3]) > 0
+    assert not blank
+    assert total.endswith("tokens, 0 failed requests, 8 replicas at most")
 
 
 def test_offline() -> None:

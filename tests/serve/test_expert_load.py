@@ -5,27 +5,31 @@ from __future__ import annotations
 import asyncio
 import collections
 import io
+import json
 import re
 import time
 from typing import Any
 
 import httpx
 import pytest
-from conftest import Served
 from rich.console import Console
+from served import Served
 
+from moe_ray.experts.balance import parse_load
+from moe_ray.experts.placement import experts_in
 from moe_ray.serve import discovery
 from moe_ray.serve.discovery import ask_each
-from moe_ray.serve.load import busiest, overview
+from moe_ray.serve.load import busiest, by_replica, overview
 
 LAYERS, TOP_K = 4, 2
 SERIES = re.compile(r"ray_moe_ray_expert_(\w+)\{(.*)\} (\S+)")
 TAG = re.compile(r'(\w+)="([^"]*)"')
 
 
-def answer(name: str, rows_per_layer: list[int], busy: float = 0.5) -> dict[str, Any]:
+def answer(name: str, rows_per_layer: dict[int, tuple[int, ...]], busy: float = 0.5) -> dict[str, Any]:
+    rows = sum(map(sum, rows_per_layer.values()))
     load = {
-        **{"seconds": 10.0, "busy": busy, "rows_per_s": sum(rows_per_layer) / 10, "calls_per_s": 1.0},
+        **{"seconds": 10.0, "busy": busy, "rows_per_s": rows / 10, "calls_per_s": 1.0},
         **{"rows_per_call": 3.0, "queue_ms": 0.25, "rows_per_layer": rows_per_layer},
     }
     place = {"replica_id": name, "node_id": "n", "pid": 7, "weight_bytes": 100}
@@ -33,8 +37,8 @@ def answer(name: str, rows_per_layer: list[int], busy: float = 0.5) -> dict[str,
 
 
 def test_an_overview_adds_up_replicas_and_compares_experts() -> None:
-    answers = {1: [answer("b", [10, 0], 0.2), answer("a", [20, 30], 0.6)], 0: [answer("c", [0, 20])], 2: []}
-    got = overview(answers)
+    both = [answer("b", {1: (10, 0)}, 0.2), answer("a", {1: (20, 30)}, 0.6)]
+    got = overview({"Expert1": both, "Expert0": [answer("c", {0: (0, 20)})], "Expert2": []})
     assert [expert["expert"] for expert in got["experts"]] == [0, 1, 2]
     zero, one, two = got["experts"]
     assert [replica["replica_id"] for replica in one["replicas"]] == ["a", "b"]
@@ -42,13 +46,40 @@ def test_an_overview_adds_up_replicas_and_compares_experts() -> None:
     assert two == {"expert": 2, "replicas": [], "rows_per_layer": [], "rows_per_s": 0, "busy": 0}
     assert got["max_over_mean"] == 60 / 40, "the mean is over experts that answer"
     assert busiest(got["experts"]) == 1
-    replica = {"replica_id": "c", "node_id": "n", "pid": 7, "busy": 0.5, "rows_per_s": 2.0, "rows_per_call": 3.0}
-    assert zero["replicas"] == [{**replica, "queue_ms": 0.25, "queued_rows": 2, "weight_bytes": 100}]
+    place = {"deployment": "Expert0", "replica_id": "c", "node_id": "n", "pid": 7}
+    rates = {"rows_per_layer": [0, 20], "rows_per_s": 2.0, "busy": 0.5, "rows_per_call": 3.0, "queue_ms": 0.25}
+    assert zero["replicas"] == [{**place, **rates, "queued_rows": 2, "weight_bytes": 100}]
+
+
+def test_groups_and_spares_are_told_apart_by_expert() -> None:
+    got = overview(
+        {
+            "Spare0": [answer("s", {1: (0, 5), 2: (7, 0)})],
+            "Experts2-3": [answer("y", {2: (1, 2), 3: (3, 4)})],
+            "Experts0-1": [answer("x", {0: (10, 20), 1: (30, 40)}), answer("w", {0: (1, 1), 1: (1, 1)})],
+            "Expert4": [],
+        }
+    )
+    rows = {expert["expert"]: expert["rows_per_layer"] for expert in got["experts"]}
+    assert rows == {0: [11, 21], 1: [31, 46], 2: [8, 2], 3: [3, 4], 4: []}
+    names = {expert["expert"]: [r["replica_id"] for r in expert["replicas"]] for expert in got["experts"]}
+    assert names == {0: ["w", "x"], 1: ["w", "x", "s"], 2: ["y", "s"], 3: ["y"], 4: []}
+    assert [expert["rows_per_s"] for expert in got["experts"]] == [3.2, 7.7, 1.0, 0.7, 0]
+    assert got["max_over_mean"] == 77 * 4 / (32 + 77 + 10 + 7)
+    assert busiest(got["experts"]) == 1
+    assert parse_load(json.dumps({"experts": got["experts"][:4]}), "f") == [[11, 31, 8, 3], [21, 46, 2, 4]]
+    whole = [(r["deployment"], r["replica_id"], r["rows_per_s"]) for r in by_replica(got["experts"])]
+    assert whole == [
+        ("Experts0-1", "w", pytest.approx(0.4)),
+        ("Experts0-1", "x", 10.0),
+        ("Experts2-3", "y", 1.0),
+        ("Spare0", "s", 1.2),
+    ]
 
 
 def test_an_overview_of_nothing() -> None:
     assert overview({}) == {"experts": [], "window_s": 10.0, "max_over_mean": None}
-    assert overview({0: [answer("a", [0, 0])]})["max_over_mean"] is None
+    assert overview({"Expert0": [answer("a", {0: (0, 0)})]})["max_over_mean"] is None
 
 
 def experts(served: Served) -> dict[str, Any]:
@@ -161,5 +192,7 @@ def test_prometheus_sees_the_rows(served_random: Served, worked: dict[str, Any])
         *("rows_total", "busy_fraction", "queue_wait_ms", "rows_per_call", "queued_rows")
     }
     for name, tags, _ in series:
-        assert f"#Expert{tags['expert']}#" in tags["replica"]
-        assert ("layer" in tags) == (name == "rows_total")
+        assert f"#{tags['deployment']}#" in tags["replica"]
+        assert ("layer" in tags) == ("expert" in tags) == (name == "rows_total")
+        if "expert" in tags and (held := experts_in(tags["deployment"])):
+            assert int(tags["expert"]) in held

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Served, wait_ready
+from served import Served, wait_ready
 
 
 def statuses(served: Served, deployment: str) -> list[dict[str, Any]]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
-from conftest import Served
+from served import Served
 
 from moe_ray.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from tests.conftest import Reference
+    from reference import Reference
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 QUESTIONS = ["What is the capital of France?", "Name three rivers in Europe.", "Who wrote Romeo and Juliet?"]

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from moe_ray import errors
-from moe_ray.core import Request, TokenEvent, TokenLogprobs
+from moe_ray.core import Request, RoutedExperts, TokenEvent, TokenLogprobs
 from moe_ray.engine.tokenizer import Tokenizer
 from moe_ray.serve.openai import (
     MAX_CHOICES,
     Body,
     check_model,
-    error_body,
     parse_chat,
     parse_completion,
     to_requests,
 )
+from moe_ray.serve.openai_errors import error_body
 from moe_ray.serve.openai_stream import DONE, Responder
-from moe_ray.serve.trunk_wire import pack_event, unpack_event
+from moe_ray.serve.trunk_wire import pack_event, pack_request, unpack_event, unpack_request
 
+TEXT_ONLY = {"stop": (), "include_stop_str_in_output": False, "skip_special_tokens": True}
+"""What of the sampling parameters stays with the gateway."""
 HI = [{"role": "user", "content": "Hi"}]
 MAX_LEN = 512
 
@@ -90,11 +93,14 @@ def test_every_parameter_reaches_the_sampler(tokenizer: Tokenizer) -> None:
         "ignore_eos": True,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
+        "return_routed_experts": True,
     }
     more = {"logit_bias": {"5": -100}, "stop": ["a", "b"], "stop_token_ids": [4]}
     for body in (completion(**given, **more, logprobs=3), chat(**given, **more, logprobs=True, top_logprobs=3)):
         ((_, request),) = to_requests(body, tokenizer, MAX_LEN, "r")
         assert {name: getattr(request.sampling, name) for name in given} == given
+        at_the_trunk = unpack_request(pack_request(request))
+        assert at_the_trunk == replace(request, sampling=replace(request.sampling, **TEXT_ONLY))
         assert request.sampling.logit_bias == {5: -100.0}
         assert request.sampling.stop == ("a", "b")
         assert request.sampling.stop_token_ids == (4,)
@@ -248,6 +254,7 @@ def test_chat_messages(tokenizer: Tokenizer) -> None:
 def test_every_error_has_a_status() -> None:
     expected = {
         errors.InvalidRequest: 400,
+        errors.Unauthorized: 401,
         errors.ModelNotFound: 404,
         errors.Overloaded: 429,
         errors.NotReady: 503,
@@ -540,3 +547,61 @@ def test_degraded_positions_are_told(tokenizer: Tokenizer) -> None:
     assert told == [[0, 4, 6]], "once, with the finish reason"
     healthy = Run(chat(), tokenizer, [(0, TokenEvent("r", (19556,), finish_reason="length"))])
     assert "degraded_positions" not in healthy.full()["choices"][0]
+
+
+def routed(start: int, positions: int) -> RoutedExperts:
+    """Experts that say which position, layer and place they are of: 100 position + 10 layer + k; two layers, top 2."""
+    numbers = [
+        100 * p + 10 * layer + k for p in range(start, start + positions) for layer in range(2) for k in range(2)
+    ]
+    return RoutedExperts(start, (positions, 2, 2), b"".join(n.to_bytes(2, "little") for n in numbers))
+
+
+def cells(start: int, end: int) -> list[list[list[int]]]:
+    return [[[100 * p + 10 * layer + k for k in range(2)] for layer in range(2)] for p in range(start, end)]
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+def test_routed_experts_are_told_by_position(tokenizer: Tokenizer, make: Any) -> None:
+    body = make(return_routed_experts=True, stop="zzz", max_tokens=9)
+    prompt = len(to_requests(body, tokenizer, MAX_LEN, "r")[0][1].prompt_token_ids)
+    (z,) = tokenizer.encode("z")
+    events = [
+        TokenEvent("r", (19556,), routed_experts=routed(0, prompt)),
+        TokenEvent("r", (z,), routed_experts=routed(prompt, 1)),  # held back: it may be the stop string
+        TokenEvent("r", (28,), routed_experts=routed(0, prompt + 2)),  # replayed on another trunk
+        TokenEvent("r", (19556, 28), routed_experts=routed(prompt + 2, 2)),
+        TokenEvent("r", (19556,), finish_reason="length", routed_experts=routed(prompt + 4, 1)),
+    ]
+    assert [unpack_event(pack_event(event)) for event in events] == events
+    run = Run(body, tokenizer, [(0, event) for event in events])
+    whole = run.full()
+    (Completion if make is completion else ChatCompletion).model_validate(whole)
+    assert whole["choices"][0]["routed_experts"] == cells(0, prompt + 5)
+    assert len(whole["choices"][0]["routed_experts"]) == whole["usage"]["total_tokens"] - 1
+    chunks = [c for e in run.stream() for c in e["choices"]]
+    told = [(c["routed_experts_start"], c["routed_experts"]) for c in chunks if "routed_experts" in c]
+    bounds = [0, prompt, prompt + 2, prompt + 4, prompt + 5]
+    assert told == [(a, cells(a, b)) for a, b in itertools.pairwise(bounds)]
+    silent = Run(make(), tokenizer, [(0, replace(event, routed_experts=None)) for event in events])
+    assert "routed_experts" not in json.dumps(silent.full()) + json.dumps(silent.stream())
+
+
+def test_positions_behind_a_stop_string_are_not_told(tokenizer: Tokenizer) -> None:
+    body = completion(return_routed_experts=True, stop=",")
+    (request,) = [request for _, request in to_requests(body, tokenizer, MAX_LEN, "r")]
+    prompt, tokens = len(request.prompt_token_ids), tuple(tokenizer.encode("Hi, there Hi"))
+    assert len(tokens) == 4
+    events = [(0, TokenEvent("r", tokens, finish_reason="length", routed_experts=routed(0, prompt + 3)))]
+    run = Run(body, tokenizer, events)
+    assert run.full()["choices"][0]["routed_experts"] == cells(0, prompt + 1)
+    (last,) = [c for e in run.stream() for c in e["choices"]]
+    assert (last["finish_reason"], last["routed_experts_start"]) == ("stop", 0)
+    assert last["routed_experts"] == cells(0, prompt + 1)
+
+
+def test_a_trunk_that_leaves_a_position_out_is_an_error(tokenizer: Tokenizer) -> None:
+    body = completion(return_routed_experts=True)
+    run = Run(body, tokenizer, [(0, TokenEvent("r", (28,), finish_reason="length", routed_experts=routed(1, 2)))])
+    with pytest.raises(errors.ProtocolError):
+        run.full()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import Served
+from served import Served
 
 from moe_ray.config import load_config
 from moe_ray.core import Request, SamplingParams
@@ -27,12 +27,12 @@ from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.experts.pool import ExpertPool
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.numerics import Numerics
-from moe_ray.serve.discovery import discover_experts
+from moe_ray.serve.discovery import ExpertDiscovery
 from moe_ray.serve.links import link_options
 from moe_ray.transport import connect
 
 if TYPE_CHECKING:
-    from tests.conftest import Reference
+    from reference import Reference
 
 NEW_TOKENS = 64
 CARRIERS = ("local", "socket", "grpc", "ray")
@@ -61,7 +61,7 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
                 serve.get_deployment_handle(f"Expert{e}", served.app_name) for e in range(model.num_local_experts)
             ]
             links = Directory(
-                discover_experts(handles),
+                ExpertDiscovery(handles).ask,
                 lambda info: connect(carrier, info, link_options(config)),
                 model_keys(model.num_hidden_layers, model.num_local_experts),
             )

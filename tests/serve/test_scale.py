@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import threading
 import time
 from typing import Any
 
 import pytest
-from conftest import Served
+from asking import Asking
 from rich.console import Console
+from served import Served
 from test_faults import complete, statuses
 
 from moe_ray.errors import ConfigError, NotReady
@@ -21,33 +21,6 @@ EXPERT = 2
 def pids(served: Served, *, without: str = "") -> dict[str, set[int]]:
     names = [name for name in ("Gateway", "Trunk", *(f"Expert{e}" for e in range(8))) if name != without]
     return {name: {status["pid"] for status in statuses(served, name)} for name in names}
-
-
-class Streams:
-    """Asks the same greedy question over and over, in a thread, and keeps the answers."""
-
-    def __init__(self, served: Served, prompt: Any) -> None:
-        self.answers: list[str] = []
-        self._served, self._prompt, self._stop = served, prompt, threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self.answers.append(complete(self._served, self._prompt))
-        except BaseException as error:  # noqa: BLE001 - raised in the test's thread
-            self._failure = error
-
-    def __enter__(self) -> Streams:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
 
 
 def by_hand(served: Served, experts: list[int], replicas: int | None, timeout_s: float = 60) -> str:
@@ -72,7 +45,7 @@ def test_one_two_one_under_a_stream(served_random: Served) -> None:
         (trunk,) = statuses(served_random, "Trunk")
         return [replica for replica in trunk["links"] if f"#{name}#" in replica]
 
-    with Streams(served_random, prompt) as streams:
+    with Asking(lambda: complete(served_random, prompt)) as streams:
         assert name in by_hand(served_random, [EXPERT], 2)
         eventually(lambda: len(linked()) == 2, 2.0)  # long before `refresh_s`: the trunk heard of it
         both = statuses(served_random, name)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from dataclasses import dataclass
 
 import pytest
 from ray.exceptions import RpcError
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from moe_ray.config import load_config
 from moe_ray.experts.autoscale import ExpertState, ScaleOptions
-from moe_ray.serve.scaling import DECIDE_EVERY_S, Scaler, autoscaling_config, measured, wait_until_quiet
+from moe_ray.serve.scaling import (
+    DECIDE_EVERY_S,
+    Scaler,
+    autoscaling_config,
+    measured,
+    wait_until_quiet,
+    within_serve,
+)
+
+CONTEXT_FIELDS = list(inspect.signature(AutoscalingContext).parameters)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,18 @@ def test_serve_takes_the_configuration(enabled: bool) -> None:
         assert kwargs["options"]["max_total"] == (20 if enabled else None)
         policy = config.policy.get_policy()(**kwargs)
         assert type(policy).__name__ == "ExpertPolicy"
+
+
+@pytest.mark.parametrize(
+    ("serve", "bounds"),
+    [((1, 64), (2, 6)), ((3, 64), (3, 6)), ((1, 4), (2, 4)), ((8, 64), (8, 8)), ((None, None), (2, 6))],
+)
+def test_the_policy_keeps_within_what_serve_is_told_later(
+    serve: tuple[int | None, int | None], bounds: tuple[int, int]
+) -> None:
+    context = AutoscalingContext(**dict.fromkeys(CONTEXT_FIELDS))
+    context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas = serve
+    assert within_serve((2, 6), context) == bounds
 
 
 def test_a_replica_that_is_still_called_lingers() -> None:

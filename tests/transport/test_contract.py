@@ -191,6 +191,21 @@ def test_a_late_reply_is_nobody_elses(replica: Replica, link: Link) -> None:
         assert_answers(link, make_call(seed=seed))
 
 
+def test_a_call_taken_back_is_nobody_elses(replica: Replica, link: Link) -> None:
+    """Late, unread or answered already: taking a call back never costs the link, nor another call its reply."""
+    slow, behind = link.send(make_call(echo.SLOW, layer=100, seed=1)), link.send(make_call(seed=2))
+    behind.cancel()
+    slow.cancel()
+    slow.cancel()
+    for seed in range(3, 8):
+        assert_answers(link, make_call(seed=seed))
+    answered = link.send(make_call(seed=9))
+    assert_answers(link, make_call(seed=10))
+    answered.cancel()
+    assert_answers(link, make_call(seed=11))
+    assert not link.broken
+
+
 def test_links_to_one_replica_are_independent(replica: Replica, link: Link) -> None:
     def use(seed: int) -> None:
         other = replica.connect()

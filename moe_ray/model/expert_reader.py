@@ -1,0 +1,107 @@
+"""Makes the networks of one replica's keys, one by one: of the checkpoint's tensors, or of another replica's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from moe_ray.core import ExpertKey
+from moe_ray.model.checkpoint import Checkpoint, Progress, expert_specs
+from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
+from moe_ray.model.numerics import Numerics
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """Memory for one key's weights. Once `buffers` are filled with those of a like `FFN`, `make` makes its equal."""
+
+    buffers: list[memoryview]
+    make: Callable[[], FFN]
+
+
+class ExpertReader:
+    """Reads what one replica holds. Not thread-safe, as the checkpoint is not."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
+    ) -> None:
+        """Check every tensor of `keys`, reading none. `progress` is told of each key made. Raises `CheckpointError`."""
+        config = checkpoint.config
+        self._checkpoint, self._how, self._progress = checkpoint, how, progress
+        self._specs = {key: expert_specs(config, *key) for key in sorted(keys)}
+        self._stored = {key: checkpoint.check(iter(specs)) for key, specs in self._specs.items()}
+        self._kernels = how.kernels if NativeFFN.supports(config, how) else None
+        self._done = 0
+        self.keys = tuple(self._specs)
+        """Ascending."""
+        layout = self._kernels.packing if self._kernels is not None else "w1 over w3, w2"
+        self.format = f"{layout}, {how.dtype}, {config.hidden_size} x {config.intermediate_size}"
+        """What the bytes of a key's weights are in memory: between replicas of one format they may travel."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes taken from the checkpoint."""
+        return self._checkpoint.bytes_read
+
+    def read(self, key: ExpertKey) -> FFN:
+        """Make one key of the checkpoint's tensors. Raises `CheckpointError`."""
+        ffn: FFN
+        if self._kernels is not None:
+            w1, w3, w2 = map(self._checkpoint.read_bfloat16, self._specs[key])
+            ffn = NativeFFN(w1, w3, w2, self._kernels)
+        else:
+            from moe_ray.model.torch_expert import TorchFFN
+
+            dtype, device = self._how.torch_dtype, self._how.torch_device
+            gate, up, down = (self._checkpoint.read(spec, dtype, device) for spec in self._specs[key])
+            ffn = TorchFFN(gate, up, down, self._checkpoint.config.hidden_act)
+        self._made(key)
+        return ffn
+
+    def blank(self, key: ExpertKey) -> Blank:
+        """Memory for one key's weights, to be filled from elsewhere."""
+        inner, hidden = self._specs[key][0].shape
+        if self._kernels is not None:
+            kernels = self._kernels
+            gate_up, down = kernels.packed(inner, hidden, 2), kernels.packed(hidden, inner)
+
+            def packed() -> FFN:
+                self._made(key)
+                return NativeFFN.packed(gate_up, down, kernels)
+
+            return Blank([memoryview(gate_up.memory), memoryview(down.memory)], packed)
+
+        import torch
+
+        from moe_ray.model.torch_expert import TorchFFN, bytes_of
+
+        w13 = torch.empty((2 * inner, hidden), dtype=self._how.torch_dtype)
+        w2 = torch.empty((hidden, inner), dtype=self._how.torch_dtype)
+
+        def joined() -> FFN:
+            device = self._how.torch_device
+            self._made(key)
+            return TorchFFN.joined(w13.to(device), w2.to(device), self._checkpoint.config.hidden_act)
+
+        return Blank([bytes_of(w13), bytes_of(w2)], joined)
+
+    def fingerprint(self, key: ExpertKey) -> bytes:
+        """Names the weights of one key in this checkpoint by samples of their values. Raises `CheckpointError`."""
+        return self._checkpoint.fingerprint(self._specs[key])
+
+    def close(self) -> None:
+        """Unmap the checkpoint's files."""
+        self._checkpoint.close()
+
+    def _made(self, key: ExpertKey) -> None:
+        self._done += self._stored[key]
+        if self._progress is not None:
+            self._progress(self._done, sum(self._stored.values()))
+
+
+def read_experts(
+    checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
+) -> ExpertFFN:
+    """Read just the tensors of `keys`. Raises `CheckpointError`."""
+    reader = ExpertReader(checkpoint, keys, how, progress)
+    return ExpertFFN({key: reader.read(key) for key in reader.keys})
