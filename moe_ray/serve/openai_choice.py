@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from moe_ray.core import Request, TokenEvent, TokenLogprobs
 from moe_ray.engine.routing import RoutedRows
@@ -72,18 +76,25 @@ class Choice:
     def routed(self, since_last: bool = False) -> dict[str, Any]:
         """The response's fields on the experts of each computed position; none where they are not asked for.
 
-        `routed_experts` is [positions][num_hidden_layers][num_experts_per_tok]. Position i is token i of prompt and
-        output; the last token of the output is not computed. With `since_last` (a chunk): the positions that no chunk
-        before had, from `routed_experts_start` on, if there are any.
+        `routed_experts` is [positions, num_hidden_layers, num_experts_per_tok] as vLLM writes it: base64 of a .npy
+        file. Position i is token i of prompt and output; the last token of the output is not computed. With
+        `since_last` (a chunk): the positions that no chunk before had, from `routed_experts_start` on, if there are
+        any.
         """
         if not self.request.sampling.return_routed_experts:
             return {}
         # The engine may have computed tokens behind the end of a stop string: no part of the answer.
         end = min(len(self.request.prompt_token_ids) + self.num_tokens - 1, self.known.count)
         if not since_last:
-            return {"routed_experts": self.known.rows(0, end).tolist()}
+            return {"routed_experts": _npy(self.known.rows(0, end))}
         start = self.routed_told
         if end <= start:
             return {}
         self.routed_told = end
-        return {"routed_experts_start": start, "routed_experts": self.known.rows(start, end).tolist()}
+        return {"routed_experts_start": start, "routed_experts": _npy(self.known.rows(start, end))}
+
+
+def _npy(rows: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, rows, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode("ascii")
