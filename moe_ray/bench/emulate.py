@@ -91,7 +91,8 @@ class ReplicaSample:
 
     expert: int
     computed_s: float
-    queued_rows: float
+    waited_s: float
+    """All calls together, counted when they are done."""
 
 
 Samples = Mapping[str, ReplicaSample]
@@ -112,14 +113,14 @@ class Autoscaler:
         while len(self._past) > 2 and self._past[1][0] <= now - self._window_s:
             self._past.popleft()
         began, before = self._past[0]
-        busy, queued = dict.fromkeys(planned, 0.0), dict.fromkeys(planned, 0.0)
+        busy, waiting = dict.fromkeys(planned, 0.0), dict.fromkeys(planned, 0.0)
         for name, sample in samples.items():
             if now > began:
-                start = before[name].computed_s if name in before else 0.0
-                busy[sample.expert] += (sample.computed_s - start) / (now - began)
-            queued[sample.expert] += sample.queued_rows
+                start = before.get(name, ReplicaSample(sample.expert, 0.0, 0.0))
+                busy[sample.expert] += (sample.computed_s - start.computed_s) / (now - began)
+                waiting[sample.expert] += (sample.waited_s - start.waited_s) / (now - began)
         states = {
-            expert: ExpertState(count, busy[expert], queued[expert], max_replicas=self._most)
+            expert: ExpertState(count, busy[expert], waiting[expert], max_replicas=self._most)
             for expert, count in planned.items()
         }
         wanted, self._memory = decide(states, self._options, self._memory, now)

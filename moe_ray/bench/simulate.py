@@ -60,6 +60,8 @@ class _Server:
     expert: int
     found_from: float
     queue: ServiceQueue = field(default_factory=ServiceQueue)
+    waited_s: float = 0.0
+    """Of the calls that are done."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +105,8 @@ class Simulation:
         self._seen: list[dict[str, _Seen]] = [{} for _ in range(options.trunks)]
         self._tables: list[list[list[_Seen]]] = []
         """[trunk][expert] → the replicas that it may choose from."""
-        self._flying: list[list[tuple[_Seen, int]]] = [[] for _ in range(options.trunks)]
+        self._flying: list[list[tuple[_Seen, int, float]]] = [[] for _ in range(options.trunks)]
+        """[trunk] → (where a call went, its rows, how long it waits)"""
         self._at_layer, self._began = [0] * options.trunks, [0.0] * options.trunks
         self._events = [(0.0, trunk) for trunk in range(options.trunks)]
         self._numbers, self._random, self._draw = itertools.count(), np.random.default_rng(0), random.Random(0)
@@ -122,9 +125,8 @@ class Simulation:
                 servers.append(_Server(f"{expert}-{next(self._numbers)}", expert, self.now + delay_s))
 
     def samples(self) -> dict[str, ReplicaSample]:
-        per_row_s = self._options.service.per_row_us / 1e6
         return {
-            s.name: ReplicaSample(s.expert, s.queue.computed_s(self.now), s.queue.left_s(self.now) / per_row_s)
+            s.name: ReplicaSample(s.expert, s.queue.computed_s(self.now), s.waited_s)
             for servers in self._servers.values()
             for s in servers
         }
@@ -146,7 +148,8 @@ class Simulation:
 
     def _gather(self, trunk: int) -> None:
         per_row_s = self._options.service.per_row_us / 1e6
-        for seen, rows in self._flying[trunk]:
+        for seen, rows, waited_s in self._flying[trunk]:
+            seen.server.waited_s += waited_s
             seen.outstanding_rows -= rows
             seen.said, seen.said_at = int(seen.server.queue.left_s(self.now) / per_row_s), self.now
         if self._flying[trunk]:
@@ -157,7 +160,7 @@ class Simulation:
 
     def _submit(self, trunk: int) -> float:
         """Send one layer; return when its last call is done."""
-        options, flying, last = self._options, list[tuple[_Seen, int]](), self.now
+        options, flying, last = self._options, list[tuple[_Seen, int, float]](), self.now
         for expert, rows in enumerate(self._routed()):
             if not rows:
                 continue
@@ -165,7 +168,7 @@ class Simulation:
             assert seen is not None, "every expert keeps a replica that has arrived"
             seen.outstanding_rows += rows
             seen.calls += 1
-            flying.append((seen, rows))
+            flying.append((seen, rows, seen.server.queue.left_s(self.now)))
             last = max(last, seen.server.queue.take(self.now, options.service.seconds(rows)))
         self._flying[trunk] = flying
         return last

@@ -31,7 +31,7 @@ class EmulatedReplica:
         """`late`: gets the seconds by which each call ended too late."""
         self._service, self._stall_s, self._stall_share = service, stall_s, stall_share
         self._draw, self._late = random.Random(seed), late
-        self._state, self._queue, self._queued_rows = threading.Lock(), ServiceQueue(), 0
+        self._state, self._queue, self._queued_rows, self._waited_s = threading.Lock(), ServiceQueue(), 0, 0.0
 
     def handle(self, call: ExpertCall) -> ExpertReply:
         """Answer after the call's time, from any thread."""
@@ -44,17 +44,18 @@ class EmulatedReplica:
             self._queued_rows += rows
         sleep_until(done)
         self._late.append(time.perf_counter() - done)
+        waited = max(0.0, done - seconds - stall - now)
         with self._state:
+            self._waited_s += waited
             self._queued_rows -= rows
             queued = self._queued_rows
-        waited = max(0.0, done - seconds - stall - now)
         load = ReplicaLoad(queued, int(1e6 * seconds), int(1e6 * waited))
         return ExpertReply(call.call_id, call.rows * call.weights[:, None], load)
 
     def sample(self) -> dict[str, float]:
         """What `emulate.ReplicaSample` holds."""
         with self._state:
-            return {"computed_s": self._queue.computed_s(time.perf_counter()), "queued_rows": self._queued_rows}
+            return {"computed_s": self._queue.computed_s(time.perf_counter()), "waited_s": self._waited_s}
 
 
 def sleep_until(moment: float) -> None:

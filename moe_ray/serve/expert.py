@@ -29,7 +29,7 @@ from moe_ray.serve.links import link_options
 from moe_ray.serve.metrics import ExpertMetrics
 from moe_ray.serve.peers import find_peers
 from moe_ray.serve.progress import reporter
-from moe_ray.serve.scaling import BUSY, QUEUED, wait_until_quiet
+from moe_ray.serve.scaling import BATCHES, BUSY, CALLS, QUEUE, wait_until_quiet
 from moe_ray.transport.base import ExpertServer
 from moe_ray.transport.weights import WeightsServer
 
@@ -148,7 +148,7 @@ class ExpertReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the scaling policy."""
         stats = self._worker.stats()
-        return {BUSY: stats.busy_s, QUEUED: stats.queued_rows}
+        return {BUSY: stats.busy_s, QUEUE: stats.queue_s, CALLS: stats.calls, BATCHES: stats.batches}
 
     def __del__(self) -> None:
         if hasattr(self, "_arrival"):

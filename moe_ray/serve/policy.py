@@ -29,9 +29,9 @@ class ExpertPolicy:
         """Return (replicas, no state). Never raises: that would stop Serve's control loop."""
 
         def measure() -> ExpertState:
-            busy, queued = measured(context.raw_metrics or {})
+            busy, waiting = measured(context.raw_metrics or {})
             least, most = within_serve(self._bounds, context)
-            return ExpertState(context.target_num_replicas, busy, queued, least, most)
+            return ExpertState(context.target_num_replicas, busy, waiting, least, most)
 
         scaler = scaler_of(context.app_name or "")
         return scaler.replicas(self._expert, context.current_time or 0.0, measure, self._options), {}

@@ -42,8 +42,8 @@ QUIET_S: Final = 0.5
 """A replica that goes has been let go by the trunks when no call came for so long."""
 KV_NAMESPACE: Final = b"moe_ray"
 KV_TIMEOUT_S: Final = 1.0
-BUSY, QUEUED = "busy_s", "queued_rows"
-"""What a replica reports: seconds computed since its start, rows waiting now."""
+BUSY, QUEUE, CALLS, BATCHES = "busy_s", "queue_s", "calls", "batches"
+"""What a replica reports of the time since its start: seconds computed, seconds that calls waited, both counts."""
 RUNNING, WAITING, KV_USE = "running", "waiting", "kv_use"
 """What a trunk reports: its requests, and the share of its KV blocks that they hold."""
 
@@ -118,17 +118,23 @@ def measured_trunks(reports: Reports, replicas: int) -> TrunksState:
 
 
 def measured(reports: Reports) -> tuple[float, float]:
-    """Return (busy, queued rows) of one expert, both summed over its replicas.
+    """Return (busy share, batches waiting) of one expert over the window, both summed over its replicas.
 
-    A replica with a single report is too young to count.
+    Calls that are computed as one batch wait as one. A replica with a single report is too young to count.
     """
-    busy = 0.0
-    for points in reports.get(BUSY, {}).values():
+
+    def grown(name: str, replica: Any) -> float:
+        points = reports.get(name, {}).get(replica)
+        return max(points[-1].value - points[0].value, 0.0) if points else 0.0
+
+    busy = waiting = 0.0
+    for replica, points in reports.get(BUSY, {}).items():
         seconds = points[-1].timestamp - points[0].timestamp if points else 0.0
         if seconds > 0:
-            busy += min(max((points[-1].value - points[0].value) / seconds, 0.0), 1.0)
-    queued = sum(sum(p.value for p in points) / len(points) for points in reports.get(QUEUED, {}).values() if points)
-    return busy, queued
+            busy += min(grown(BUSY, replica) / seconds, 1.0)
+            calls_per_batch = max(grown(CALLS, replica) / max(grown(BATCHES, replica), 1.0), 1.0)
+            waiting += grown(QUEUE, replica) / seconds / calls_per_batch
+    return busy, waiting
 
 
 def within_serve(bounds: tuple[int, int], context: AutoscalingContext) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from moe_ray.experts.autoscale import ExpertState, ScaleOptions, decide
+from moe_ray.experts.autoscale import MOST_GROWTH, ExpertState, ScaleOptions, decide, expected_growth
 
 AT_ONCE = ScaleOptions(target_busy=0.5, up_after_s=0, down_after_s=0)
 
@@ -92,6 +92,44 @@ def test_replicas_on_their_way_are_waited_for() -> None:
     assert [course.at(t, 1.0) for t in range(20)] == [2] * 20, "one computes, the other is still starting"
 
 
+def test_what_waits_for_one_expert_is_asked_of_all_next() -> None:
+    states = {e: ExpertState(1, busy, max_replicas=64) for e, busy in enumerate((1.0, 0.6, 0.2))}
+    assert decide(states, AT_ONCE, {}, 0)[0] == {0: 2, 1: 2, 2: 1}, "nobody waits: it is just busy"
+    waited_for = {**states, 0: ExpertState(1, 1.0, waiting=2.0, max_replicas=64)}
+    assert expected_growth(waited_for.values()) == 3
+    assert decide(waited_for, AT_ONCE, {}, 0)[0] == {0: 6, 1: 4, 2: 2}
+    waited_for[0] = ExpertState(1, 1.0, waiting=50.0, max_replicas=64)
+    assert expected_growth(waited_for.values()) == MOST_GROWTH
+    assert decide(waited_for, AT_ONCE, {}, 0)[0] == {0: 8, 1: 5, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("state", "growth"),
+    [
+        (ExpertState(1, 0.85, waiting=3.0, max_replicas=64), 1),  # two calls that came at once
+        (ExpertState(2, 1.0, waiting=3.0, max_replicas=64), 1),  # the second one is on its way
+        (ExpertState(2, 2.0, waiting=3.0, max_replicas=64), 2.5),
+        (ExpertState(1, 0.95, waiting=0.0, max_replicas=64), 1),
+        (ExpertState(1, 0.0, waiting=0.0, max_replicas=64), 1),
+        (ExpertState(1, 1.0, waiting=9.0, max_replicas=2), 2),  # no more than it may have
+        (ExpertState(1, 1.0, waiting=9.0, max_replicas=1), 1),
+        (ExpertState(1, 1.0, waiting=9.0, max_replicas=64, wanted=3), 3),
+    ],
+)
+def test_growth_is_what_waits_where_more_can_be_had(state: ExpertState, growth: float) -> None:
+    assert expected_growth([state]) == pytest.approx(growth)
+
+
+def test_an_expert_that_cannot_grow_keeps_the_others_from_it() -> None:
+    states = {
+        0: ExpertState(1, 1.0, waiting=9.0, max_replicas=64),
+        1: ExpertState(1, 0.5, max_replicas=1),
+        2: ExpertState(1, 0.4, max_replicas=64),
+    }
+    assert expected_growth(states.values()) == 2, "then expert 1 is saturated"
+    assert decide(states, AT_ONCE, {}, 0)[0] == {0: 4, 1: 1, 2: 2}
+
+
 def hot(*busy: float, replicas: int = 1, most: int = 8) -> dict[int, ExpertState]:
     return {expert: ExpertState(replicas, b, max_replicas=most) for expert, b in enumerate(busy)}
 
@@ -110,7 +148,7 @@ def test_the_hottest_get_what_there_is() -> None:
 
 
 def test_of_equally_busy_ones_the_longer_queue() -> None:
-    states = {e: ExpertState(1, 1.0, queued, max_replicas=4) for e, queued in ((0, 1.0), (1, 9.0), (2, 0.0))}
+    states = {e: ExpertState(1, 1.0, waiting, max_replicas=4) for e, waiting in ((0, 1.0), (1, 9.0), (2, 0.0))}
     assert decide(states, total(4), {}, 0)[0] == {0: 1, 1: 2, 2: 1}
 
 
@@ -127,7 +165,7 @@ def test_a_replica_moves_to_who_needs_it_more() -> None:
 
 def test_a_replica_does_not_move_for_a_little() -> None:
     options = ScaleOptions(target_busy=0.25, up_after_s=0, max_total=3)
-    for first, second in ((0.90, 0.91), (0.91, 0.90), (0.9, 1.0)):
+    for first, second in ((0.90, 0.91), (0.91, 0.90), (0.9, 0.98)):
         states = {0: ExpertState(2, first, max_replicas=4), 1: ExpertState(1, second, max_replicas=4)}
         assert decide(states, options, {}, 0)[0] == {0: 2, 1: 1}
 
@@ -135,7 +173,7 @@ def test_a_replica_does_not_move_for_a_little() -> None:
 def test_a_replica_moves_only_after_a_while() -> None:
     options = ScaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
     states = {0: ExpertState(2, 0.6, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
-    lull = {0: ExpertState(2, 0.9, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
+    lull = {0: ExpertState(2, 0.95, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
     memory = {1: (1, -3.0)}
     seen = []
     for now, round_ in ((0, states), (3, states), (5, lull), (6, states), (8, states), (9, states)):
@@ -144,8 +182,8 @@ def test_a_replica_moves_only_after_a_while() -> None:
     assert seen == [{0: 2, 1: 1}] * 1 + [{0: 1, 1: 2}] + [{0: 2, 1: 1}] * 3 + [{0: 1, 1: 2}]
 
 
-def test_a_smaller_budget_takes_one_at_a_time() -> None:
-    assert decide(hot(6.0, replicas=6), total(2), {}, 0)[0] == {0: 5}
+def test_a_smaller_budget_takes_half_at_a_time() -> None:
+    assert decide(hot(6.0, replicas=7), total(2), {}, 0)[0] == {0: 4}
 
 
 def test_numbers_set_by_hand_are_taken_as_they_are() -> None:
@@ -178,8 +216,8 @@ def test_ten_thousand_random_clusters() -> None:
             least = chance.randint(1, 3)
             most, replicas = least + chance.randint(0, 5), chance.randint(1, 8)
             wanted = chance.choice([None, None, None, chance.randint(1, 9)])
-            busy, queued = chance.random() * replicas, chance.choice([0.0, chance.random() * 50])
-            states[expert] = ExpertState(replicas, busy, queued, least, most, wanted)
+            busy, waiting = chance.random() * replicas, chance.choice([0.0, chance.random() * 50])
+            states[expert] = ExpertState(replicas, busy, waiting, least, most, wanted)
         budget = chance.choice([None, chance.randint(1, 40)])
         options = ScaleOptions(0.6, 0.1, chance.choice([0, 3]), chance.choice([0, 30]), budget)
         memory = {e: (chance.choice([1, -1]), chance.random() * 60) for e in states if chance.random() < 0.5}
@@ -193,6 +231,6 @@ def test_ten_thousand_random_clusters() -> None:
                 present += state.wanted
                 continue
             assert state.min_replicas <= targets[expert] <= state.max_replicas
-            assert targets[expert] >= min(state.replicas, state.max_replicas) - 1
+            assert targets[expert] >= min(state.replicas, state.max_replicas) // 2
             present += max(state.min_replicas, min(state.replicas, state.max_replicas))
         assert budget is None or sum(targets.values()) <= max(budget, present)

@@ -38,9 +38,18 @@ def series(*points: tuple[float, float]) -> list[Point]:
 def test_busy_is_the_share_of_the_window_summed_over_replicas() -> None:
     reports = {
         "busy_s": {"a": series((10, 100.0), (12, 101.0), (20, 105.0)), "b": series((18, 0.0), (20, 2.1))},
-        "queued_rows": {"a": series((10, 0), (20, 8)), "b": series((20, 2))},
     }
-    assert measured(reports) == (0.5 + 1.0, 4 + 2)
+    assert measured(reports) == (0.5 + 1.0, 0)
+
+
+def test_calls_that_are_computed_together_wait_as_one() -> None:
+    reports = {
+        "busy_s": {"a": series((10, 0.0), (20, 10.0)), "b": series((10, 3.0), (20, 8.0)), "young": series((20, 1.0))},
+        "queue_s": {"a": series((10, 5.0), (20, 45.0)), "b": series((10, 0.0), (20, 5.0)), "young": series((20, 9.0))},
+        "calls": {"a": series((10, 100), (20, 500)), "b": series((10, 7), (20, 17))},
+        "batches": {"a": series((10, 50), (20, 150)), "b": series((10, 7), (20, 17))},
+    }
+    assert measured(reports) == (1.0 + 0.5, 40 / 10 / 4 + 5 / 10)
 
 
 def test_who_reported_once_or_restarted_counts_as_idle() -> None:
