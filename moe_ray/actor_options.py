@@ -202,6 +202,8 @@ class ExpertsSection(ExpertOptions):
     """What happens to a call while its expert has no live replica. wait: at most `deadline_s`. fail: 503 at once.
     renormalise: the token goes on with its other experts, and the response says so."""
     call_timeout_s: float = Field(default=30.0, gt=0)
+    handover_s: float = Field(default=120.0, ge=0)
+    """How long a replica that is told to go serves on while another one of its deployment still loads."""
     refresh_s: float = Field(default=5.0, gt=0)
     """How often a trunk asks who the replicas are; at once when a link breaks."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -191,11 +192,16 @@ class Distance:
                 "latency_ms": step.latency_ms,
                 "transfer_ms": step.transfer_ms,
                 "network_ms": step.network_ms,
-                "tokens_per_s_bound": step.tokens_per_s() if step.network_ms else 0.0,
-                **({} if self.compute_ms is None else {"tokens_per_s": step.tokens_per_s(self.compute_ms)}),
+                "tokens_per_s_bound": _finite(step.tokens_per_s()),
+                **({} if self.compute_ms is None else {"tokens_per_s": _finite(step.tokens_per_s(self.compute_ms))}),
             }
             for step in steps
         ]
+
+
+def _finite(rate: float) -> float:
+    """0 for no bound at all, for which JSON has no word."""
+    return rate if math.isfinite(rate) else 0.0
 
 
 def print_distance(console: Console, planned: Planned, distance: Distance) -> None:

@@ -126,10 +126,14 @@ class Arrival:
         """Wait until nothing is loading any more; False after `timeout_s`."""
         return self._ended.wait(timeout_s)
 
-    def close(self) -> None:
-        """Stop loading; what is loaded is served on. Idempotent."""
+    def stop(self) -> None:
+        """Load no more; what is loaded is served on. Waits for nothing. Idempotent."""
         self._closed.set()
         self._drop_peer()
+
+    def close(self) -> None:
+        """`stop`, and wait until the layer that is being read is there. Idempotent."""
+        self.stop()
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
 

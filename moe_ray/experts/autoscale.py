@@ -72,8 +72,9 @@ def decide(
     Every number lies within its expert's min..max or is the one set by hand. Where `max_total` does not suffice for
     all, hand-set numbers and minima come first, then one replica after the other goes to the expert with most load per
     replica. A replica that runs is taken from its expert only for one that has been hotter by `WORTH_MOVING` for
-    `up_after_s` (or by `WORTH_IN_TIME` for `IN_TIME` times as long), and at most half of an expert's at a time, for its load was measured over a short while. So the total
-    is exceeded only by hand-set numbers and minima, or for a moment after the budget shrank.
+    `up_after_s` (or by `WORTH_IN_TIME` for `IN_TIME` times as long), and at most half of an expert's at a time, for its
+    load was measured over a short while. So the total is exceeded only by hand-set numbers and minima, or for a moment
+    after the budget shrank.
     """
     targets = {expert: state.wanted for expert, state in states.items() if state.wanted is not None}
     free = {expert: state for expert, state in sorted(states.items()) if state.wanted is None}

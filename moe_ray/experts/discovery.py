@@ -44,7 +44,8 @@ class Replica:
     load_at: float = 0.0
     """When `load` came (monotonic seconds)."""
     retiring: bool = False
-    """Gone from discovery while its link still lives: takes no new calls, closed when it has none outstanding."""
+    """Gone from discovery while its link still lives: takes new calls only for what nobody else holds (its successor
+    may still be loading), closed when there is nothing such and no call outstanding."""
     slowness: Pace = field(default_factory=Pace)
     faults: int = 0
     """Unusable answers in a row."""
@@ -153,9 +154,14 @@ class Directory:
         except MoeRayError as error:
             logger.debug("discovery is away, keeping %d replicas: %s", len(self._replicas), error)
             found = {replica_id: replica.info for replica_id, replica in self._replicas.items()}
-        for replica_id, replica in list(self._replicas.items()):
+        for replica_id, replica in self._replicas.items():
             replica.retiring = replica_id not in found
-            if replica.retiring and (replica.link.broken or not replica.outstanding_rows):
+            if replica.retiring:
+                replica.link.probe()
+        held = self._held()
+        for replica_id, replica in list(self._replicas.items()):
+            needless = not replica.outstanding_rows and replica.info.keys <= held
+            if replica.retiring and (replica.link.broken or needless):
                 replica.link.close()
                 del self._replicas[replica_id]
         begun: list[Future[Link]] = []
@@ -218,11 +224,17 @@ class Directory:
             self._replicas[replica_id] = Replica(now, link)
             logger.info("linked to expert replica %s", replica_id)
 
+    def _held(self) -> frozenset[ExpertKey]:
+        """What live replicas hold that do not retire."""
+        staying = (r.info.keys for r in list(self._replicas.values()) if not r.link.broken and not r.retiring)
+        return frozenset().union(*staying)
+
     def _publish(self) -> None:
         table: dict[ExpertKey, list[Replica]] = {}
+        held = self._held()
         for replica in list(self._replicas.values()):
-            if not replica.link.broken and not replica.retiring:
-                for key in replica.info.keys:
+            if not replica.link.broken:
+                for key in replica.info.keys - held if replica.retiring else replica.info.keys:
                     table.setdefault(key, []).append(replica)
         fresh = {key: tuple(replicas) for key, replicas in table.items()}
         with self._changed:
@@ -237,8 +249,7 @@ class Directory:
             self._wake.clear()
             if self._closed:
                 return
-            if self._members is not None:
-                self._seen = self._members()
+            self._seen = self._look()
             try:
                 self.refresh()
             except Exception:  # this thread must outlive any surprise: without it no link is ever renewed
@@ -250,8 +261,17 @@ class Directory:
         while (left := end - time.monotonic()) > 0:
             if self._wake.wait(left if self._members is None else min(left, WATCH_S)):
                 return
-            if self._members is not None and self._members() != self._seen:
+            if self._members is not None and self._look() != self._seen:
                 return
+
+    def _look(self) -> object:
+        """What `members` says; if it fails, it is not asked again: `refresh_s` does without."""
+        try:
+            return None if self._members is None else self._members()
+        except Exception:  # as in `_run`
+            logger.exception("replicas cannot be watched: they are looked for every %g s", self._refresh_s)
+            self._members = None
+            return self._seen
 
     def _pause(self) -> float:
         # While something is missing, coming or going, look often: somebody is waiting for it.

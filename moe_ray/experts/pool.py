@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from moe_ray.core import ExpertCall, ReplicaLoad
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaLoad
 from moe_ray.errors import ExpertUnavailable, LinkBroken, LinkTimeout, ProtocolError, TransportError
 from moe_ray.experts.choice import Costs, Lateness, choose, split
 from moe_ray.experts.discovery import Directory, Replica
-from moe_ray.experts.under_way import CallsUnderWay, Sent, SentAtOnce, SentOneByOne
+from moe_ray.experts.under_way import LOOK_S, CallsUnderWay, Sent, SentAtOnce, SentOneByOne
 from moe_ray.model.moe import PendingCalls, Routed
 from moe_ray.transport.base import PendingReply
 
@@ -111,6 +111,14 @@ class ExpertPool:
     def missing(self) -> list[int]:
         """Experts that have no live replica for some layer, ascending."""
         return self.directory.missing()
+
+    def wait_complete(self, timeout_s: float) -> list[int]:
+        """Wait until every layer of every expert has a live replica; after `timeout_s`, return whose have none."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            version, missing = self.directory.version, self.missing()
+            if not missing or not self.directory.wait_change(version, deadline - time.monotonic()):
+                return self.missing()
 
     def replicas(self) -> list[Replica]:
         """The live replicas, by id."""
@@ -230,7 +238,7 @@ class ExpertPool:
                 continue
             if failure is None and pending is not None:
                 try:
-                    reply = pending.result(self.options.call_timeout_s)
+                    reply = self._result(replica, pending)
                 except TransportError as error:
                     failure = error
                 else:
@@ -247,6 +255,17 @@ class ExpertPool:
                 self._give_up(call, f"no answer within {self.options.deadline_s:g} s")
             self.counters.retries += 1
             flight, failure = InFlight(call, None, None), None
+
+    def _result(self, replica: Replica, pending: PendingReply) -> ExpertReply:
+        """The reply, if it comes within the call timeout and the replica's machine does not fall silent meanwhile."""
+        end = time.monotonic() + self.options.call_timeout_s
+        while True:
+            try:
+                return pending.result(min(LOOK_S, max(0.0, end - time.monotonic())))
+            except LinkTimeout:
+                if time.monotonic() >= end:
+                    raise
+                self.part_from_silent(replica)
 
     def drop(self, part: Part) -> None:
         """Stop counting a call as outstanding without waiting for its reply."""
@@ -275,7 +294,7 @@ class ExpertPool:
         self._lateness.observe(max(part.count for part in parts), took_s, len(parts))
 
     def hedge(self, layer: int, routed: Routed, part: Part, took_s: float) -> InFlight | None:
-        """Send a late call to another replica too; None where there is no other, or no budget left."""
+        """Send a late call to another replica too, on another node if any; None: no other, or no budget left."""
         late = part.replica
         if late is not None:
             usual_us = self._costs.expect(part.count)
@@ -284,7 +303,9 @@ class ExpertPool:
         others = [r for r in self.directory.table.get((layer, part.expert), ()) if r is not late and r.usable]
         if late is None or not others or not self._lateness.spend():
             return None
-        flight = self._send(part_call(layer, routed, part), {late.replica_id})
+        elsewhere = any(other.node_id != late.node_id for other in others)
+        avoid = {other.replica_id for other in others if elsewhere and other.node_id == late.node_id}
+        flight = self._send(part_call(layer, routed, part), {late.replica_id, *avoid})
         self.part_from_silent(late)  # which may owe an answer since an earlier call
         if flight.pending is None:
             return None
@@ -342,6 +363,7 @@ class ExpertPool:
     def part_from_silent(self, replica: Replica) -> None:
         """End the link to a replica whose machine no longer acknowledges anything: its calls fail and go elsewhere."""
         if not replica.link.silent:
+            replica.link.probe()  # the next look will tell
             return
         logger.warning("expert replica %s: its machine has fallen silent", replica.replica_id)
         replica.link.close()

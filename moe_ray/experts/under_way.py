@@ -217,10 +217,14 @@ class CallsUnderWay:
             flight = pool.hedge(self._layer, self._routed, self._parts[index], time.monotonic() - self._at)
             if flight is not None:
                 seconds[index] = flight
-        deadline = self._at + pool.options.call_timeout_s
+        deadline, look_at = self._at + pool.options.call_timeout_s, time.monotonic() + LOOK_S
         try:
-            while seconds and time.monotonic() < deadline:
+            while seconds and (now := time.monotonic()) < deadline:
                 self._note(self._sent.poll(TURN_S))
+                if now >= look_at:
+                    look_at = now + LOOK_S
+                    for replica in {r for i, f in seconds.items() for r in (self._parts[i].replica, f.replica) if r}:
+                        pool.part_from_silent(replica)
                 for index, flight in list(seconds.items()):
                     if index not in self._left and index not in self._again:
                         pool.lost_race(seconds.pop(index))  # the first call was answered after all

@@ -96,7 +96,14 @@ class Link {
     const Pending* p = find(id);
     const bool tell = p && p->outcome == kWaiting;
     drop(id);
-    if (!tell || broken()) return;
+    if (tell) withdraw(id);
+  }
+
+  // Sends something that must be acknowledged, if that takes no waiting: the withdrawal of a call that nobody made.
+  void ping() { withdraw(0); }
+
+  void withdraw(uint64_t id) {
+    if (broken()) return;
     guarded([&] {
       if (!ready(fd, POLLOUT, 0)) return;
       Writer w;
@@ -307,7 +314,14 @@ void call_forget(void* link, uint64_t id) {
   l->drop(id);
 }
 
-// The same, and lets the replica skip it.
+// Sends something that must be acknowledged, if that takes no waiting.
+void link_ping(void* link) {
+  auto* l = static_cast<Link*>(link);
+  std::lock_guard<std::mutex> lock(l->using_);
+  l->ping();
+}
+
+// As call_forget, and lets the replica skip it.
 void call_cancel(void* link, uint64_t id) {
   auto* l = static_cast<Link*>(link);
   std::lock_guard<std::mutex> lock(l->using_);

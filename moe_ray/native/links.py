@@ -38,6 +38,7 @@ _SIGNATURES: Final = {
     "call_error": (c_int, (c_void_p, c_uint64, c_char_p, c_int)),
     "call_forget": (None, (c_void_p, c_uint64)),
     "call_cancel": (None, (c_void_p, c_uint64)),
+    "link_ping": (None, (c_void_p,)),
 }
 
 
@@ -106,6 +107,11 @@ class Links:
         """Drop a call; its target is not written to from now on."""
         if link:
             self._library.call_forget(link, call_id)
+
+    def ping(self, link: int) -> None:
+        """Send something that the other machine must acknowledge, if that takes no waiting."""
+        if link:
+            self._library.link_ping(link)
 
     def cancel(self, link: int, call_id: int) -> None:
         """Drop a call and let the replica skip it, if it can be told at once."""

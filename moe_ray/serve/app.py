@@ -91,8 +91,9 @@ def _expert_options(config: Config, holding: Holding) -> dict[str, Any]:
     return {
         **_options(_actor(config, holding)),
         **replicas,
-        # A replica that is told to go answers on until trunks, which look every `refresh_s`, have let it go.
-        "graceful_shutdown_timeout_s": config.experts.refresh_s + 5,
+        # A replica that is told to go answers on until its successor has loaded, and until trunks, which look every
+        # `refresh_s`, have let it go.
+        "graceful_shutdown_timeout_s": config.experts.handover_s + config.experts.refresh_s + 10,
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,8 @@ from moe_ray.errors import NotReady
 BROADCAST_TIMEOUT_S = 5.0
 EXPERT_TIMEOUT_S = 1.0
 """How long the experts are waited for: while one is away, links to the others' new replicas must not wait."""
+MOST_ASKED = 32
+"""Deployments that are asked at a time."""
 _AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
 """What a handle raises while its controller or its replicas are away."""
 
@@ -46,6 +48,8 @@ class ExpertDiscovery:
     def __init__(self, handles: Sequence[DeploymentHandle]) -> None:
         self._handles = list(handles)
         self._known: dict[str, dict[str, ReplicaInfo]] = {handle.deployment_name: {} for handle in handles}
+        # A broadcast is sent when its results are asked for, so it takes a thread each.
+        self._threads = ThreadPoolExecutor(MOST_ASKED, thread_name_prefix="expert-discovery")
 
     def members(self) -> frozenset[str]:
         """Name the replicas that Serve routes to, by what it has pushed to this process: asks nobody."""
@@ -71,13 +75,9 @@ class ExpertDiscovery:
                 failures.append(f"{name}: {error}")
                 if pushed is None:
                     self._known[name] = {}
-        end = time.monotonic() + EXPERT_TIMEOUT_S
-        for name, pushed, response in asked:
-            try:
-                left = max(end - time.monotonic(), 0.05)
-                results = response.results(timeout_s=left, return_exceptions=True)
-            except _AWAY as error:
-                failures.append(f"{name}: {error}")
+        for (name, pushed, _), results in zip(asked, self._answers([each[2] for each in asked]), strict=True):
+            if isinstance(results, Exception):
+                failures.append(f"{name}: {results}")
                 continue
             answers = {result.replica_id: result for result in results if isinstance(result, ReplicaInfo)}
             self._known[name] = answers if pushed is None else {**self._known[name], **answers}
@@ -85,6 +85,18 @@ class ExpertDiscovery:
         if not found and len(failures) == len(self._handles):
             raise NotReady(f"no expert deployment answers: {failures[0]}")
         return found
+
+    def _answers(self, responses: Sequence[Any]) -> list[list[Any] | Exception]:
+        """What came of each broadcast, all waited for at once: one that stays away takes no time from the others."""
+
+        def results(response: Any) -> list[Any] | Exception:
+            try:
+                found: list[Any] = response.results(timeout_s=EXPERT_TIMEOUT_S, return_exceptions=True)
+            except _AWAY as error:
+                return error
+            return found
+
+        return list(self._threads.map(results, responses))
 
 
 def _routed(handle: DeploymentHandle) -> dict[str, Mapping[str, Any]] | None:

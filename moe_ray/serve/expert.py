@@ -16,7 +16,7 @@ from moe_ray import telemetry
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
 from moe_ray.engine.numerics import numerics
-from moe_ray.errors import EngineError
+from moe_ray.errors import EngineError, MoeRayError
 from moe_ray.experts.arrival import CARRIER, Arrival
 from moe_ray.experts.load import WINDOW_S, LoadSampler
 from moe_ray.experts.placement import Holding
@@ -34,6 +34,8 @@ from moe_ray.transport.base import ExpertServer
 from moe_ray.transport.weights import WeightsServer
 
 logger = logging.getLogger(__name__)
+
+HANDOVER_LOOK_S = 0.5
 
 
 class ExpertReplica:
@@ -54,7 +56,7 @@ class ExpertReplica:
         self._arrival = Arrival(name, reader, model.hidden_size, how)
         self._worker = self._arrival.worker
         self._servers = self._listen(config)
-        self._linger_s = config.experts.refresh_s + 1
+        self._linger_s, self._handover_s = config.experts.refresh_s + 1, config.experts.handover_s
         context, replica = ray.get_runtime_context(), serve.get_replica_context()
         self._info = ReplicaInfo(
             replica_id=replica.replica_id.to_full_id_str(),
@@ -76,10 +78,8 @@ class ExpertReplica:
         metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)
         self._sampler = LoadSampler(self._worker.key_loads, metrics.report)
         self._sampler.start()
-        self._arrival.start(
-            find_peers(replica.deployment, replica.app_name),
-            *(self._info.replica_id, self._info.node_id, link_options(config)),
-        )
+        self._find_peers = find_peers(replica.deployment, replica.app_name)
+        self._arrival.start(self._find_peers, *(self._info.replica_id, self._info.node_id, link_options(config)))
 
     def _listen(self, config: Config) -> dict[str, ExpertServer]:
         servers: dict[str, ExpertServer] = {}
@@ -152,10 +152,25 @@ class ExpertReplica:
 
     def __del__(self) -> None:
         if hasattr(self, "_arrival"):
-            self._arrival.close()
-        if getattr(self, "_servers", None):
+            self._arrival.stop()
+        if hasattr(self, "_find_peers"):
+            self._hand_over()
             wait_until_quiet(lambda: self._worker.stats().calls, self._linger_s)
         if hasattr(self, "_sampler"):
             self._sampler.close()
         for server in getattr(self, "_servers", {}).values():
             server.close()
+        if hasattr(self, "_arrival"):
+            self._arrival.close()
+
+    def _hand_over(self) -> None:
+        """Serve on while another replica of this deployment still loads: until then trunks may have nobody else."""
+        end = time.monotonic() + self._handover_s
+        while time.monotonic() < end:
+            try:
+                others = [info for info in self._find_peers() if info.replica_id != self._info.replica_id]
+            except MoeRayError:  # nobody is left to hand over to: the application ends
+                return
+            if not any(info.loading for info in others):
+                return
+            time.sleep(HANDOVER_LOOK_S)

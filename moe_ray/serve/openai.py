@@ -16,6 +16,8 @@ from moe_ray.engine.tokenizer import Tokenizer
 from moe_ray.errors import InvalidRequest, ModelNotFound
 
 MAX_CHOICES = 128
+MAX_ROUTED_POSITIONS = 2**18
+"""Whose experts one response may tell: 16 MB of them for Mixtral-8x7B."""
 """Most sequences one HTTP request may start: prompts times n."""
 
 
@@ -207,7 +209,22 @@ def to_requests(body: Body, tokenizer: Tokenizer, max_model_len: int, request_id
             own_seed = seed + i if seed + i <= MAX_SEED else seed + i - MAX_SEED - 1
             params = _sampling(body, limit, own_seed, tokenizer.sampling_defaults)
             requests.append((index, Request(f"{request_id}-{index}", tuple(prompt), params)))
+    _check_routed(body, requests, max_model_len)
     return requests
+
+
+def _check_routed(body: Body, requests: Sequence[tuple[int, Request]], max_model_len: int) -> None:
+    """Raise `InvalidRequest` where the experts of more positions are asked for than one response should carry."""
+    if not body.return_routed_experts:
+        return
+    lengths = [(len(r.prompt_token_ids), r.sampling.max_tokens or max_model_len) for _, r in requests]
+    positions = sum(min(prompt + output, max_model_len) for prompt, output in lengths)
+    if positions > MAX_ROUTED_POSITIONS:
+        raise InvalidRequest(
+            f"`return_routed_experts` of up to {positions} positions in all choices is too much: at most "
+            f"{MAX_ROUTED_POSITIONS}",
+            "return_routed_experts",
+        )
 
 
 def _parse(kind: type[_B], body: bytes) -> _B:

@@ -8,10 +8,13 @@ from typing import Any, Final
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from moe_ray.core import ReplicaInfo
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.placement import experts_in
 from moe_ray.serve.app import APP_NAME
@@ -22,6 +25,7 @@ TIMEOUT_S: Final = 600.0
 """How long replicas may take to start: a cluster may have to start machines."""
 TRUNK_NAME: Final = "Trunk"
 """Of its deployment."""
+ASK_TIMEOUT_S: Final = 5.0
 SETTLED_S: Final = 2.0
 """Serve reads the numbers set by hand every half second; until then nothing may have changed yet."""
 
@@ -111,6 +115,8 @@ def _wait(names: Sequence[str], replicas: int | None, console: Console, applicat
                 status = deployments[name]
                 states = {str(getattr(k, "value", k)).lower(): n for k, n in status.replica_states.items() if n}
                 running = states.pop("running", 0)
+                if not states and experts_in(name) and (late := _loading(name, application)):
+                    running, states["loading"] = running - late, late  # they run, but serve some of their layers only
                 state = ", ".join(f"{n} {what}" for what, n in sorted(states.items()))
                 progress.update(task, completed=running, total=replicas or running + sum(states.values()), state=state)
                 if states or (replicas is not None and running != replicas):
@@ -121,3 +127,13 @@ def _wait(names: Sequence[str], replicas: int | None, console: Console, applicat
                 name, running, message = waiting[0]
                 raise NotReady(f"{name} runs {running} replicas after {timeout_s:g} s: {message or 'no reason'}")
             time.sleep(0.1)
+
+
+def _loading(name: str, application: str) -> int:
+    """Count the replicas of a deployment of experts that do not serve all of their layers yet."""
+    try:
+        answers = serve.get_deployment_handle(name, application).broadcast("endpoint")
+        results = answers.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    except (RayServeException, RayError, TimeoutError, ConnectionError):
+        return 0  # none runs, as its states say
+    return sum(isinstance(result, ReplicaInfo) and result.loading for result in results)

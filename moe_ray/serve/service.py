@@ -99,7 +99,7 @@ class Service:
             "owned_by": "moe_ray",
             "root": self._served_name,
             "parent": None,
-            "max_model_len": trunks[0].max_model_len if trunks else None,
+            "max_model_len": max((trunk.max_model_len for trunk in trunks), default=None),
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,14 +14,11 @@ from dataclasses import dataclass, field, replace
 import grpc.aio
 
 from moe_ray.core import Request, TokenEvent, TrunkInfo
-from moe_ray.errors import MoeRayError, NotReady, ProtocolError
+from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.pb import moe_ray_pb2 as pb
-from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
-from moe_ray.serve.links import open_aio_channel
-from moe_ray.serve.routing import TrunkView, choose, extend_keys
-from moe_ray.serve.trunk_wire import pack_request, unpack_event
+from moe_ray.serve.routing import choose, extend_keys
+from moe_ray.serve.trunk_link import TrunkLink
 from moe_ray.transport.base import LinkOptions
-from moe_ray.transport.grpc import token_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ class _Live:
     events: asyncio.Queue[tuple[int, TokenEvent]]
     tokens: list[int] = field(default_factory=list)
     """Output so far: what another trunk must be told to go on from here."""
-    trunk: _TrunkLink | None = None
+    trunk: TrunkLink | None = None
     keys: list[bytes] = field(default_factory=list)
     """Of its first full blocks, in the block size of its trunk."""
     unanswered: int = 0
@@ -47,6 +45,12 @@ class _Live:
     def token_ids(self) -> tuple[int, ...]:
         """Prompt and output so far."""
         return (*self.request.prompt_token_ids, *self.request.output_token_ids, *self.tokens)
+
+    @property
+    def most_tokens(self) -> float:
+        """Its length in the end, at most."""
+        most = self.request.sampling.max_tokens
+        return math.inf if most is None else len(self.request.prompt_token_ids) + most
 
     def put(self, event: TokenEvent) -> None:
         self.events.put_nowait((self.index, event))
@@ -83,59 +87,6 @@ class Session:
             self.stop(index)
 
 
-class _TrunkLink:
-    """One stream to one trunk. Sends what has gathered since its last message, in one message."""
-
-    def __init__(self, info: TrunkInfo, options: LinkOptions, on_event: Callable[[TokenEvent], None]) -> None:
-        self.info = info
-        self.view = TrunkView.of(info.block_size, info.kv_cache_tokens)
-        self._on_event = on_event
-        self._channel = open_aio_channel(info.address, options)
-        self.stub = pb_grpc.TrunkStub(self._channel)
-        self.metadata = token_metadata(options.token)
-        self._outgoing = pb.TrunkRequest()
-        self._wake = asyncio.Event()
-
-    def submit(self, request: Request) -> None:
-        self._outgoing.submit.append(pack_request(request))
-        self._wake.set()
-
-    def abort(self, request_id: str) -> None:
-        self._outgoing.abort.append(request_id)
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Carry messages both ways until the stream ends or this task is cancelled."""
-        stream = self.stub.Generate(metadata=self.metadata)
-        writer = asyncio.create_task(self._write(stream))
-        try:
-            async for message in stream:
-                for event in message.events:
-                    self._on_event(unpack_event(event))
-                if message.HasField("load"):
-                    load = message.load
-                    held = 1 - load.kv_blocks_free / max(load.kv_blocks_total, 1)
-                    self.view.told(load.num_running + load.num_waiting, held, load.draining)
-        except grpc.aio.AioRpcError as error:
-            logger.warning("trunk %s: stream ended (%s: %s)", self.info.replica_id, error.code().name, error.details())
-        except ProtocolError as error:
-            logger.error("trunk %s: %s", self.info.replica_id, error)
-        finally:
-            writer.cancel()
-            stream.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writer
-            await self._channel.close()
-
-    async def _write(self, stream: grpc.aio.StreamStreamCall) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reading side reports it
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                message, self._outgoing = self._outgoing, pb.TrunkRequest()
-                await stream.write(message)
-
-
 class Sessions:
     """All live requests of one gateway. Every method runs on the loop that called `start`."""
 
@@ -145,7 +96,7 @@ class Sessions:
         """`deadline_s`: how long a request without a trunk waits for one before it ends in `NotReady`."""
         self._discover, self._options = discover, options
         self._deadline_s, self._refresh_s = deadline_s, refresh_s
-        self._links: dict[str, tuple[_TrunkLink, asyncio.Task[None]]] = {}
+        self._links: dict[str, tuple[TrunkLink, asyncio.Task[None]]] = {}
         self._live: dict[str, _Live] = {}
         self._draw = random.Random()
         self._changed = asyncio.Event()
@@ -184,16 +135,17 @@ class Sessions:
         return [link.info for link, _ in self._links.values()]
 
     async def ensure_trunk(self, timeout_s: float) -> TrunkInfo:
-        """Return a linked trunk, waiting for one. Raises `NotReady`."""
+        """Return the linked trunk that takes the longest sequences, waiting for one. Raises `NotReady`."""
         deadline = time.monotonic() + timeout_s
         while not self._links:
             await self._wait_change(deadline)
-        return self.trunks[0]
+        return max(self.trunks, key=lambda trunk: trunk.max_model_len)
 
     def _place(self, lives: Sequence[_Live]) -> None:
         """Send requests to the trunks that suit them best; without a trunk, wait for one in the background."""
         links = [link for link, task in self._links.values() if not task.done()]
         links = [link for link in links if not link.view.draining] or links
+        links = _long_enough(links, max((live.most_tokens for live in lives), default=0))
         if not links:
             self._spawn(self._place_later(lives))
             return
@@ -212,7 +164,7 @@ class Sessions:
                 live.keys = list(keys[link.view.block_size])
                 self._send(live, link, known)
 
-    def _send(self, live: _Live, link: _TrunkLink, known_tokens: int) -> None:
+    def _send(self, live: _Live, link: TrunkLink, known_tokens: int) -> None:
         token_ids, view = live.token_ids, link.view
         live.trunk, live.unanswered = link, len(token_ids) - known_tokens
         view.live += 1
@@ -286,12 +238,12 @@ class Sessions:
             self._look.clear()
 
     def _link(self, info: TrunkInfo) -> None:
-        link = _TrunkLink(info, self._options, self._on_event)
+        link = TrunkLink(info, self._options, self._on_event)
         self._links[info.replica_id] = (link, self._spawn(self._follow(link)))
         self._changed.set()
         self._changed.clear()
 
-    async def _follow(self, link: _TrunkLink) -> None:
+    async def _follow(self, link: TrunkLink) -> None:
         try:
             await link.run()
         finally:
@@ -304,7 +256,7 @@ class Sessions:
                 self._place(orphans)
             self._look.set()
 
-    async def _info(self, link: _TrunkLink) -> pb.TrunkStatus | None:
+    async def _info(self, link: TrunkLink) -> pb.TrunkStatus | None:
         try:
             return await link.stub.Info(pb.InfoRequest(), metadata=link.metadata, timeout=5)
         except grpc.aio.AioRpcError:
@@ -315,3 +267,9 @@ class Sessions:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _long_enough(links: Sequence[TrunkLink], tokens: float) -> list[TrunkLink]:
+    """The trunks that take sequences of so many tokens, else those that take the longest: cards may differ."""
+    longest = max((link.info.max_model_len for link in links), default=0)
+    return [link for link in links if link.info.max_model_len >= min(tokens, longest)]

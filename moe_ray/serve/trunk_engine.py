@@ -68,6 +68,9 @@ class TrunkEngine:
             block_size=options.block_size if config.trunk.affinity and options.limits.enable_prefix_caching else 0,
         )
         self._drain_s = config.trunk.drain_s
+        # Serve takes this trunk for running once it is made, and sends requests (or a whole rollout) its way.
+        if away := self._pool.wait_complete(config.experts.deadline_s):
+            logger.warning("%s: goes on without experts %s for now", deployment, ", ".join(map(str, away)))
         logger.info(
             "%s: read %d bytes (shared tensors%s) in %.1f s; KV cache %d tokens, %.2f x %d; listening on %s",
             deployment,

@@ -127,6 +127,14 @@ class Link(Protocol):
         """True while the other machine does not even acknowledge what it was sent, where the carrier can know."""
         ...
 
+    def probe(self) -> None:
+        """Look whether the other end is there: `broken` tells if it ended the link, `silent`, a second later, the rest.
+
+        For a machine that took a call and then went away owes no acknowledgement, it is sent something small, if that
+        takes no waiting. From any thread; raises nothing.
+        """
+        ...
+
     def send(self, call: ExpertCall) -> PendingReply:
         """Put `call` on its way without waiting for its result. Sets `call.call_id`.
 

@@ -133,6 +133,9 @@ class GrpcLink:
     def broken(self) -> bool:
         return self._calls.broken is not None
 
+    def probe(self) -> None:
+        """Nothing: who is gone is noticed without."""
+
     def send(self, call: ExpertCall) -> Pending[pb.ExpertReply]:
         """Copy `call` into a message and queue it for the stream. Raises `LinkBroken` or `ProtocolError`."""
         wire.check_call(call)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import select
 import socket
 import ssl
 import struct
 import sys
 from dataclasses import dataclass
+from typing import Final
 
 from moe_ray.errors import ConfigError, ProtocolError
 from moe_ray.transport.base import LinkOptions
@@ -101,8 +103,11 @@ def _mac(options: LinkOptions, role: bytes, asked: bytes, own: bytes) -> bytes:
     return hmac.digest((options.token or "").encode(), role + asked + own, hashlib.sha256)
 
 
+OVER: Final = "the replica ended the connection"
+
+
 def tune(sock: socket.socket, options: LinkOptions) -> None:
-    """TCP without delays, and a silent machine at the other end noticed after about two keepalives."""
+    """TCP without delays; a machine at the other end that is idle and gone is noticed as `keepalive_s` tells."""
     if sock.family == socket.AF_UNIX:
         return
     seconds = max(1, int(options.keepalive_s))
@@ -110,7 +115,7 @@ def tune(sock: socket.socket, options: LinkOptions) -> None:
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 4)),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
     ):
         sock.setsockopt(level, option, value)
@@ -132,6 +137,13 @@ def is_silent(sock: socket.socket) -> bool:
         return False
     retransmits, unacked, last_ack_ms = _TCP_INFO.unpack(told)
     return bool(unacked) and retransmits >= SILENT_RETRANSMITS and last_ack_ms >= SILENT_MS
+
+
+def is_over(sock: socket.socket) -> bool:
+    """Whether the other end has ended the connection, without reading what it sent before."""
+    poll = select.poll()
+    poll.register(sock, getattr(select, "POLLRDHUP", 0))
+    return any(events & ~select.POLLIN for _, events in poll.poll(0))
 
 
 def tls_context(options: LinkOptions, server: bool) -> ssl.SSLContext | None:

@@ -66,6 +66,9 @@ class LocalLink:
     def broken(self) -> bool:
         return self.reason is not None
 
+    def probe(self) -> None:
+        """Nothing: who is gone is noticed without."""
+
     def send(self, call: ExpertCall) -> LocalPending:
         """Note `call` for its result to be asked for. Raises `LinkBroken`, or `ProtocolError` for a malformed call."""
         wire.check_call(call)

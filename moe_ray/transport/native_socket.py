@@ -19,7 +19,7 @@ from moe_ray.errors import KernelsUnavailable, LinkBroken, LinkTimeout, Protocol
 from moe_ray.native.links import BROKEN, DONE, WAITING, Links, Result
 from moe_ray.transport import wire
 from moe_ray.transport.base import Link, LinkOptions
-from moe_ray.transport.handshake import connect, is_silent
+from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.pending import address_of, peer_name
 
 
@@ -61,6 +61,13 @@ class NativeSocketLink:
     @property
     def silent(self) -> bool:
         return self.reason is None and is_silent(self._sock)
+
+    def probe(self) -> None:
+        """`base.Link.probe`."""
+        if is_over(self._sock):
+            self.broke(OVER)
+        else:
+            self.library.ping(self.handle)
 
     def send(self, call: ExpertCall) -> NativePending:
         """Write `call`, receiving replies while the peer takes no more. Raises `LinkBroken`, `ProtocolError`."""

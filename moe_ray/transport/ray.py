@@ -106,6 +106,9 @@ class RayLink:
     def broken(self) -> bool:
         return self.reason is not None
 
+    def probe(self) -> None:
+        """Nothing: only a call tells."""
+
     def send(self, call: ExpertCall) -> RayPending:
         """Submit `call` to the actor. Raises `LinkBroken` or `ProtocolError`."""
         wire.check_call(call)

@@ -28,7 +28,7 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 from moe_ray.transport.base import ExpertHandler, LinkOptions, check_reply
 from moe_ray.transport.frames import STALL_S, FrameStream, Quiet
-from moe_ray.transport.handshake import connect, is_silent
+from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.listener import Listener
 from moe_ray.transport.messages import parse, say
 from moe_ray.transport.pending import address_of, peer_name
@@ -98,6 +98,16 @@ class SocketLink:
     def silent(self) -> bool:
         return self.reason is None and is_silent(self._sock)
 
+    def probe(self) -> None:
+        """`base.Link.probe`."""
+        if is_over(self._sock):
+            self._broke(OVER)
+        elif self._using.acquire(blocking=False):  # else a thread reads it
+            try:
+                self._withdraw(0)  # a call that nobody made: the replica ignores it
+            finally:
+                self._using.release()
+
     def send(self, call: ExpertCall) -> SocketPending:
         """Write `call` from tensor memory, reading replies while the peer takes no more. Raises `LinkBroken`."""
         wire.check_call(call)
@@ -130,18 +140,20 @@ class SocketLink:
     def cancel(self, call_id: int) -> None:
         """Tell the replica that nobody waits for a call, if that takes no waiting."""
         with self._using:
-            if self.reason is not None or not self._stream.writable():
-                return
-            try:
-                self._stream.write_frame(
-                    pb.ExpertCallHeader(call_id=call_id, cancel=True), (), STALL_S, self._read_reply
-                )
-            except (OSError, EOFError, ProtocolError) as error:
-                self._broke(say(error))
+            self._withdraw(call_id)
 
     def close(self) -> None:
         """End the link; a thread that waits on it is woken. Idempotent, from any thread."""
         self._broke("link closed")
+
+    def _withdraw(self, call_id: int) -> None:
+        if self.reason is not None or not self._stream.writable():
+            return
+        try:
+            header = pb.ExpertCallHeader(call_id=call_id, cancel=True)
+            self._stream.write_frame(header, (), STALL_S, self._read_reply)
+        except (OSError, EOFError, ProtocolError) as error:
+            self._broke(say(error))
 
     def _read_reply(self) -> None:
         header = parse(pb.ExpertReplyHeader, self._stream.read_header(STALL_S))

@@ -165,7 +165,7 @@ def test_a_replica_moves_to_who_needs_it_more() -> None:
 
 def test_a_replica_does_not_move_for_a_little() -> None:
     options = ScaleOptions(target_busy=0.25, up_after_s=0, max_total=3)
-    for first, second in ((0.90, 0.91), (0.91, 0.90), (0.9, 0.98)):
+    for first, second in ((0.90, 0.91), (0.91, 0.90), (0.9, 0.93)):
         states = {0: ExpertState(2, first, max_replicas=4), 1: ExpertState(1, second, max_replicas=4)}
         assert decide(states, options, {}, 0)[0] == {0: 2, 1: 1}
 
@@ -173,13 +173,24 @@ def test_a_replica_does_not_move_for_a_little() -> None:
 def test_a_replica_moves_only_after_a_while() -> None:
     options = ScaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
     states = {0: ExpertState(2, 0.6, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
-    lull = {0: ExpertState(2, 0.95, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
+    lull = {0: ExpertState(2, 0.98, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
     memory = {1: (1, -3.0)}
     seen = []
     for now, round_ in ((0, states), (3, states), (5, lull), (6, states), (8, states), (9, states)):
         targets, memory = decide(round_, options, memory, now)
         seen.append(targets)
     assert seen == [{0: 2, 1: 1}] * 1 + [{0: 1, 1: 2}] + [{0: 2, 1: 1}] * 3 + [{0: 1, 1: 2}]
+
+
+def test_for_a_small_imbalance_a_replica_moves_only_if_it_lasts() -> None:
+    options = ScaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
+    states = {0: ExpertState(2, 0.9, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
+    memory: Mapping[int, tuple[int, float]] = {1: (1, -3.0)}
+    seen = []
+    for now in (0, 3, 29, 30):
+        targets, memory = decide(states, options, memory, now)
+        seen.append(targets)
+    assert seen == [{0: 2, 1: 1}] * 3 + [{0: 1, 1: 2}]
 
 
 def test_a_smaller_budget_takes_half_at_a_time() -> None:

@@ -352,6 +352,64 @@ def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) 
     assert idle(pool)
 
 
+def test_what_nobody_else_holds_yet_a_retiring_replica_computes(world: World) -> None:
+    """Its successor runs and still loads: to let the old one go at once would leave a layer without anybody."""
+    second = (KEY[0], KEY[1] + 1)
+    old = world.server("old", keys=frozenset({KEY, second}))
+    pool = world.pool(start=False)
+    (directory,) = world.directories
+    world.found.remove(old)
+    new = world.server("new")
+    for _ in range(2):  # also once it has been retiring for a while
+        directory.refresh()
+        assert [r.replica_id for r in directory.table[KEY]] == ["new"]
+        assert [r.replica_id for r in directory.table[second]] == ["old"]
+    asked = call(expert=second[1])
+    assert torch.equal(send(pool, [asked]).gather()[0], expected(asked))
+    assert (old.calls, new.calls) == (1, 0)
+    new.keys = frozenset({KEY, second})
+    directory.refresh()
+    directory.refresh()
+    assert [r.replica_id for r in directory.table[second]] == ["new"]
+    assert {r.replica_id for r in pool.replicas()} == {"new"}
+    assert sum(not link.broken for link in world.links) == 1
+
+
+def test_a_retiring_replica_that_is_gone_is_not_relied_on(world: World) -> None:
+    """Nobody calls it, so only a look at its link tells that it has died, and health must not say that all is well."""
+    server = world.server("a")
+    pool = world.pool(start=False)
+    (directory,) = world.directories
+    world.found.remove(server)
+    directory.refresh()
+    assert pool.missing() == []
+    server.die()
+    deadline = time.monotonic() + 5
+    while not pool.missing():
+        assert time.monotonic() < deadline
+        directory.refresh()
+    assert pool.missing() == [EXPERT]
+
+
+def test_to_watch_who_is_there_may_fail(world: World) -> None:
+    """The thread that renews links lives on, whatever the handles' insides say."""
+    world.server("a")
+
+    def members() -> object:
+        raise AttributeError("another Ray")
+
+    directory = Directory(world.discover, world.connect, frozenset({KEY}), 0.1, members)
+    world.directories.append(directory)
+    directory.start()
+    for count in (1, 2):
+        if count > 1:
+            world.server("b")
+        deadline = time.monotonic() + 5
+        while len(directory.table.get(KEY, ())) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
     server = world.server("a")
     pool = world.pool(start=False)
@@ -361,10 +419,11 @@ def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
     scattered = send(pool, [call()])
     world.found.remove(server)
     directory.refresh()
-    assert pool.missing() == [EXPERT]
+    assert replica.retiring
     world.found.append(server)
     directory.refresh()
     assert pool.replicas() == [replica]
+    assert not replica.retiring
     server.gate.set()
     scattered.gather()
     assert not replica.link.broken

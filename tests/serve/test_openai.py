@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import itertools
 import json
 import shutil
@@ -11,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -557,6 +560,11 @@ def routed(start: int, positions: int) -> RoutedExperts:
     return RoutedExperts(start, (positions, 2, 2), b"".join(n.to_bytes(2, "little") for n in numbers))
 
 
+def decoded(told: str) -> list[list[list[int]]]:
+    """As users of vLLM read it."""
+    return np.load(io.BytesIO(base64.b64decode(told)), allow_pickle=False).tolist()
+
+
 def cells(start: int, end: int) -> list[list[list[int]]]:
     return [[[100 * p + 10 * layer + k for k in range(2)] for layer in range(2)] for p in range(start, end)]
 
@@ -577,10 +585,10 @@ def test_routed_experts_are_told_by_position(tokenizer: Tokenizer, make: Any) ->
     run = Run(body, tokenizer, [(0, event) for event in events])
     whole = run.full()
     (Completion if make is completion else ChatCompletion).model_validate(whole)
-    assert whole["choices"][0]["routed_experts"] == cells(0, prompt + 5)
-    assert len(whole["choices"][0]["routed_experts"]) == whole["usage"]["total_tokens"] - 1
+    assert decoded(whole["choices"][0]["routed_experts"]) == cells(0, prompt + 5)
+    assert prompt + 5 == whole["usage"]["total_tokens"] - 1
     chunks = [c for e in run.stream() for c in e["choices"]]
-    told = [(c["routed_experts_start"], c["routed_experts"]) for c in chunks if "routed_experts" in c]
+    told = [(c["routed_experts_start"], decoded(c["routed_experts"])) for c in chunks if "routed_experts" in c]
     bounds = [0, prompt, prompt + 2, prompt + 4, prompt + 5]
     assert told == [(a, cells(a, b)) for a, b in itertools.pairwise(bounds)]
     silent = Run(make(), tokenizer, [(0, replace(event, routed_experts=None)) for event in events])
@@ -594,10 +602,18 @@ def test_positions_behind_a_stop_string_are_not_told(tokenizer: Tokenizer) -> No
     assert len(tokens) == 4
     events = [(0, TokenEvent("r", tokens, finish_reason="length", routed_experts=routed(0, prompt + 3)))]
     run = Run(body, tokenizer, events)
-    assert run.full()["choices"][0]["routed_experts"] == cells(0, prompt + 1)
+    assert decoded(run.full()["choices"][0]["routed_experts"]) == cells(0, prompt + 1)
     (last,) = [c for e in run.stream() for c in e["choices"]]
     assert (last["finish_reason"], last["routed_experts_start"]) == ("stop", 0)
-    assert last["routed_experts"] == cells(0, prompt + 1)
+    assert decoded(last["routed_experts"]) == cells(0, prompt + 1)
+
+
+def test_experts_of_too_many_positions_are_refused(tokenizer: Tokenizer) -> None:
+    body = completion(prompt=[5, 6, 7], n=100, max_tokens=3000, return_routed_experts=True)
+    with pytest.raises(errors.InvalidRequest, match="300300 positions in all choices is too much: at most 262144"):
+        to_requests(body, tokenizer, 4096, "r")
+    assert len(to_requests(body.model_copy(update={"n": 80}), tokenizer, 4096, "r")) == 80
+    assert len(to_requests(body.model_copy(update={"return_routed_experts": False}), tokenizer, 4096, "r")) == 100
 
 
 def test_a_trunk_that_leaves_a_position_out_is_an_error(tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from served import Served, deploy
 from test_faults import kill, statuses
@@ -205,8 +206,12 @@ def test_a_trunk_goes_and_another_comes_under_streams(two: Served) -> None:
 def test_a_queue_brings_a_trunk_and_quiet_takes_it_away(two: Served) -> None:
     with Crowd(two, count=24, tokens=100) as crowd:
         eventually(lambda: len(trunks(two)) == 3, 40)
+        three = {status["pid"] for status in trunks(two).values()}
     assert crowd.changed == 0
     eventually(lambda: len(trunks(two)) == 2, 40)
+    # Serve no longer counts a trunk that goes, but until it says so itself the gateway may send it a request.
+    (gone,) = three - {status["pid"] for status in trunks(two).values()}
+    eventually(lambda: not psutil.pid_exists(gone), 40)
 
 
 def pids_of_experts(served: Served) -> dict[str, set[int]]:
