@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from fake_hub import Hub
 from helm_rendering import CHART, PROFILES, Rendered, profile, render
 
 
@@ -45,3 +49,17 @@ def crds(shared: Path) -> dict[tuple[str, str], Any]:
     tool: ModuleType = crd_validate
     validators: dict[tuple[str, str], Any] = tool.load(str(shared / "data/kuberay-crds/ray.io_rayservices.yaml"))
     return validators
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """Address of a Hub whose behaviour tests set in `Hub`."""
+    Hub.files = {"config.json": b"{}", "model.safetensors": b"weights" * 100_000, "training.bin": b"unwanted"}
+    Hub.asked.clear()
+    Hub.info_works = Hub.tree_works = True
+    Hub.slow = None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()

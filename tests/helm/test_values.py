@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import helm_python as helm
@@ -20,7 +19,7 @@ def test_network_policy_opens_the_api_only() -> None:
     among_us, operator, api = policy["spec"]["ingress"]
     assert "ports" not in among_us
     assert among_us["from"] == [{"podSelector": policy["spec"]["podSelector"]}]
-    assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
     assert {port["port"] for port in operator["ports"]} == {8265, 52365, 8000}
     assert api == {"ports": [{"port": 8000}]}
     monitoring = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
@@ -30,6 +29,19 @@ def test_network_policy_opens_the_api_only() -> None:
     assert {port["port"] for port in metrics["ports"]} == {8080, 44217, 44227}
 
 
+@pytest.mark.parametrize("kind", ["podMonitor", "serviceMonitor"])
+def test_a_monitor_finds_open_ports(kind: str) -> None:
+    """Nothing scraped looks like nobody serving to the alerts."""
+    monitoring = {kind: {"enabled": True}}
+    (policy,) = render({"monitoring": monitoring}).of("NetworkPolicy")
+    metrics = policy["spec"]["ingress"][-1]
+    assert metrics["from"] == [{"namespaceSelector": {}}]
+    assert 8080 in {port["port"] for port in metrics["ports"]}
+    mine = [{"podSelector": {"matchLabels": {"app": "prometheus"}}}]
+    (policy,) = render({"monitoring": monitoring, "networkPolicy": {"metricsFrom": mine}}).of("NetworkPolicy")
+    assert policy["spec"]["ingress"][-1]["from"] == mine
+
+
 def test_disruption_budgets() -> None:
     groups = {"trunk": {"minReplicas": 1}, "experts": {"replicas": 8, "minReplicas": 8, "maxReplicas": 8}}
     budgets = render({"workerGroups": groups, "podDisruptionBudget": {"head": True}}).of("PodDisruptionBudget")
@@ -37,69 +49,14 @@ def test_disruption_budgets() -> None:
         "r-moe-ray-experts": 7,  # the trunk's one pod may go: with a budget of one its node could not be drained
         "r-moe-ray-head": 1,
     }
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"modle": {}}, "modle"),
-        ({"model": {"pth": "x"}}, "pth"),
-        ({"experts": {"overrides": {"3": {"minReplica": 2}}}}, "minReplica"),
-        ({"experts": {"overrides": {"three": {}}}}, "three"),
-        ({"experts": {"autoscale": {"target": 0.5}}}, "target"),
-        ({"experts": {"onExpertLoss": "renormalize"}}, "onExpertLoss"),
-        ({"engine": {"max_num_seqs": 8}}, "max_num_seqs"),
-        ({"workerGroups": {"experts": {"role": "expert"}}}, "role"),
-        ({"workerGroups": {"experts": {"nodeselector": {}}}}, "nodeselector"),
-        ({"gcsFaultTolerance": {"mode": "rockdb"}}, "mode"),
-        ({"image": {"tag": "latest"}}, "tag"),
-        ({"transport": "tcp"}, "transport"),
-        ({"trunk": {"labels": {"zone": "in a"}}}, "zone"),
-        ({"pod": {"resources": {"request": {}}}}, "request"),
-        ({"serve": {"port": "http"}}, "port"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_typo_is_named(values: Manifest, said: str) -> None:
-    with pytest.raises(helm.HelmError) as raised:
-        render(values)
-    assert re.search(rf"['/.\"]{said}\b", str(raised.value)), str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"experts": {"overrides": {"8": {"numReplicas": 2}}}}, "experts.overrides.8: there is no such expert"),
-        ({"workerGroups": {"trunk": {"enabled": False}}}, "none has the role trunk or any"),
-        ({"workerGroups": {"experts": {"enabled": False}}}, "none has the role experts or any"),
-        ({"workerGroups": {"experts": {"replicas": 5}}}, "workerGroups.experts.maxReplicas: 4 is below replicas (5)"),
-        ({"experts": {"numReplicas": 4, "maxReplicas": 2}}, "maxReplicas of Expert0 is 2, below the 4"),
-        ({"model": {"download": {"enabled": True, "repo": "a/b"}}}, "set model.volume.enabled"),
-        ({"tls": {"enabled": True}}, "give tls.existingSecret"),
-        ({"gcsFaultTolerance": {"mode": "redis"}}, "gcsFaultTolerance.redis.address"),
-        ({"upgradeStrategy": {"type": "NewClusterWithIncrementalUpgrade"}}, "gatewayClassName"),
-        ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
-        ({"auth": {"hfToken": {"enabled": True}}}, "auth.hfToken: give value or existingSecret"),
-        (
-            {"workerGroups": {"experts": {"rayResources": {"CPU": "1"}, "rayStartParams": {"num-cpus": "1"}}}},
-            "not in both",
-        ),
-        (
-            {"experts": {"expertsPerActor": 2, "overrides": {"2": {"numReplicas": 2}, "3": {"numReplicas": 3}}}},
-            "experts.overrides.2 and experts.overrides.3 differ",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_does_not_go_together_is_refused(values: Manifest, said: str) -> None:
-    with pytest.raises(helm.HelmError) as raised:
-        render(values)
-    assert said in str(raised.value)
+    assert {b["spec"]["unhealthyPodEvictionPolicy"] for b in budgets} == {"AlwaysAllow"}
 
 
 def test_names_suit_kuberay() -> None:
-    long = render(release="a-name-of-fifty-three-characters-as-helm-allows-it-xx")
+    download = {"volume": {"enabled": True}, "download": {"enabled": True, "repo": "owner/mixtral"}}
+    long = render({"model": download}, release="a-name-of-fifty-three-characters-as-helm-allows-it-xx")
     assert len(long.one("RayService")["metadata"]["name"]) <= 47
+    assert len(long.one("Job")["metadata"]["name"]) <= 63  # it becomes a label of the Job's pod
     with pytest.raises(helm.HelmError, match="set fullnameOverride"):
         render(release="8x7b")
     assert render({"fullnameOverride": "mixtral"}, release="8x7b").one("RayService")["metadata"]["name"] == "mixtral"
@@ -116,21 +73,6 @@ def test_the_model_from_a_volume() -> None:
         mounts = {m["name"]: m for m in group["template"]["spec"]["containers"][0]["volumeMounts"]}
         assert mounts["model"] == {"name": "model", "mountPath": "/models", "readOnly": True}
     assert rendered.application["args"]["model"]["path"] == "/models/mixtral"
-
-
-def test_the_model_downloaded() -> None:
-    download = {"enabled": True, "repo": "owner/mixtral", "revision": "abc"}
-    rendered = render({"model": {"volume": {"enabled": True}, "download": download}})
-    assert rendered.application["args"]["model"] == {"path": "/models/mixtral"}
-    (job,) = rendered.of("Job")
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    env = {e["name"]: e["value"] for e in container["env"]}
-    assert (env["REPO"], env["REVISION"], env["DIRECTORY"]) == ("owner/mixtral", "abc", "/models/mixtral")
-    assert {m["name"]: m.get("readOnly") for m in container["volumeMounts"]}["model"] is False
-    _, wait = rendered.groups["headgroup"]["template"]["spec"]["initContainers"]
-    assert {e["name"]: e["value"] for e in wait["env"]}["NEEDS_MARK"] == "1"
-    other = render({"model": {"volume": {"enabled": True}, "download": {**download, "revision": "def"}}})
-    assert other.one("Job")["metadata"]["name"] != job["metadata"]["name"]  # a Job cannot be changed
 
 
 def test_gpus() -> None:

@@ -1,7 +1,7 @@
 """Wait until a model directory is complete: its config.json, and every file of weights that its index names.
 
-Environment: MODEL (a directory), NEEDS_MARK ("1": the download Job has to have finished), TIMEOUT_S. Ends with status 1
-and says what is missing when the time is over.
+Environment: MODEL (a directory), WANTED (what the mark of the download Job must say; "" where there is no Job) and
+TIMEOUT_S. Ends with status 1 and says what is missing when the time is over.
 """
 
 import json
@@ -15,12 +15,15 @@ LOOK_EVERY_S = 2.0
 SAY_EVERY_S = 30.0
 
 
-def missing(model: Path, needs_mark: bool) -> str:
+def missing(model: Path, wanted: str) -> str:
     """What is not there yet; "" where nothing is missing."""
     if not model.is_dir():
         return f"{model}: no such directory"
-    if needs_mark and not (model / MARK).is_file():
-        return f"{model / MARK}: the download has not finished"
+    mark = model / MARK
+    if wanted and not mark.is_file():
+        return f"{mark}: the download has not finished"
+    if wanted and (found := mark.read_text().partition("\n")[0]) != wanted:
+        return f"{model}: holds {found}, not {wanted}"
     if not (model / "config.json").is_file():
         return f"{model / 'config.json'}: not there"
     index = model / "model.safetensors.index.json"
@@ -32,9 +35,9 @@ def missing(model: Path, needs_mark: bool) -> str:
 
 
 def main() -> None:
-    model, needs_mark = Path(os.environ["MODEL"]), os.environ.get("NEEDS_MARK") == "1"
+    model, wanted = Path(os.environ["MODEL"]), os.environ.get("WANTED") or ""
     end, said = time.monotonic() + float(os.environ["TIMEOUT_S"]), float("-inf")
-    while lacks := missing(model, needs_mark):
+    while lacks := missing(model, wanted):
         if time.monotonic() > end:
             sys.exit(f"gave up: {lacks}")
         if time.monotonic() - said > SAY_EVERY_S:

@@ -43,7 +43,11 @@ moe_ray's own default. Keys of the maps listed in "free" are names, not keys, an
 {{- $model := dict -}}
 {{- include "moe-ray.copySection" (dict "from" (omit $v.model "path" "numLocalExperts" "volume" "download" "waitForFiles" "nativeLibraries") "to" $model) -}}
 {{- $_ := set $model "path" (include "moe-ray.modelPath" .) -}}
-{{- if $v.model.download.enabled -}}{{- $_ := unset $model "revision" -}}{{- end -}}
+{{- if $v.model.download.enabled -}}
+  {{- $_ := unset $model "revision" -}}
+  {{- /* The directory's name says the revision, too: clients must not have to. */ -}}
+  {{- $_ := set $model "served_name" ($v.model.servedName | default (include "moe-ray.downloadName" .)) -}}
+{{- end -}}
 {{- $_ := set $args "model" $model -}}
 
 {{- $engine := dict -}}
