@@ -25,6 +25,7 @@ command_found() { command -v "$1" >/dev/null || die "no \`$1\` on PATH: $2"; }
 # use_token FILE [make]: every Ray command of this shell shows the token in FILE; `make` creates it where it is missing.
 use_token() {
   local file=$1
+  [[ $file == /* ]] || file=$PWD/$file # Ray's processes have directories of their own
   if [[ ! -s $file ]]; then
     [[ ${2:-} == make ]] || die "no token in $file: copy the head's there (mode 600), or name another with --token-file"
     (
@@ -34,9 +35,22 @@ use_token() {
     )
     say "made a token: $file (every node needs this file)"
   fi
-  [[ $(stat -c %a "$file") == *00 ]] || die "$file can be read by others: chmod 600 $file"
+  if [[ $(stat -L -c %a "$file") != *00 ]]; then # as `ray get-auth-token --generate` leaves it
+    [[ -O $file ]] || die "$file can be read by others, and is not yours to change: chmod 600 $file"
+    chmod 600 "$file"
+    say "$file could be read by others: its mode is 600 now"
+  fi
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$file
   unset RAY_AUTH_TOKEN # which would win over the file
+}
+
+# fetch URL [ARGUMENT OF curl...]: sets `code`, the HTTP status (000 where nobody answers), and `body`, or curl's complaint.
+# shellcheck disable=SC2034 # who sources this reads them
+fetch() {
+  local answer
+  answer=$(curl -sS -w '\n%{http_code}' "$@" 2>&1) || true # curl's own --fail-with-body is from 2021
+  code=${answer##*$'\n'} body=${answer%$'\n'*}
+  [[ $code =~ ^[0-9]{3}$ ]] || code=000 body=$answer
 }
 
 # running PIDFILE: true while the process named there is the `ray start` that these scripts started.
@@ -57,9 +71,10 @@ start_ray() {
     die "$name runs already (process $(<"$pidfile")); end it with stop.sh --name $name"
   fi
   command_found ray "install moe_ray here, or activate its virtual environment"
+  : >"$log" # here, not by the process below: until that one runs, the log of the last time would be read
   # The niceness: else every level of actors runs 15 steps lower.
   RAY_worker_niceness=${RAY_worker_niceness:-0} RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0} \
-    PYTHONUNBUFFERED=1 setsid nohup ray start --block "$@" >"$log" 2>&1 </dev/null &
+    PYTHONUNBUFFERED=1 setsid nohup ray start --block "$@" >>"$log" 2>&1 </dev/null &
   pid=$!
   printf '%s\n' "$pid" >"$pidfile"
   for ((waited = 0; waited < timeout_s * 5; waited++)); do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deploys a Serve config file on a running Ray cluster and returns when the model answers.
+# Deploys a Serve config file on a running Ray cluster and returns when all of it runs and the model answers.
 #
 # Usage: deploy.sh [OPTION...] CONFIG
 #   CONFIG              a Serve config file such as ../serve/demo.yaml; ${NAME} and ${NAME:-default} in it are replaced
@@ -49,29 +49,44 @@ fi
 
 use_token "$token_file"
 command_found serve "install moe_ray here, or activate its virtual environment"
+
+# serve_status ARGUMENT OF deployed.py...
+serve_status() { { serve status --address "$dashboard" 2>/dev/null || true; } | python3 "$here/../serve/deployed.py" "$@"; }
+
+deployed_before=$(serve_status --times)
 serve deploy --address "$dashboard" "$rendered"
 
-missing='' before=''
+# Serve's word first: until the new application is there, /health is answered by the old one.
+before=''
 for ((end = SECONDS + timeout_s; ; )); do
-  if missing=$(curl -sS --max-time 5 --fail-with-body "$url/health" 2>&1); then
-    break
-  fi
-  status=$(serve status --address "$dashboard" 2>/dev/null || true)
-  if grep -q 'DEPLOY_FAILED' <<<"$status"; then
-    printf '%s\n' "$status" >&2
-    die "the application could not be deployed; Serve's status is above"
-  fi
-  ((SECONDS < end)) || die "not ready after $timeout_s s; $url/health says: $missing"
+  progress=$(serve_status "$rendered" "$deployed_before")
+  case $progress in
+    failed*) die "the application could not be deployed. Serve says:"$'\n'"${progress#*$'\n'}" ;;
+    running*)
+      fetch "$url/health" --max-time 5
+      [[ $code != 200 ]] || break
+      missing="$url/health says $code: $body"
+      ;;
+    *) missing=${progress#*$'\n'} ;;
+  esac
+  ((SECONDS < end)) || die "not ready after $timeout_s s: $missing"
   [[ $missing == "$before" ]] || say "waiting: $missing"
   before=$missing
   sleep 1
 done
 
-key=${OPENAI_API_KEY:-}
-model=$(curl -sS --fail-with-body --max-time 10 ${key:+-H "Authorization: Bearer $key"} "$url/v1/models" |
-  python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])' 2>/dev/null) || model=MODEL
+# The key only where one is asked for, and not as an argument, which every user of this machine could read.
+key='' shown=''
+fetch "$url/v1/models" --max-time 10
+if [[ $code == 401 ]]; then
+  key=${OPENAI_API_KEY:-}
+  # shellcheck disable=SC2016 # for the reader's shell to expand
+  shown=' -H @<(printf "Authorization: Bearer %s" "$OPENAI_API_KEY")'
+  [[ -z $key ]] || fetch "$url/v1/models" --max-time 10 -H @<(printf 'Authorization: Bearer %s' "$key")
+fi
+model=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])' <<<"$body" 2>/dev/null) || model=MODEL
 body=$(printf '{"model": "%s", "messages": [{"role": "user", "content": "What is the capital of France?"}]}' "$model")
 say "ready: $url/v1"
+[[ -z $shown || -n $key ]] || say "it asks for a key: put one into OPENAI_API_KEY"
 say ""
-# shellcheck disable=SC2016 # for the reader's shell to expand
-say "  curl $url/v1/chat/completions -H 'Content-Type: application/json'${key:+ -H \"Authorization: Bearer \$OPENAI_API_KEY\"} -d '$body'"
+say "  curl $url/v1/chat/completions -H 'Content-Type: application/json'$shown -d '$body'"

@@ -47,3 +47,8 @@ use_token "$token_file" make
 start_ray "$name" "$timeout_s" --head --port "$port" --num-cpus "$cpus" --num-gpus "$gpus" --labels "$labels" \
   --dashboard-host "$dashboard_host" --dashboard-port "$dashboard_port" "${extra[@]}"
 say "  workers: start-worker.sh --address THIS_MACHINE:$port --role trunk|experts --token-file $token_file"
+if [[ $RAY_AUTH_TOKEN_PATH == "$HOME/.ray/auth_token" ]]; then
+  say "  shells:  export RAY_AUTH_MODE=token      (else serve status, ray logs and moe-ray status are refused)"
+else
+  say "  shells:  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH      (else serve status, ray logs and moe-ray status are refused)"
+fi

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Exits 0 while this container does its work: its server answers /health, or, where none listens, Ray's raylet runs.
+# Exits 0 while this container does its work: its server answers /health, or, where it is to have none, Ray's raylet runs.
+# `moe-ray serve` is to have one, in a plain container; so is whatever has MOE_RAY_HEALTH_NEEDS_HTTP set.
 set -euo pipefail
 
 port=${MOE_RAY_PORT:-8000}
@@ -10,4 +11,7 @@ fi
 if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
   exit 1
 fi
-[[ -z ${MOE_RAY_HEALTH_NEEDS_HTTP:-} ]] && pgrep -x raylet >/dev/null
+if [[ -n ${MOE_RAY_HEALTH_NEEDS_HTTP:-} ]] || pgrep -f '[m]oe-ray serve' >/dev/null; then
+  exit 1
+fi
+pgrep -x raylet >/dev/null

@@ -1,7 +1,11 @@
-"""Builds every native library into DIR/native of `prebuild.py DIR`, for CPUs that this machine's need not be like."""
+"""Builds every native library into DIR/native of `prebuild.py DIR`, for CPUs that this machine's need not be like.
+
+Nothing is built where moe_ray has no native code for the architecture: there torch computes, and the image works.
+"""
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from moe_ray.native import build
 
 
 def prebuild(cache_dir: Path) -> list[Path]:
-    """Build what is missing and return all files. Raises `KernelsUnavailable` where none compiles."""
+    """Build what is missing and return all files. Raises `KernelsUnavailable` where one does not compile."""
     # Only the machine that runs them must have the instructions; loading a library does not execute them.
     build.cpu_flags = lambda: frozenset({"avx512_bf16"})  # type: ignore[assignment]
     for name in build.LIBRARIES:
@@ -23,6 +27,9 @@ def prebuild(cache_dir: Path) -> list[Path]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} DIR")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        print(f"no native library for {sys.platform} on {platform.machine()}: torch computes", file=sys.stderr)
+        sys.exit()
     try:
         print(*prebuild(Path(sys.argv[1])), sep="\n")
     except KernelsUnavailable as error:

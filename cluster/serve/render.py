@@ -19,9 +19,11 @@ def render(text: str, environment: Mapping[str, str]) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         name, default = match.groups()
-        if value := environment.get(name) or default:
+        if value := environment.get(name):
             return value
-        raise KeyError(name)
+        if default is None:
+            raise KeyError(name)
+        return default
 
     lines = (line if line.lstrip().startswith("#") else VARIABLE.sub(replaced, line) for line in text.splitlines(True))
     return "".join(lines)

@@ -31,6 +31,14 @@ def clean_environment(home: Path) -> dict[str, str]:
     }
 
 
+def tool(path: Path, script: str) -> Path:
+    """Write a command that bash runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def module(path: Path) -> Any:
     """Import a script of cluster/ that is in no package."""
     spec = importlib.util.spec_from_file_location(f"cluster_{path.stem}", path)

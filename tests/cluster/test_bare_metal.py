@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
-from cluster_files import CLUSTER, clean_environment, shell
+import yaml
+from cluster_files import CLUSTER, clean_environment, module, shell, tool
 
 SCRIPTS = CLUSTER / "bare-metal"
 COMMANDS = ("start-head.sh", "start-worker.sh", "deploy.sh", "stop.sh")
@@ -51,14 +54,94 @@ def test_errors_are_one_clear_line(command: list[str], says: str, tmp_path: Path
     assert said.stderr.count("\n") == 1
 
 
-def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
+RAY = 'env >"$HOME/environment"; echo Ray runtime started; exec sleep 1'
+
+
+def with_tools(home: Path, **tools: str) -> dict[str, str]:
+    """A newcomer's environment in which these commands come first."""
+    for name, script in tools.items():
+        tool(home / "bin" / name, script)
+    environment = clean_environment(home)
+    environment.pop("OPENAI_API_KEY", None)
+    return environment | {"PATH": f"{home}/bin:{environment['PATH']}"}
+
+
+def test_a_token_as_ray_makes_it_is_taken_and_closed(tmp_path: Path) -> None:
+    """`ray get-auth-token --generate` leaves it to the umask: 0644."""
     token = tmp_path / "token"
     token.write_text("secret")
     token.chmod(0o644)
+    environment = with_tools(tmp_path, ray=RAY)
+    said = shell(SCRIPTS / "start-worker.sh", "--address", "h:1", "--token-file", token, env=environment)
+    assert said.returncode == 0, said.stderr
+    assert f"{token} could be read by others: its mode is 600 now\n" in said.stdout
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_token_of_somebody_else_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives a file away")
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    os.chown(token, 12345, 12345)
+    environment = with_tools(tmp_path, ray=RAY)
+    said = shell(SCRIPTS / "start-worker.sh", "--address", "h:1", "--token-file", token, env=environment)
+    assert said.returncode == 1
+    assert f"not yours to change: chmod 600 {token}" in said.stderr
+    assert token.stat().st_mode & 0o777 == 0o644
+
+
+def test_ray_finds_a_token_that_was_named_from_here(tmp_path: Path) -> None:
+    """Its processes have other working directories."""
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o600)
+    environment = with_tools(tmp_path, ray=RAY)
     said = shell(
-        SCRIPTS / "start-worker.sh", "--address", "h:1", "--token-file", token, env=clean_environment(tmp_path)
+        SCRIPTS / "start-worker.sh", "--address", "h:1", "--token-file", "token", env=environment, cwd=tmp_path
     )
-    assert f"chmod 600 {token}" in said.stderr
+    assert said.returncode == 0, said.stderr
+    assert f"RAY_AUTH_TOKEN_PATH={tmp_path}/token" in (tmp_path / "environment").read_text().splitlines()
+
+
+@pytest.mark.parametrize("where", [".ray/auth_token", "elsewhere"])
+def test_the_head_says_how_shells_get_in(where: str, tmp_path: Path) -> None:
+    token = tmp_path / where
+    said = shell(SCRIPTS / "start-head.sh", "--token-file", token, env=with_tools(tmp_path, ray=RAY))
+    assert said.returncode == 0, said.stderr
+    (exports,) = re.findall(r"^  shells:  (export .*?)(?:  |$)", said.stdout, re.M)
+    probe = shell("bash", "-c", f"{exports}; echo $RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH", env=clean_environment(tmp_path))
+    assert probe.stdout.split() == (["token"] if where.startswith(".ray") else ["token", str(token)])
+
+
+def test_the_log_of_the_last_time_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    (tmp_path / "state" / "moe-ray").mkdir(parents=True)
+    log = tmp_path / "state" / "moe-ray" / "head.log"
+    log.write_text("Ray runtime started\n")
+    # A slow machine: the process that will write the log takes a while to begin.
+    environment = with_tools(tmp_path, setsid="sleep 1; echo no ports; exit 1")
+    said = shell(SCRIPTS / "start-head.sh", env=environment)
+    assert said.returncode == 1
+    assert "no ports" in said.stderr
+    assert log.read_text() == "no ports\n"
+
+
+def test_the_readme_brings_the_token_to_a_fresh_machine(tmp_path: Path) -> None:
+    """ssh and scp of this test run what they are told in a home directory per host."""
+    (line,) = re.findall(r"^(.*\bscp .*?)(?:  +#.*)?$", (CLUSTER / "README.md").read_text(), re.M)
+    environment = with_tools(
+        tmp_path,
+        ssh='export HOME=$HOSTS/$1; mkdir -p "$HOME"; cd "$HOME"; shift; exec bash -c "$*"',
+        scp='[[ $1 != -p ]] || shift; cp -p "$1" "$HOSTS/${2%%:*}/${2#*:}"',
+    )
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    (tmp_path / ".ray" / "auth_token").chmod(0o600)
+    ran = shell("bash", "-c", line, env={**environment, "HOSTS": str(tmp_path / "hosts")})
+    assert ran.returncode == 0, ran.stderr
+    there = tmp_path / "hosts" / "B" / ".ray"
+    assert (there / "auth_token").read_text() == "secret"
+    assert there.stat().st_mode & 0o777 == 0o700
 
 
 def test_deploy_renders_variables_and_names_what_is_missing(tmp_path: Path) -> None:
@@ -70,6 +153,168 @@ def test_deploy_renders_variables_and_names_what_is_missing(tmp_path: Path) -> N
     assert said.stderr == f"error: {config} needs the environment variable PORT\n"
     said = shell(SCRIPTS / "deploy.sh", "--render", config, env={**environment, "PORT": "9000"})
     assert said.stdout == "# ${NOT_READ}\nhost: 127.0.0.1\nport: 9000\n"
+
+
+def serve_says(status: str, deployed: float, message: str = "", expert: str = "HEALTHY", why: str = "") -> str:
+    """What `serve status` prints of the application with one expert, by Ray's own code."""
+    from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
+    from ray.serve.scripts import ServeDeploySchemaDumper, process_dict_for_yaml_dump
+
+    one = DeploymentStatusOverview(
+        status=expert, status_trigger="UNSPECIFIED", replica_states={"RUNNING": 1}, message=why
+    )
+    application = ApplicationStatusOverview(
+        status=status, message=message, last_deployed_time_s=deployed, deployments={"Expert3": one}
+    )
+    said = process_dict_for_yaml_dump(asdict(ServeStatus(applications={"moe-ray": application}, target_capacity=None)))
+    return yaml.dump(said, Dumper=ServeDeploySchemaDumper, default_flow_style=False, sort_keys=False)
+
+
+@dataclass
+class Gateway:
+    """A server on loopback that is healthy and may ask for a key; it notes when it was asked for what."""
+
+    key: str = ""
+    healthy: bool = True
+    port: int = 0
+    asked: list[tuple[str, str]] = field(default_factory=list)
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    here = Gateway()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown = self.headers.get("Authorization", "")
+            here.asked.append((self.path, shown))
+            status, body = 200, '{"data": [{"id": "small"}]}'
+            if self.path == "/health":
+                status, body = (200, "{}") if here.healthy else (503, "no trunk")
+            elif here.key and shown != f"Bearer {here.key}":
+                status, body = 401, "{}"
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        here.port = server.server_port
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield here
+        server.shutdown()
+
+
+def deploy(
+    home: Path, gateway: Gateway, says: list[str], timeout_s: int = 30, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """deploy.sh with a `serve` that says one thing after the other, the first before it deploys, and an old curl."""
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("secret")
+    (home / ".ray" / "auth_token").chmod(0o600)
+    last = len(says) - 1
+    for number, text in enumerate(says):
+        (home / f"says-{number}").write_text(text)
+    tools = with_tools(
+        home,
+        serve=f"""cd {home}; echo "$1" >>calls; [[ $1 == status ]] || exit 0
+            number=$(($(grep -c status calls) - 1)); cat "says-$((number > {last} ? {last} : number))" """,
+        curl=f"""printf '%s\\n' "$*" >>{home}/arguments
+            [[ $* != *--fail-with-body* ]] || {{ echo 'curl: option --fail-with-body: is unknown' >&2; exit 2; }}
+            exec {shutil.which("curl")} "$@" """,
+        sleep="exec /bin/sleep 0.1",
+    )
+    tools |= {"HTTP_PORT": str(gateway.port), "no_proxy": "127.0.0.1", **environment}
+    return shell(
+        SCRIPTS / "deploy.sh", "--timeout", str(timeout_s), CLUSTER / "serve" / "demo.yaml", env=tools, timeout=60
+    )
+
+
+def test_deploy_waits_for_the_new_application_though_the_old_one_answers(gateway: Gateway, tmp_path: Path) -> None:
+    says = [
+        serve_says("RUNNING", 100.25),  # before
+        serve_says("RUNNING", 100.25),  # not taken up yet
+        "",  # the dashboard is busy
+        serve_says("DEPLOYING", 200.5, expert="UPDATING", why="1 replica has no\nresources."),
+        serve_says("RUNNING", 200.5),
+    ]
+    said = deploy(tmp_path, gateway, says)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines()[:3] == [
+        "waiting: moe-ray is not taken up yet",
+        "waiting: moe-ray is DEPLOYING, Expert3: 1 replica has no resources.",
+        f"ready: http://127.0.0.1:{gateway.port}/v1",
+    ]
+    assert '"model": "small"' in said.stdout
+    assert (tmp_path / "calls").read_text().split() == ["status", "deploy", *["status"] * 4]
+    assert [path for path, _ in gateway.asked] == ["/health", "/v1/models"]
+
+
+def test_deploy_says_why_the_application_failed(gateway: Gateway, tmp_path: Path) -> None:
+    """And does not take the failure of the one before for it."""
+    failed = ("DEPLOY_FAILED", 2.0, "Failed to update the deployments ['Expert3'].", "DEPLOY_FAILED")
+    before = serve_says("DEPLOY_FAILED", 1.0, "the old story")
+    said = deploy(tmp_path, gateway, [before, before, serve_says(*failed, "No such file: config.json\n  at line 3")])
+    assert said.returncode == 1
+    assert "the old story" not in said.stderr
+    assert "Failed to update the deployments ['Expert3']." in said.stderr
+    assert "Expert3: No such file: config.json\n  at line 3\n" in said.stderr
+    assert gateway.asked == []
+
+
+def test_deploy_gives_up_with_what_is_missing(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.healthy = False
+    said = deploy(tmp_path, gateway, [serve_says("RUNNING", 1.0), serve_says("RUNNING", 2.0)], timeout_s=2)
+    assert said.returncode == 1
+    assert f"not ready after 2 s: http://127.0.0.1:{gateway.port}/health says 503: no trunk\n" in said.stderr
+
+
+def test_deploy_says_that_nobody_answers(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.port = 1
+    said = deploy(tmp_path, gateway, [serve_says("RUNNING", 1.0), serve_says("RUNNING", 2.0)], timeout_s=1)
+    assert "/health says 000: curl: (7)" in said.stderr
+
+
+def test_a_key_is_shown_only_where_one_is_asked_for(gateway: Gateway, tmp_path: Path) -> None:
+    says = [serve_says("RUNNING", 1.0), serve_says("RUNNING", 2.0)]
+    said = deploy(tmp_path, gateway, says, OPENAI_API_KEY="s3cret")
+    assert said.returncode == 0, said.stderr
+    assert [shown for _, shown in gateway.asked] == ["", ""]
+    assert "Authorization" not in said.stdout
+
+
+def test_a_key_is_no_argument_of_a_command(gateway: Gateway, tmp_path: Path) -> None:
+    """`ps` of every user of the machine would show it."""
+    gateway.key = "s3cret"
+    says = [serve_says("RUNNING", 1.0), serve_says("RUNNING", 2.0)]
+    said = deploy(tmp_path, gateway, says, OPENAI_API_KEY="s3cret")
+    assert said.returncode == 0, said.stderr
+    assert gateway.asked[1:] == [("/v1/models", ""), ("/v1/models", "Bearer s3cret")]
+    assert '"model": "small"' in said.stdout
+    line = next(line.strip() for line in said.stdout.splitlines() if line.startswith("  curl "))
+    environment = with_tools(tmp_path) | {"OPENAI_API_KEY": "s3cret", "no_proxy": "127.0.0.1"}
+    shell("bash", "-c", line.replace("/v1/chat/completions", "/v1/models").split(" -d ")[0], env=environment)
+    assert gateway.asked[-1] == ("/v1/models", "Bearer s3cret")
+    assert (tmp_path / "arguments").read_text().count("/v1/models") == 3
+    assert "s3cret" not in (tmp_path / "arguments").read_text()
+
+
+def test_deploy_says_that_a_key_is_missing(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.key = "s3cret"
+    said = deploy(tmp_path, gateway, [serve_says("RUNNING", 1.0), serve_says("RUNNING", 2.0)])
+    assert said.returncode == 0, said.stderr
+    assert "it asks for a key: put one into OPENAI_API_KEY\n" in said.stdout
+
+
+def test_every_application_of_a_file_is_waited_for() -> None:
+    progress = module(CLUSTER / "serve" / "deployed.py").progress
+    first = yaml.safe_load(serve_says("RUNNING", 2.0))
+    assert progress(["moe-ray"], first, {}) == ("running", "")
+    assert progress(["moe-ray", "other"], first, {"moe-ray": 1.0}) == ("waiting", "other is not taken up yet")
+    first["applications"]["other"] = {**first["applications"]["moe-ray"], "status": "UNHEALTHY"}
+    assert progress(["moe-ray", "other"], first, {"moe-ray": 1.0}) == ("waiting", "other is UNHEALTHY")
 
 
 def test_stop_leaves_a_process_alone_that_is_not_ours(tmp_path: Path) -> None:
@@ -89,8 +334,8 @@ def test_workers_are_started_over_ssh_with_every_word_intact(tmp_path: Path) -> 
     (tools / "ssh").write_text('#!/bin/bash\nmkdir -p "$HOSTS/$1"; cd "$HOSTS/$1"; shift; exec bash -c "$*"\n')
     (tools / "scp").write_text('#!/bin/bash\nshift; to=${!#}; cp "${@:1:$#-1}" "$HOSTS/${to%%:*}/${to#*:}"\n')
     (tools / "ray").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >arguments\necho Ray runtime started\nexec sleep 2\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
+    for each in tools.iterdir():
+        each.chmod(0o755)
     token = tmp_path / "token"
     token.write_text("secret")
     token.chmod(0o600)

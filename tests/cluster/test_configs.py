@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_files import BIN, CLUSTER, ROOT, module, shell
+from cluster_files import BIN, CLUSTER, ROOT, clean_environment, module, shell, tool
 
 from moe_ray.config import Config, load_config
 
@@ -70,6 +71,14 @@ def test_render_says_where_the_gateway_is(tmp_path: Path) -> None:
     assert shell(BIN / "python", renderer, "--url", tmp_path / "empty.yaml").stdout == "http://127.0.0.1:8000"
 
 
+def test_render_takes_an_empty_default_for_a_value() -> None:
+    render = module(CLUSTER / "serve" / "render.py").render
+    assert render("a: '${A:-}'", {}) == "a: ''"
+    for environment in ({}, {"A": ""}):
+        with pytest.raises(KeyError, match="A"):
+            render("a: ${A}", environment)
+
+
 def prepared(path: Path) -> dict[str, Any]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -90,6 +99,107 @@ def test_ray_up_accepts_the_file_and_every_node_gets_what_it_needs(path: Path) -
     for mounted in config["file_mounts"].values():
         if not mounted.startswith(("~", "dist")):
             assert (ROOT / mounted).is_dir(), "seen from the root of the repository"
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_every_command_of_ray_up_is_bash(path: Path) -> None:
+    """As it stands, and in the quotes and parentheses in which Ray sends it over ssh."""
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    commands = [
+        command
+        for key, value in prepared(path).items()
+        if key.endswith("_commands") and isinstance(value, list)
+        for command in value
+    ]
+    assert len(commands) > 10
+    for command in commands:
+        sent = _with_interactive(command)
+        for text in (command, " ".join(sent)):
+            checked = shell("bash", "-n", "-c", text)
+            assert (checked.returncode, checked.stderr) == (0, ""), text
+
+
+def setup_command(path: Path, part: str) -> str:
+    """The one setup command that has `part`."""
+    (found,) = [command for command in prepared(path)["setup_commands"] if part in command]
+    return str(found)
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_shells_of_the_nodes_find_ray_and_show_the_token(path: Path, tmp_path: Path) -> None:
+    environment = clean_environment(tmp_path)
+    command = setup_command(path, ".bashrc")
+    for _ in range(2):  # `ray up` runs it again on every change of the file
+        ran = shell("bash", "-c", command, env=environment)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert (tmp_path / ".bashrc").read_text().count("\n") == 1
+    says = shell("bash", "-c", '. ~/.bashrc; echo "$PATH $RAY_AUTH_MODE $RAY_worker_niceness"', env=environment).stdout
+    assert says.startswith(f"{tmp_path}/venv/bin:")
+    assert says.endswith(" token 0\n")
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_nothing_is_installed_into_the_system_s_python(path: Path, tmp_path: Path) -> None:
+    """Debian 12 and Ubuntu 24.04 refuse that: uv goes into an environment of its own, once, and makes the other."""
+    tool(
+        tmp_path / "bin" / "python3",
+        'echo "python3 $*" >>~/log; mkdir -p "$3/bin"\n'
+        'printf \'#!/bin/bash\\necho pip >>~/log; cp ~/uv.sh ~/uv/bin/uv\' >"$3/bin/pip"; chmod +x "$3/bin/pip"',
+    )
+    tool(tmp_path / "uv.sh", 'echo "uv $1" >>~/log; mkdir -p ~/venv/bin; ln -s /bin/true ~/venv/bin/python')
+    environment = clean_environment(tmp_path)
+    environment["PATH"] = f"{tmp_path}/bin:{environment['PATH']}"
+    for _ in range(2):
+        for part in ("-m venv ~/uv", "uv venv"):
+            ran = shell("bash", "-c", setup_command(path, part), env=environment)
+            assert ran.returncode == 0, ran.stderr
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log == [f"python3 -m venv {tmp_path}/uv", "pip", "uv venv"]
+
+
+@pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
+def test_the_token_of_the_hub_can_be_let_in(path: Path, tmp_path: Path) -> None:
+    """By taking the `#` away."""
+    text = re.sub(r"^  # (~/\.cache/huggingface/token: )", r"  \1", path.read_text(), flags=re.M)
+    (tmp_path / path.name).write_text(text)
+    assert prepared(tmp_path / path.name)["file_mounts"]["~/.cache/huggingface/token"] == "~/.cache/huggingface/token"
+    assert "~/.cache/huggingface/token" not in prepared(path)["file_mounts"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "says", "code", "error"),
+    [
+        ("0x8086", None, 0, ""),
+        ("0x10de", "580.95.05\n580.95.05", 0, ""),
+        ("0x10de", "595.58.03", 0, ""),
+        ("0x10de", "570.172.08", 1, "driver is 570.172.08 here, torch needs 580 or newer"),
+        ("0x10de", None, 1, "does not answer after 0 s"),
+    ],
+)
+def test_a_node_waits_for_a_driver_that_is_new_enough(
+    vendor: str, says: str | None, code: int, error: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pci" / "0000:00:04.0").mkdir(parents=True)
+    (tmp_path / "pci" / "0000:00:04.0" / "vendor").write_text(f"{vendor}\n")
+    tool(tmp_path / "bin" / "nvidia-smi", "exit 9" if says is None else f"echo '{says}'")
+    environment = {**os.environ, "MOE_RAY_PCI_DEVICES": str(tmp_path / "pci")}
+    environment["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
+    ran = shell(CLUSTER / "ray-up" / "wait-for-driver.sh", "580", "0", env=environment)
+    assert ran.returncode == code
+    assert error in ran.stderr
+    assert bool(ran.stderr) == bool(error)
+
+
+def test_clouds_have_a_driver_for_the_cuda_of_torch() -> None:
+    """Of what `ray up` waits for by default, and no older image is asked for."""
+    (oldest,) = re.findall(r"^oldest=\$\{1:-(\d+)\}", (CLUSTER / "ray-up" / "wait-for-driver.sh").read_text(), re.M)
+    for name in ("aws", "gcp"):
+        path = CLUSTER / "ray-up" / f"{name}.yaml"
+        assert setup_command(path, "wait-for-driver.sh") == "bash ~/cluster/ray-up/wait-for-driver.sh"
+        assert all(int(driver) >= int(oldest) for driver in re.findall(r"nvidia-(\d{3})\b", path.read_text()))
+    for path in (CLUSTER / "README.md", CLUSTER / "Dockerfile", *RAY_UP):
+        assert re.search(rf"driver,? {oldest}\b", path.read_text()), path
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
@@ -121,14 +231,14 @@ def test_a_misspelt_key_of_a_ray_up_file_is_found(tmp_path: Path) -> None:
         prepared(tmp_path / "wrong.yaml")
 
 
-def composed(*names: str) -> list[Any]:
-    """The compose files with their defaults filled in, as Compose's own specification reads them."""
+def composed(*names: str, environment: Mapping[str, str] | None = None) -> list[Any]:
+    """The compose files with their variables filled in, as Compose's own specification reads them."""
     from compose_spec import PyCompose
 
     found = []
     for name in names:
         text = (CLUSTER / "compose" / f"{name}.yaml").read_text()
-        text = module(CLUSTER / "serve" / "render.py").render(text, {})
+        text = module(CLUSTER / "serve" / "render.py").render(text, environment or {})
         compose = PyCompose.from_yaml(text)
         if name == "compose":
             compose.validate()
@@ -149,6 +259,13 @@ def test_compose_files_follow_the_specification_and_the_image() -> None:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), "a version, not `latest`"
     profiles = {name: service.get("profiles", []) for name, service in base["services"].items()}
     assert profiles == {"moe-ray": [], "prometheus": ["monitoring"], "grafana": ["monitoring"]}
+
+
+def test_compose_passes_the_token_of_the_hub_on() -> None:
+    """Empty counts as none for the Hub's client."""
+    assert composed("compose")[0]["services"]["moe-ray"]["environment"]["HF_TOKEN"] == ""
+    (given,) = composed("compose", environment={"HF_TOKEN": "hf_x"})
+    assert given["services"]["moe-ray"]["environment"]["HF_TOKEN"] == "hf_x"
 
 
 def test_what_compose_mounts_is_there() -> None:

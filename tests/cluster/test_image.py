@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import tomllib
@@ -16,7 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster_files import BIN, CLUSTER, ROOT, shell
+from cluster_files import BIN, CLUSTER, ROOT, module, shell, tool
+
+from moe_ray.errors import KernelsUnavailable
+from moe_ray.native import build
 
 DOCKERFILE = CLUSTER / "Dockerfile"
 
@@ -75,7 +79,39 @@ def test_what_runs_is_user_1000_and_has_no_compiler() -> None:
         assert needed in shlex.split(installed)
     assert "HEALTHCHECK" in done
     entry = next(rest for keyword, rest in steps if keyword == "ENTRYPOINT")
-    assert entry == '["tini", "-g", "--", "moe-ray-entrypoint"]'
+    assert entry == '["tini", "--", "moe-ray-entrypoint"]', "with -g Ray has the signal too, and is gone before moe-ray"
+
+
+@pytest.mark.parametrize(
+    ("variant", "index", "cuda", "says"),
+    [
+        ("cpu", "", None, ""),
+        ("cpu", "", "13.0", "this torch has CUDA 13.0, the image is to have none"),
+        ("cuda", "https://pypi.org/simple", "13.0", ""),
+        ("cuda", "https://pypi.org/simple", None, "this torch has no CUDA"),
+        ("cuda", "https://download.pytorch.org/whl/cu126", "12.6", ""),
+        ("cuda", "https://download.pytorch.org/whl/cu130/", "13.0", ""),
+        ("cuda", "https://download.pytorch.org/whl/cu128", "13.0", "none of this version for CUDA 12.8"),
+    ],
+)
+def test_a_torch_that_pip_took_from_elsewhere_is_refused(
+    variant: str, index: str, cuda: str | None, says: str, tmp_path: Path
+) -> None:
+    checker = CLUSTER / "docker" / "check_torch.py"
+    complaint = module(checker).complaint(variant, index, cuda)
+    assert says in complaint
+    assert bool(says) == bool(complaint)
+    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda!r}\n")
+    ran = shell(sys.executable, checker, variant, index, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert ran.returncode == bool(says)
+    assert says in ran.stderr
+
+
+@pytest.mark.parametrize(("stage", "check"), [("torch-cpu", "cpu"), ("torch-cuda", 'cuda "${TORCH_CUDA_INDEX}"')])
+def test_each_variant_checks_the_torch_that_it_got(stage: str, check: str) -> None:
+    (install,) = [rest for keyword, rest in stages()[stage] if keyword == "RUN"]
+    assert install.endswith(f"&& /opt/moe-ray/bin/python /tmp/check_torch.py {check}")
+    assert ("COPY", "cluster/docker/check_torch.py /tmp/check_torch.py") in stages()["tools"]
 
 
 def test_secrets_and_caches_stay_out_of_the_context() -> None:
@@ -111,6 +147,35 @@ def test_native_libraries_are_built_for_machines_unlike_this_one(tmp_path: Path)
     )
     again = shell(sys.executable, "-c", script, tmp_path)
     assert again.returncode == 0, again.stderr
+
+
+def prebuilt_elsewhere(directory: Path, machine: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What prebuild.py does on a machine of this architecture."""
+    script = (
+        "import platform, runpy, sys\n"
+        f"platform.machine = lambda: {machine!r}\n"
+        "sys.argv[0] = 'prebuild.py'\n"
+        f"runpy.run_path({str(CLUSTER / 'docker' / 'prebuild.py')!r}, run_name='__main__')"
+    )
+    return shell(sys.executable, "-c", script, directory, env={**os.environ, **environment})
+
+
+def test_an_image_for_arm64_has_no_native_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = prebuilt_elsewhere(tmp_path, "aarch64")
+    assert (ran.returncode, ran.stdout) == (0, "")
+    assert ran.stderr == "no native library for linux on aarch64: torch computes\n"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    for name in build.LIBRARIES:  # moe_ray itself is of one mind with that
+        with pytest.raises(KernelsUnavailable, match="x86-64"):
+            build.shared_library(name, tmp_path)
+
+
+def test_an_image_whose_libraries_do_not_compile_is_not_built(tmp_path: Path) -> None:
+    broken = tool(tmp_path / "c++", "echo 'x.cpp:1: error: broken' >&2; exit 1")
+    ran = prebuilt_elsewhere(tmp_path / "cache", "x86_64", CXX=str(broken))
+    assert ran.returncode == 1
+    assert "could not build them: x.cpp:1: error: broken" in ran.stderr
 
 
 def test_the_entrypoint_fills_the_cache_and_becomes_the_command(tmp_path: Path) -> None:
@@ -162,9 +227,28 @@ def test_a_container_is_as_healthy_as_its_server(status: int, code: int) -> None
         assert shell(CLUSTER / "docker" / "healthcheck.sh", env=environment).returncode == code
 
 
-def test_a_container_that_must_serve_is_not_healthy_without_a_server() -> None:
+@pytest.mark.parametrize(
+    ("processes", "needs_http", "code"),
+    [
+        (["/opt/moe-ray/raylet/raylet"], "", 0),
+        ([], "", 1),
+        (["/opt/moe-ray/raylet/raylet"], "1", 1),
+        # The image's own command: its server has to answer, though Ray runs.
+        (["/opt/moe-ray/raylet/raylet", "python /opt/moe-ray/bin/moe-ray serve --host 0.0.0.0"], "", 1),
+    ],
+)
+def test_without_a_server_only_a_node_of_a_cluster_is_healthy(
+    processes: list[str], needs_http: str, code: int, tmp_path: Path
+) -> None:
+    """pgrep of this test looks at the processes of a container that is not there."""
+    (tmp_path / "processes").write_text("".join(f"{line}\n" for line in processes))
+    tool(
+        tmp_path / "bin" / "pgrep",
+        'case $1 in -f) grep -e "$2" "$PROCESSES";; -x) grep -e "/$2\\$" "$PROCESSES";; *) exit 2;; esac',
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "MOE_RAY_PORT": str(port), "MOE_RAY_HEALTH_NEEDS_HTTP": "1"}
-    assert shell(CLUSTER / "docker" / "healthcheck.sh", env=environment).returncode == 1
+    environment = {**os.environ, "MOE_RAY_PORT": str(port), "MOE_RAY_HEALTH_NEEDS_HTTP": needs_http}
+    environment |= {"PROCESSES": str(tmp_path / "processes"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    assert shell(CLUSTER / "docker" / "healthcheck.sh", env=environment).returncode == code

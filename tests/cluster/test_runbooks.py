@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from cluster_files import CLUSTER, ROOT
 
 from moe_ray.cli import app
 from moe_ray.config import Config, TlsSection
+from moe_ray.serve.app import build
 
 PAGES = [CLUSTER / "README.md", *sorted((CLUSTER / "runbooks").glob("*.md"))]
 SOURCES = [*PAGES, *CLUSTER.rglob("*.yaml"), *CLUSTER.rglob("*.sh"), CLUSTER / "Dockerfile", *CLUSTER.rglob("*.sbatch")]
@@ -99,6 +101,44 @@ def test_nothing_has_an_unbalanced_quote() -> None:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
             for line in block.splitlines():
                 shlex.split(line, comments=True)
+
+
+def test_a_second_trunk_comes_by_the_file_as_the_runbook_says(demo_model: Path) -> None:
+    """Of what is deployed from a file `moe-ray scale trunk` changes nothing; `deployments` beside `args` does."""
+    from ray.serve.schema import ServeDeploySchema
+
+    text = (CLUSTER / "runbooks" / "scale.md").read_text().split("## The trunk")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (written,) = yaml.safe_load(block)["applications"]
+    ServeDeploySchema.parse_obj({"applications": [{**written, "import_path": "moe_ray.serve.app:build"}]})
+    (override,) = written["deployments"]
+    assert override == {"name": "Trunk", "num_replicas": 2}
+    built = build({"model": {"path": str(demo_model)}})._bound_deployment
+    (trunk,) = [
+        each._bound_deployment
+        for each in built.init_args
+        if getattr(getattr(each, "_bound_deployment", None), "name", "") == "Trunk"
+    ]
+    assert trunk._deployment_config.autoscaling_config is None, "else Serve would refuse a number of replicas"
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            assert "moe-ray scale trunk" not in line or "`moe-ray serve`" in line, f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CLUSTER)))
+def test_no_key_is_an_argument(path: Path) -> None:
+    """Arguments can be read by every user of a machine."""
+    text = path.read_text()
+    assert not re.search(r"""-H ["'][Aa]uthorization: Bearer \$""", text)
+    assert not re.search(r"moe-ray [^`\n]*--api-key", text)
+
+
+@pytest.mark.parametrize("path", [PAGES[0], CLUSTER / "runbooks" / "alerts.md"], ids=lambda path: path.stem)
+def test_shells_are_told_of_the_token_before_they_ask(path: Path) -> None:
+    text = path.read_text()
+    told = text.index("export RAY_AUTH_MODE=token")
+    assert told < text.index("\n## ")
+    assert "RAY_AUTH_TOKEN_PATH" in text[told : told + 100]
 
 
 def test_scripts_can_be_run() -> None:
