@@ -19,6 +19,7 @@ class Reference:
 
         self._model = MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self._greedy: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._likeliest: dict[tuple[int, ...], list[int]] = {}
 
     def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """The most likely continuation, up to and including the end-of-sequence token."""
@@ -40,6 +41,13 @@ class Reference:
 
         with torch.inference_mode():
             return self._model(torch.tensor([list(token_ids)])).logits[0]
+
+    def likeliest(self, token_ids: Sequence[int]) -> list[int]:
+        """The most likely token after each position; remembered, for several carriers give the same tokens."""
+        key = tuple(token_ids)
+        if key not in self._likeliest:
+            self._likeliest[key] = self.logits(token_ids).argmax(-1).tolist()
+        return self._likeliest[key]
 
     def logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities of what follows each position, [T, V]."""

@@ -321,13 +321,7 @@ def trunks(
 @bench_app.command()
 def skew(
     experts: Annotated[int, typer.Option(help="Emulated experts.")] = 8,
-    replicas: Annotated[
-        int | None,
-        typer.Option(
-            help="Of all experts together: cards that the autoscaler may use.",
-            show_default="as few as balance the load within 10 %",
-        ),
-    ] = None,
+    replicas: Annotated[int, typer.Option(help="Of all experts together: cards that the autoscaler may use.")] = 24,
     max_over_mean: Annotated[float, typer.Option("--skew", help="Rows of the hottest expert over the mean.")] = 2.3,
     shifts: Annotated[int, typer.Option(min=1, help="How often the hot spot moves.")] = 1,
     trunks: Annotated[int, typer.Option(min=1, help="Each with a pool of its own.")] = 4,

@@ -35,15 +35,12 @@ from moe_ray.bench.simulate import SimulationOptions, simulate
 from moe_ray.config import load_config
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.autoscale import ScaleOptions
-from moe_ray.experts.balance import propose
 from moe_ray.experts.pool import PoolOptions
 
 PERIOD_S = 0.5
 """How often the autoscaler looks."""
 WINDOW_S = AutoscaleSection().look_back_s
 """What it looks back over."""
-MOST_PER_EXPERT = 8
-"""Replicas per expert, on average, that the planner may ask for."""
 RESTORED_S = 2.0
 """For how long throughput must be up again to be taken for restored."""
 WARM_S = 1.5
@@ -58,8 +55,8 @@ class SkewOptions:
     """What is run."""
 
     num_experts: int = 8
-    replicas: int | None = None
-    """All experts together, once scaled: cards that there are. None: the fewest that the planner finds good enough."""
+    replicas: int = 24
+    """All experts together, once scaled: cards that there are."""
     trunks: int = 4
     micro_batches: int = 3
     layers: int = 4
@@ -84,7 +81,7 @@ class SkewOptions:
         """Raise `ConfigError` naming the option and what is allowed."""
         if self.num_experts < 2:
             raise ConfigError("--experts: must be at least 2")
-        if self.replicas is not None and self.replicas < self.num_experts:
+        if self.replicas < self.num_experts:
             raise ConfigError(f"--replicas: must be at least one per expert ({self.num_experts})")
         if not 1.0 <= self.skew < self.num_experts / 2:
             raise ConfigError(f"--skew: must be at least 1 and below {self.num_experts / 2:g}, half of --experts")
@@ -103,16 +100,8 @@ class SkewOptions:
         return ScaleOptions(
             up_after_s=self.up_after_s,
             down_after_s=self.down_after_s,
-            max_total=self.cards,
+            max_total=self.replicas,
         )
-
-    @property
-    def cards(self) -> int:
-        """`replicas` or its default."""
-        if self.replicas is not None:
-            return self.replicas
-        most = (MOST_PER_EXPERT - 1) * self.num_experts
-        return self.num_experts + len(propose([row_shares(self.weights)], most_extra=most).extras)
 
     @property
     def weights(self) -> list[float]:
@@ -225,9 +214,6 @@ def run_skew(options: SkewOptions, progress: Progress) -> Report:
         "load_average_before": round(load, 1),
         **_headline(rows),
         "max_over_mean_rows": options.num_experts * max(row_shares(options.weights)),
-        "max_over_mean_rows_planned": propose(
-            [row_shares(options.weights)], options.cards - options.num_experts
-        ).after.total,
         "emulation_late_mean_us": sum(error["mean_us"] for error in errors) / len(errors),
         "emulation_late_p99_us": max(error["p99_us"] for error in errors),
         "fixed_us": options.service.fixed_us,
@@ -253,7 +239,7 @@ def _skewed(options: SkewOptions, hosts: list[Child], token: str, tick: Progress
     fleet.scale(even(options.num_experts, options.num_experts), at_once=True)
     trunks = Trunks(fleet, options.trunks, options.micro_batches, options.weights, options.native_dir, PoolOptions())
     run = Run("skewed", fleet, trunks, tick)
-    scaler = Autoscaler(options.scale, WINDOW_S, options.cards)
+    scaler = Autoscaler(options.scale, WINDOW_S, options.replicas)
     trunks.start()
     try:
         run.link()

@@ -123,16 +123,10 @@ def spread_layers(rows: Rows, count: int, layers_per_spare: int, per_actor: int 
     return tuple(frozenset(spare) for spare in spares)
 
 
-def propose(
-    rows: Rows,
-    count: int | None = None,
-    layers_per_spare: int | None = None,
-    per_actor: int = 1,
-    most_extra: int = MOST_EXTRA,
-) -> Proposal:
+def propose(rows: Rows, count: int | None = None, layers_per_spare: int | None = None, per_actor: int = 1) -> Proposal:
     """Propose `count` further replicas: of whole experts, or spares of `layers_per_spare` keys each.
 
-    None: the fewest that bring the imbalance to `GOOD_ENOUGH`; where `most_extra` do not, the best number up to it.
+    None: the fewest that bring the imbalance to `GOOD_ENOUGH`; where `MOST_EXTRA` do not, the best number up to it.
     Raises `ConfigError` for a negative `count` or a spare that holds nothing.
     """
     if count is not None and count < 0:
@@ -141,7 +135,7 @@ def propose(
         raise ConfigError("--layers-per-spare: must be at least 1")
     before = imbalance(rows, (), per_actor)
     best: Proposal | None = None
-    for number in range(most_extra + 1) if count is None else (count,):
+    for number in range(MOST_EXTRA + 1) if count is None else (count,):
         if layers_per_spare is None:
             extras = replicate(rows, number)
         else:
