@@ -203,7 +203,7 @@ class ExpertsSection(ExpertOptions):
     renormalise: the token goes on with its other experts, and the response says so."""
     call_timeout_s: float = Field(default=30.0, gt=0)
     handover_s: float = Field(default=120.0, ge=0)
-    """How long a replica that is told to go serves on while another one of its deployment still loads."""
+    """How long a replica that is told to go serves on, at most, while its successor loads."""
     refresh_s: float = Field(default=5.0, gt=0)
     """How often a trunk asks who the replicas are; at once when a link breaks."""
 

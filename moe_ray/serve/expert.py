@@ -16,7 +16,7 @@ from moe_ray import telemetry
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
 from moe_ray.engine.numerics import numerics
-from moe_ray.errors import EngineError, MoeRayError
+from moe_ray.errors import EngineError
 from moe_ray.experts.arrival import CARRIER, Arrival
 from moe_ray.experts.load import WINDOW_S, LoadSampler
 from moe_ray.experts.placement import Holding
@@ -27,15 +27,13 @@ from moe_ray.model.numerics import limit_torch_threads
 from moe_ray.serve.discovery import as_metadata
 from moe_ray.serve.links import link_options
 from moe_ray.serve.metrics import ExpertMetrics
-from moe_ray.serve.peers import find_peers
+from moe_ray.serve.peers import find_peers, is_ending, wait_for_successor
 from moe_ray.serve.progress import reporter
 from moe_ray.serve.scaling import BATCHES, BUSY, CALLS, QUEUE, wait_until_quiet
 from moe_ray.transport.base import ExpertServer
 from moe_ray.transport.weights import WeightsServer
 
 logger = logging.getLogger(__name__)
-
-HANDOVER_LOOK_S = 0.5
 
 
 class ExpertReplica:
@@ -78,6 +76,7 @@ class ExpertReplica:
         metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)
         self._sampler = LoadSampler(self._worker.key_loads, metrics.report)
         self._sampler.start()
+        self._application = replica.app_name
         self._find_peers = find_peers(replica.deployment, replica.app_name)
         self._arrival.start(self._find_peers, *(self._info.replica_id, self._info.node_id, link_options(config)))
 
@@ -154,7 +153,8 @@ class ExpertReplica:
         if hasattr(self, "_arrival"):
             self._arrival.stop()
         if hasattr(self, "_find_peers"):
-            self._hand_over()
+            mine = self._info.replica_id
+            wait_for_successor(self._find_peers, lambda: is_ending(self._application), mine, self._handover_s)
             wait_until_quiet(lambda: self._worker.stats().calls, self._linger_s)
         if hasattr(self, "_sampler"):
             self._sampler.close()
@@ -162,15 +162,3 @@ class ExpertReplica:
             server.close()
         if hasattr(self, "_arrival"):
             self._arrival.close()
-
-    def _hand_over(self) -> None:
-        """Serve on while another replica of this deployment still loads: until then trunks may have nobody else."""
-        end = time.monotonic() + self._handover_s
-        while time.monotonic() < end:
-            try:
-                others = [info for info in self._find_peers() if info.replica_id != self._info.replica_id]
-            except MoeRayError:  # nobody is left to hand over to: the application ends
-                return
-            if not any(info.loading for info in others):
-                return
-            time.sleep(HANDOVER_LOOK_S)

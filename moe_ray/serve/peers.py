@@ -1,14 +1,15 @@
-"""Asks Ray Serve who else serves what a replica holds: its own deployment's other replicas. Control plane only."""
+"""Asks Ray Serve who else serves what a replica holds, and whether anybody will. Control plane only."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from moe_ray.core import ReplicaInfo
 from moe_ray.errors import NotReady
@@ -16,6 +17,9 @@ from moe_ray.errors import NotReady
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 1.0
+LOOK_S = 0.2
+SUCCESSOR_S = 30.0
+"""How long a replica that is told to go waits for another one to come up."""
 
 
 def find_peers(deployment: str, application: str) -> Callable[[], list[ReplicaInfo]]:
@@ -41,3 +45,33 @@ def find_peers(deployment: str, application: str) -> Callable[[], list[ReplicaIn
         return found
 
     return ask
+
+
+def is_ending(application: str) -> bool:
+    """Whether an application is being deleted, or is gone, or Serve is: then nobody takes over from its replicas."""
+    try:
+        status = serve.status().applications.get(application)
+    except (RayServeException, RayError):
+        return True
+    return status is None or status.status == ApplicationStatus.DELETING
+
+
+def wait_for_successor(
+    find: Callable[[], Sequence[ReplicaInfo]], ending: Callable[[], bool], replica_id: str, at_most_s: float
+) -> None:
+    """Return once a replica other than this one has loaded all that it holds: until then trunks may have nobody else.
+
+    Returns at once when the application is `ending`, after `at_most_s`, and after `SUCCESSOR_S` if no other one has
+    come up: it may be waiting for the very card that this one holds. `find` raises `NotReady` when none answers.
+    """
+    began = time.monotonic()
+    while not ending():
+        try:
+            others = [info for info in find() if info.replica_id != replica_id]
+        except NotReady:
+            others = []
+        if others and not any(info.loading for info in others):
+            return
+        if time.monotonic() - began >= (at_most_s if others else min(SUCCESSOR_S, at_most_s)):
+            return
+        time.sleep(LOOK_S)

@@ -74,8 +74,11 @@ class Deployed:
         self.name, self.url = name, f"http://127.0.0.1:{port}/{name}"
         self._port, self._model, self._directory = port, model, directory
 
-    def apply(self, values: Manifest) -> None:
-        """Deploy what `values` render to, but for its name, its port, the model, and labels that nodes here lack."""
+    def apply(self, values: Manifest, **deployments: Manifest) -> None:
+        """Deploy what `values` render to, but for its name, its port, the model, and labels that nodes here lack.
+
+        `deployments` has further keys of some entries of the file's `deployments`.
+        """
         import ray
 
         config = render(values).serve_config
@@ -85,6 +88,8 @@ class Deployed:
         args = application["args"]
         args["model"]["path"] = str(self._model)
         del args["cache_dir"], args["trunk"]["labels"], args["experts"]["labels"]
+        for entry in application["deployments"]:
+            entry |= deployments.get(entry["name"], {})
         file = self._directory / "serve_config.yaml"
         file.write_text(yaml.safe_dump(config))
         dashboard = eventually(lambda: ray._private.worker.get_dashboard_url(), 30)  # type: ignore[attr-defined]
@@ -179,12 +184,29 @@ def test_one_expert_is_scaled_and_nobody_restarted(deployed: Deployed, values: s
         deployed.apply(before)
         # Where it autoscales a replica above the least number goes when the policy says so, 30 s later: not waited for.
         less = eventually(lambda: deployed.settled(**{expert: 1}), 60) if values == "cpu-demo" else deployed.pids()
+    if values == "cpu-demo":
+        another_card_for_one_expert(deployed, before, expert, calm)
     others = set(pids) - {expert}
     assert len(asking.answers) >= 3
     assert set(asking.answers) == {calm}
     assert more[expert] > pids[expert]
     for now in (more, less):
         assert {name: now[name] for name in others} == {name: pids[name] for name in others}
+
+
+def another_card_for_one_expert(deployed: Deployed, values: Manifest, expert: str, calm: str) -> None:
+    """As the runbook does it, in `deployments`: its only replica is replaced, and serves until that is done."""
+    was = deployed.pids()
+    with Asking(deployed.complete) as asking:
+        deployed.apply(values, **{expert: {"ray_actor_options": {"num_cpus": 0.2}}})
+
+        def replaced() -> dict[str, set[int]] | None:
+            pids = deployed.settled(**{expert: 1})
+            return pids if pids is not None and pids[expert] != was[expert] else None
+
+        now = eventually(replaced, 60)
+    assert {**now, expert: None} == {**was, expert: None}
+    assert set(asking.answers) == {calm}
 
 
 def ask(deployed: Deployed) -> subprocess.CompletedProcess[str]:
