@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let torch use every core meanwhile: of this process alone, for what tests compare with is computed alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Reference:
@@ -28,7 +43,7 @@ class Reference:
         key = (tuple(prompt), max_tokens)
         if key not in self._greedy:
             ids = torch.tensor([list(prompt)])
-            with torch.inference_mode():
+            with torch.inference_mode(), all_cores():
                 out = self._model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
                 )
@@ -39,7 +54,7 @@ class Reference:
         """Logits of what follows each position, [T, V]."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), all_cores():
             return self._model(torch.tensor([list(token_ids)])).logits[0]
 
     def likeliest(self, token_ids: Sequence[int]) -> list[int]:

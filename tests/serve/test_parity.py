@@ -160,7 +160,7 @@ def test_demo_model_under_stress(
     served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_reference: Reference
 ) -> None:
     assert len(demo_prompts) >= 20
-    with engine_over(served_demo, carrier, kv_cache_gib=0.06, **STRESS) as engine:
+    with engine_over(served_demo, carrier, kv_cache_gib=0.07, **STRESS) as engine:
         outputs = run(engine, demo_prompts, neighbours=True)
         stats = engine.stats()
     assert stats.preemptions > 0
