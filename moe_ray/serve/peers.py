@@ -22,10 +22,10 @@ SUCCESSOR_S = 30.0
 """How long a replica that is told to go waits for another one to come up."""
 
 
-def find_peers(deployment: str, application: str) -> Callable[[], list[ReplicaInfo]]:
+def find_peers(deployment: str, application: str, timeout_s: float = TIMEOUT_S) -> Callable[[], list[ReplicaInfo]]:
     """Return a function that lists the replicas of a deployment that run now; for use outside event loops.
 
-    It raises `NotReady` when none answers within `TIMEOUT_S`.
+    It raises `NotReady` when none answers within `timeout_s`.
     """
 
     def ask() -> list[ReplicaInfo]:
@@ -35,7 +35,7 @@ def find_peers(deployment: str, application: str) -> Callable[[], list[ReplicaIn
         except (KeyError, RayServeException, RayError) as error:  # KeyError: it is being taken down
             raise NotReady(f"{deployment}: {error}") from error
         try:
-            results = handle.broadcast("endpoint").results(timeout_s=TIMEOUT_S, return_exceptions=True)
+            results = handle.broadcast("endpoint").results(timeout_s=timeout_s, return_exceptions=True)
         except (RayServeException, RayError, TimeoutError, ConnectionError) as error:
             raise NotReady(f"{deployment}: {error or type(error).__name__}") from error
         finally:

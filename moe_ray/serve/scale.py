@@ -8,16 +8,14 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import RayServeException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from moe_ray.core import ReplicaInfo
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.placement import experts_in
 from moe_ray.serve.app import APP_NAME
+from moe_ray.serve.peers import find_peers
 from moe_ray.serve.scaling import POLICY, TRUNK, TRUNK_POLICY, set_replicas
 from moe_ray.serve.status import find_application
 
@@ -132,8 +130,6 @@ def _wait(names: Sequence[str], replicas: int | None, console: Console, applicat
 def _loading(name: str, application: str) -> int:
     """Count the replicas of a deployment of experts that do not serve all of their layers yet."""
     try:
-        answers = serve.get_deployment_handle(name, application).broadcast("endpoint")
-        results = answers.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
-    except (RayServeException, RayError, TimeoutError, ConnectionError):
+        return sum(info.loading for info in find_peers(name, application, ASK_TIMEOUT_S)())
+    except NotReady:
         return 0  # none runs, as its states say
-    return sum(isinstance(result, ReplicaInfo) and result.loading for result in results)
