@@ -114,7 +114,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """The experts of consecutive positions of prompt and output; as arrays: `engine/routing.py`.
+    """The experts of consecutive positions of prompt and output; as arrays: `engine/routed_experts.py`.
 
     They are those the router chose, also where one of them was missing (`degraded_positions` says where).
     """

@@ -10,7 +10,7 @@ from moe_ray.config import DEMO_MODEL, Config
 from moe_ray.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from moe_ray.demo import Progress
+    from moe_ray.convert.demo import Progress
 
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,7 +23,7 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     """
     name = config.model.path
     if name == DEMO_MODEL:
-        from moe_ray.demo import demo_model_path
+        from moe_ray.convert.demo import demo_model_path
 
         return demo_model_path(config.cache_dir, progress)
     directory = Path(name).expanduser()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from moe_ray.config import load_config
 from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.engine.build import build_engine
-from moe_ray.engine.routing import RoutedRows
-from moe_ray.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from moe_ray.engine.routed_experts import RoutedRows
 from moe_ray.experts.local import local_pool
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,66 +16,70 @@ import pytest
 import moe_ray
 
 ROOT = Path(moe_ray.__file__).parent
-BASE = {"errors", "core", "telemetry"}
-DATA = {*BASE, "runs", "actor_options", "config", "hub", "demo"}
+BASE = {"errors", "core", "telemetry", "console"}
+MODEL = {*BASE, "native", "model"}
 
 MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may import, besides itself
     "errors": set(),
     "telemetry": set(),
+    "console": set(),
     "core": {"errors"},
     "pb": set(),
-    "runs": set(),
-    "actor_options": {"errors", "core", "runs"},
-    "config": {"errors", "actor_options"},
+    "config": {"errors", "core"},
     "native": {"errors"},
+    "text": BASE,
     "transport": {*BASE, "pb", "native"},
-    "model": {*BASE, "native"},
-    "experts": {*BASE, "native", "model", "transport"},
-    "engine": {*BASE, "config", "native", "model"},
-    "plan": {*BASE, "model", "experts"},
-    "demo": {*BASE, "config", "model"},
-    "hub": {*BASE, "config", "demo"},
-    "report": {*DATA, "plan", "model", "experts", "engine"},
-    "llm": {*DATA, "model", "experts", "engine"},
-    "serve": {*DATA, "pb", "native", "plan", "report", "bars", "transport", "model", "experts", "engine", "__init__"},
-    "bench": {
-        *DATA,
-        "pb",
-        "native",
-        "plan",
-        "bars",
-        "llm",
-        "transport",
-        "model",
-        "experts",
-        "engine",
-        "serve",
+    "model": {*BASE, "config", "native"},
+    "convert": {*BASE, "model"},
+    "hub": {*BASE, "config", "convert"},
+    "experts": {*MODEL, "transport"},
+    "engine": {*MODEL, "config"},
+    "trunk": {*MODEL, "__init__", "pb", "config", "engine", "experts", "transport"},
+    "gateway": {*BASE, "pb", "transport", "engine", "trunk"},
+    "api": {*BASE, "engine", "text", "gateway"},
+    "llm": {*MODEL, "config", "hub", "text", "experts", "engine"},
+    "deploy": {
+        *MODEL,
         "__init__",
+        *("config", "hub", "text", "transport", "experts", "engine", "trunk", "gateway", "api"),
+    },
+    "bench": {
+        *MODEL,
+        "__init__",
+        *("pb", "config", "hub", "convert", "text", "transport", "experts", "engine", "llm", "deploy"),
+    },
+    "commands": {
+        *MODEL,
+        "__init__",
+        *("config", "hub", "convert", "text", "experts", "engine", "llm", "deploy", "bench"),
     },
 }
 NEVER = {  # room → packages that must not appear in it
     "core": {"ray", "grpc", "transformers", "numpy"},
     "errors": {"ray", "grpc", "torch", "transformers", "numpy"},
     "config": {"ray", "grpc", "torch", "transformers"},
-    "actor_options": {"ray", "grpc", "torch", "transformers"},
     "native": {"ray", "grpc", "fastapi", "transformers"},
     "model": {"ray", "grpc", "fastapi"},
     "engine": {"ray", "grpc", "fastapi"},
     "experts": {"ray", "grpc", "fastapi"},
-    "plan": {"ray", "grpc", "fastapi"},
+    "text": {"ray", "grpc", "fastapi", "torch"},
+    "api": {"ray", "grpc", "torch"},
+    "gateway": {"ray", "torch", "fastapi"},
+    "trunk": {"fastapi"},
     "llm": {"ray", "grpc", "fastapi"},
     "transport": {"fastapi", "transformers"},
     "bench": {"fastapi"},
+    "commands": {"fastapi", "grpc", "torch"},
 }
 FILE_NEVER = {  # files that work without a package their room may have
     "engine/blocks.py": {"torch"},
-    "engine/routing.py": {"torch"},
+    "engine/routed_experts.py": {"torch"},
     "engine/scheduler.py": {"torch"},
-    "engine/tokenizer.py": {"torch"},
-    "experts/balance.py": {"torch"},
-    "experts/arrival.py": {"torch"},
-    "experts/load.py": {"torch", "numpy"},
-    "experts/placement.py": {"torch", "numpy"},
+    "experts/planning/autoscale.py": {"torch", "numpy"},
+    "experts/planning/balance.py": {"torch"},
+    "experts/planning/placement.py": {"torch", "numpy"},
+    "experts/server/weight_loader.py": {"torch"},
+    "experts/server/load_counters.py": {"torch", "numpy"},
     "transport/grpc.py": {"ray"},
     "transport/local.py": {"ray", "grpc"},
     "transport/socket.py": {"ray", "grpc"},
@@ -83,22 +87,19 @@ FILE_NEVER = {  # files that work without a package their room may have
     "transport/base.py": {"ray", "grpc"},
     "transport/wire.py": {"ray", "grpc"},
     "transport/listener.py": {"ray", "grpc", "torch"},
-    "transport/weights.py": {"ray", "grpc", "torch"},
+    "transport/weight_transfer.py": {"ray", "grpc", "torch"},
     "transport/pending.py": {"ray", "grpc", "torch"},
     "transport/ray.py": {"grpc"},
-    "native/switch.py": {"torch", "numpy"},
-    "bench/commands.py": {"torch", "ray", "grpc", "httpx"},
-    "bench/hosts.py": {"torch", "ray", "grpc"},
-    "bench/load.py": {"torch", "ray", "grpc"},
+    "bench/lab/switch.py": {"torch", "numpy"},
+    "bench/lab/hosts.py": {"torch", "ray", "grpc"},
+    "bench/http_load.py": {"torch", "ray", "grpc"},
     "bench/report.py": {"torch", "ray", "grpc", "httpx"},
     "bench/serve.py": {"torch", "ray", "grpc"},
-    "serve/load.py": {"ray", "grpc", "torch"},
-    "serve/routing.py": {"ray", "grpc", "torch"},
-    "serve/trunk_autoscale.py": {"ray", "grpc", "torch", "numpy"},
-    "serve/openai.py": {"ray", "grpc", "torch"},
-    "serve/openai_choice.py": {"ray", "grpc", "torch"},
-    "serve/openai_errors.py": {"ray", "grpc", "torch"},
-    "serve/openai_stream.py": {"ray", "grpc", "torch"},
+    "commands/bench.py": {"torch", "ray", "grpc", "httpx"},
+    "commands/main.py": {"torch", "ray", "grpc", "httpx"},
+    "deploy/load_overview.py": {"ray", "grpc", "torch"},
+    "deploy/trunk_autoscale.py": {"ray", "grpc", "torch", "numpy"},
+    "gateway/trunk_choice.py": {"ray", "grpc", "torch"},
 }
 
 
@@ -175,7 +176,7 @@ from ..core import Request
 def f():
     import ray.serve
     try:
-        from moe_ray.serve import app
+        from moe_ray.deploy import app
     except ImportError:
         pass
 """
@@ -186,7 +187,7 @@ def f():
         "moe_ray.engine.sibling",
         "moe_ray.core.Request",
         "ray.serve",
-        "moe_ray.serve.app",
+        "moe_ray.deploy.app",
     ]
 
 
@@ -194,13 +195,18 @@ def f():
     ("modules", "absent"),
     [
         (
-            "moe_ray moe_ray.core moe_ray.config moe_ray.serve.openai moe_ray.serve.openai_stream "
-            "moe_ray.engine.tokenizer moe_ray.engine.scheduler moe_ray.transport moe_ray.transport.base moe_ray.plan",
+            "moe_ray moe_ray.core moe_ray.config moe_ray.api.openai.protocol moe_ray.api.openai.stream "
+            "moe_ray.text.tokenizer moe_ray.engine.scheduler moe_ray.transport moe_ray.transport.base "
+            "moe_ray.experts.planning.footprint",
             "torch ray grpc",
         ),
         ("moe_ray.llm moe_ray.experts.local moe_ray.engine.build", "ray grpc transformers.models.mixtral"),
-        ("moe_ray.serve.expert moe_ray.serve.gateway moe_ray.serve.launch moe_ray.transport.ray moe_ray.demo", "torch"),
-        ("moe_ray.cli", "torch ray grpc transformers httpx matplotlib"),
+        (
+            "moe_ray.deploy.expert_replica moe_ray.deploy.gateway_replica moe_ray.commands.launch "
+            "moe_ray.transport.ray moe_ray.convert.demo",
+            "torch",
+        ),
+        ("moe_ray.commands.main", "torch ray grpc transformers httpx matplotlib"),
     ],
 )
 def test_what_is_not_loaded(modules: str, absent: str) -> None:

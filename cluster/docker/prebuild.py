@@ -17,8 +17,8 @@ def prebuild(cache_dir: Path) -> list[Path]:
     """Build what is missing and return all files. Raises `KernelsUnavailable` where one does not compile."""
     # Only the machine that runs them must have the instructions; loading a library does not execute them.
     build.cpu_flags = lambda: frozenset({"avx512_bf16"})  # type: ignore[assignment]
-    for name in build.LIBRARIES:
-        build.shared_library(name, cache_dir)
+    for library in build.LIBRARIES:
+        build.shared_library(library, cache_dir)
     for lock in (cache_dir / "native").glob("*.lock"):
         lock.unlink()
     return sorted((cache_dir / "native").glob("*.so"))

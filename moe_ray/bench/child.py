@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import psutil
 
-from moe_ray.bars import Report as Progress
+from moe_ray.console import Report as Progress
 from moe_ray.errors import MoeRayError
 
 GRACE_S = 5.0

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moe_ray.bars import Report as Progress
 from moe_ray.bench.child import Child, children, gather, pss_bytes
-from moe_ray.bench.model import resolve_bench_model
+from moe_ray.bench.m1 import resolve_bench_model
 from moe_ray.bench.report import GIB, Plot, Report, Row, machine_facts
 from moe_ray.config import Config, load_config
+from moe_ray.console import Report as Progress
 from moe_ray.errors import ConfigError
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.telemetry import cores

@@ -17,11 +17,11 @@ from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo, Request, SamplingParams
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
-from moe_ray.experts.discovery import Directory
+from moe_ray.experts.client.pool import ExpertPool, PoolOptions
+from moe_ray.experts.client.replica_table import Directory
 from moe_ray.experts.local import local_pool, model_keys
-from moe_ray.experts.pool import ExpertPool, PoolOptions
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.numerics import Numerics, limit_torch_threads
+from moe_ray.model.compute.numerics import Numerics, limit_torch_threads
 from moe_ray.transport import connect
 from moe_ray.transport.base import LinkOptions
 

@@ -11,11 +11,11 @@ from typing import Any
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
-from moe_ray.engine.numerics import numerics
-from moe_ray.experts.worker import ExpertWorker
+from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
+from moe_ray.model.compute.backend import numerics
+from moe_ray.model.compute.numerics import limit_torch_threads
 from moe_ray.model.expert_reader import read_experts
-from moe_ray.model.numerics import limit_torch_threads
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
 

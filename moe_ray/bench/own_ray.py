@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moe_ray.serve.local_ray import prepare_local_ray
+from moe_ray.deploy.local_ray import prepare_local_ray
 
 OBJECT_STORE_BYTES = 256 * 2**20
 NAMESPACE = "moe-ray-bench"

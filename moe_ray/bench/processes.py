@@ -23,7 +23,7 @@ import psutil
 from moe_ray.errors import ConfigError, NotReady
 
 MIB = 2**20
-MOE_RAY = (sys.executable, "-c", "from moe_ray.cli import main; main()")
+MOE_RAY = (sys.executable, "-c", "from moe_ray.commands.main import main; main()")
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
 GREET_TIMEOUT_S = 30.0

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
-from moe_ray.bench.load import id_prompts
-from moe_ray.bench.model import resolve_bench_model
+from moe_ray.bench.http_load import id_prompts
+from moe_ray.bench.m1 import resolve_bench_model
 from moe_ray.bench.probe import Machine, Probe, Shape, middle
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
 from moe_ray.core import SamplingParams
 from moe_ray.errors import ConfigError
+from moe_ray.experts.planning.footprint import DTYPE_BYTES
 from moe_ray.model.checkpoint import expert_specs, trunk_specs
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.plan import DTYPE_BYTES
 from moe_ray.telemetry import cores
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     """
     import torch
 
-    from moe_ray.engine.numerics import numerics
     from moe_ray.llm import LLM
+    from moe_ray.model.compute.backend import numerics
 
     if options.output_tokens < 2:
         raise ConfigError("--output-tokens: the roofline needs at least 2, the first is prefill's")

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_ray.bench.load import Prompt, Target, Wave, id_prompts, percentile, run_wave, served_model, text_prompts
-from moe_ray.bench.model import resolve_bench_model
+from moe_ray.bench.http_load import Prompt, Target, Wave, id_prompts, percentile, run_wave, served_model, text_prompts
+from moe_ray.bench.m1 import resolve_bench_model
 from moe_ray.bench.processes import OwnServer, own_server, pss_mib
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
@@ -164,7 +164,7 @@ def _prompt_maker(options: ServeBenchOptions, directory: Path | None) -> Callabl
         return lambda count, salt: [
             *id_prompts(count, options.prompt_tokens, DEFAULT_VOCAB_SIZE, f"{options.seed} {salt}")
         ]
-    from moe_ray.engine.tokenizer import Tokenizer
+    from moe_ray.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(directory)
     if options.send == "text":

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_ray.bars import Report as Progress
 from moe_ray.bench.child import children, gather
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
+from moe_ray.console import Report as Progress
 from moe_ray.errors import ConfigError
 from moe_ray.transport.handshake import ABSTRACT_UNIX
 

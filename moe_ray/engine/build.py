@@ -12,13 +12,13 @@ import torch
 from moe_ray.config import Config
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.kv_cache import num_blocks_for
-from moe_ray.engine.numerics import numerics
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.checkpoint import Checkpoint, Progress
+from moe_ray.model.compute.backend import numerics
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.moe import Experts
-from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
 
 GIB = 1024**3

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
-from moe_ray.engine import routing
+from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.overlap import Overlap

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 
 from moe_ray.core import ReplicaInfo
-from moe_ray.experts.discovery import Directory
-from moe_ray.experts.pool import ExpertPool
-from moe_ray.experts.worker import ExpertWorker
+from moe_ray.experts.client.pool import ExpertPool
+from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert_reader import read_experts
-from moe_ray.model.numerics import Numerics
 from moe_ray.transport.local import LocalLink
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from moe_ray.core import ExpertKey
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.numerics import Numerics
 from moe_ray.native.kernels import Host, Kernels, Packed
 
 if TYPE_CHECKING:

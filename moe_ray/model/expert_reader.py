@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from moe_ray.core import ExpertKey
 from moe_ray.model.checkpoint import Checkpoint, Progress, expert_specs
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
-from moe_ray.model.numerics import Numerics
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ExpertReader:
             w1, w3, w2 = map(self._checkpoint.read_bfloat16, self._specs[key])
             ffn = NativeFFN(w1, w3, w2, self._kernels)
         else:
-            from moe_ray.model.torch_expert import TorchFFN
+            from moe_ray.model.compute.torch.expert import TorchFFN
 
             dtype, device = self._how.torch_dtype, self._how.torch_device
             gate, up, down = (self._checkpoint.read(spec, dtype, device) for spec in self._specs[key])
@@ -73,7 +73,7 @@ class ExpertReader:
 
         import torch
 
-        from moe_ray.model.torch_expert import TorchFFN, bytes_of
+        from moe_ray.model.compute.torch.expert import TorchFFN, bytes_of
 
         w13 = torch.empty((2 * inner, hidden), dtype=self._how.torch_dtype)
         w2 = torch.empty((hidden, inner), dtype=self._how.torch_dtype)

@@ -10,11 +10,11 @@ import torch
 
 from moe_ray.core import Batch
 from moe_ray.model import moe
-from moe_ray.model.attention import KVCacheView
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.native_trunk import NativeTrunk
-from moe_ray.model.torch_trunk import TorchTrunk
-from moe_ray.model.weights import TrunkWeights
+from moe_ray.model.compute.native.trunk import NativeTrunk
+from moe_ray.model.compute.torch.attention import KVCacheView
+from moe_ray.model.compute.torch.trunk import TorchTrunk
+from moe_ray.model.trunk_weights import TrunkWeights
 from moe_ray.native.kernels import Kernels
 
 ForwardSteps = Generator[None, None, torch.Tensor]

@@ -11,7 +11,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -24,33 +25,53 @@ AVX512: Final = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC's own intrinsics headers set these off
 )
-LIBRARIES: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {  # name → sources (first: to compile), flags
-    "kernels": (("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h", "host.h", "frames.h"), AVX512),
-    "links": (("links.cpp", "frames.h"), ()),
-    "switch": (("switch.cpp",), ()),
-}
+HERE: Final = Path(__file__).parent
 TIMEOUT_S: Final = 300
 
 
-def shared_library(name: str, cache_dir: Path) -> ctypes.CDLL:
-    """Load a library of `LIBRARIES`, building it into `cache_dir`/native first if it is not there (several seconds).
+@dataclass(frozen=True, slots=True)
+class Library:
+    """One native library: what it is made of, and what a CPU must have to run it."""
+
+    name: str
+    directory: Path
+    sources: tuple[str, ...]
+    """The first is compiled and includes the others."""
+    flags: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+    """Instruction sets, as Linux names them."""
+
+
+KERNELS: Final = Library(
+    "kernels",
+    HERE,
+    ("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h", "host.h", "frames.h"),
+    AVX512,
+    frozenset({"avx512_bf16"}),
+)
+LINKS: Final = Library("links", HERE, ("links.cpp", "frames.h"))
+LIBRARIES: Final = (KERNELS, LINKS)
+"""What a server uses."""
+
+
+def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
+    """Load a library, building it into `cache_dir`/native first if it is not there (several seconds).
 
     Safe to call from many processes at once: one builds, the others wait. Raises `KernelsUnavailable` saying what
     this machine lacks.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise KernelsUnavailable(f"they exist for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
-    sources, flags = LIBRARIES[name]
-    if flags is AVX512 and "avx512_bf16" not in cpu_flags():
-        raise KernelsUnavailable("this CPU has no AVX512-BF16 instructions")
-    path = cache_dir / "native" / f"{name}-{_fingerprint(sources, flags)}.so"
+    if lacking := library.needs - cpu_flags():
+        raise KernelsUnavailable(f"this CPU has no {', '.join(sorted(lacking))} instructions")
+    path = cache_dir / "native" / f"{library.name}-{_fingerprint(library)}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
-                    _compile(path, sources[0], flags)
+                    _compile(path, library)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelsUnavailable(f"{path}: {error}") from None
@@ -58,9 +79,9 @@ def shared_library(name: str, cache_dir: Path) -> ctypes.CDLL:
 
 def prepare(cache_dir: Path) -> None:
     """Build what this machine can run, so that nobody has to wait for it later."""
-    for name in LIBRARIES:
+    for library in LIBRARIES:
         with contextlib.suppress(KernelsUnavailable):
-            shared_library(name, cache_dir)
+            shared_library(library, cache_dir)
 
 
 @cache
@@ -79,20 +100,20 @@ def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, tuple[Any,
     return library
 
 
-def _fingerprint(sources: Sequence[str], flags: Sequence[str]) -> str:
-    digest = hashlib.sha256(" ".join((*COMMON, *flags)).encode())
-    for name in sources:
-        digest.update((Path(__file__).parent / name).read_bytes())
+def _fingerprint(library: Library) -> str:
+    digest = hashlib.sha256(" ".join((*COMMON, *library.flags)).encode())
+    for name in library.sources:
+        digest.update((library.directory / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(path: Path, source: str, flags: Sequence[str]) -> None:
+def _compile(path: Path, library: Library) -> None:
     wanted = os.environ.get("CXX")
     compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelsUnavailable(f"no C++ compiler found (looked for {wanted or ', '.join(COMPILERS)})")
     made = path.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, *COMMON, *flags, "-o", str(made), str(Path(__file__).parent / source)]
+    command = [compiler, *COMMON, *library.flags, "-o", str(made), str(library.directory / library.sources[0])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         if done.returncode:

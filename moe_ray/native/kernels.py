@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.native.build import declare, shared_library
+from moe_ray.native.build import KERNELS, declare, shared_library
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ class Kernels:
 
     def __init__(self, cache_dir: Path, threads: int) -> None:
         """Load (on first use: build) the library. Raises `KernelsUnavailable`."""
-        library = declare(shared_library("kernels", cache_dir), _SIGNATURES)
+        library = declare(shared_library(KERNELS, cache_dir), _SIGNATURES)
         self.library = library
         self._pool: int | None = library.pool_new(threads)
         self.layer_front = library.layer_front

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from moe_ray.native.build import declare, shared_library
+from moe_ray.native.build import LINKS, declare, shared_library
 
 WAITING, DONE, ERROR, BROKEN = range(4)
 _TEXT: Final = 4096
@@ -47,7 +47,7 @@ class Links:
 
     def __init__(self, cache_dir: Path) -> None:
         """Load (on first use: build) the library. Raises `KernelsUnavailable`."""
-        self._library = declare(shared_library("links", cache_dir), _SIGNATURES)
+        self._library = declare(shared_library(LINKS, cache_dir), _SIGNATURES)
 
     def open(self, fd: int) -> int:
         """A link over a connected, authenticated socket, which must stay open until `free`."""

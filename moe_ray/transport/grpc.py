@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from moe_ray.core import ExpertCall, ReplicaInfo
 from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, ProtocolError
@@ -60,6 +61,16 @@ def open_channel(address: str, options: LinkOptions) -> grpc.Channel:
         return grpc.insecure_channel(address, options=settings)
     certificate, key, ca = read_pem(options.tls)
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=settings)
+
+
+def open_aio_channel(address: str, options: LinkOptions) -> grpc.aio.Channel:
+    """An asyncio channel to host:port, with TLS if `options` has it. Connects lazily. Raises `ConfigError`."""
+    settings = channel_options(options)
+    if options.tls is None:
+        return grpc.aio.insecure_channel(address, options=settings)
+    certificate, key, ca = read_pem(options.tls)
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+    return grpc.aio.secure_channel(address, credentials, options=settings)
 
 
 def listen(server: grpc.Server, host: str, port: int, options: LinkOptions) -> int:

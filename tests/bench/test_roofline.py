@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_ray.bench.model import M1, config_json
+from moe_ray.bench.m1 import M1, config_json
 from moe_ray.bench.probe import Machine, middle
 from moe_ray.bench.report import Report
 from moe_ray.bench.roofline import (

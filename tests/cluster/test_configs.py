@@ -32,7 +32,7 @@ def config_of(path: Path) -> Config:
 
     schema = ServeDeploySchema.parse_obj(rendered(path))
     (application,) = schema.applications
-    assert application.import_path == "moe_ray.serve.app:build"
+    assert application.import_path == "moe_ray.deploy.app:build"
     assert application.name == "moe-ray"
     return load_config(application.args)
 

@@ -143,7 +143,7 @@ def test_native_libraries_are_built_for_machines_unlike_this_one(tmp_path: Path)
         "import sys; from pathlib import Path; from moe_ray.native import build\n"
         "build._compile = lambda *_: sys.exit('built again')\n"
         "build.cpu_flags = lambda: frozenset({'avx512_bf16'})\n"
-        "[build.shared_library(name, Path(sys.argv[1])) for name in build.LIBRARIES]"
+        "[build.shared_library(library, Path(sys.argv[1])) for library in build.LIBRARIES]"
     )
     again = shell(sys.executable, "-c", script, tmp_path)
     assert again.returncode == 0, again.stderr
@@ -166,9 +166,9 @@ def test_an_image_for_arm64_has_no_native_library(tmp_path: Path, monkeypatch: p
     assert ran.stderr == "no native library for linux on aarch64: torch computes\n"
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    for name in build.LIBRARIES:  # moe_ray itself is of one mind with that
+    for library in build.LIBRARIES:  # moe_ray itself is of one mind with that
         with pytest.raises(KernelsUnavailable, match="x86-64"):
-            build.shared_library(name, tmp_path)
+            build.shared_library(library, tmp_path)
 
 
 def test_an_image_whose_libraries_do_not_compile_is_not_built(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import typer
 import yaml
 from cluster_files import CLUSTER, ROOT
 
-from moe_ray.cli import app
+from moe_ray.commands.main import app
 from moe_ray.config import Config, TlsSection
-from moe_ray.serve.app import build
+from moe_ray.deploy.app import build
 
 PAGES = [CLUSTER / "README.md", *sorted((CLUSTER / "runbooks").glob("*.md"))]
 SOURCES = [*PAGES, *CLUSTER.rglob("*.yaml"), *CLUSTER.rglob("*.sh"), CLUSTER / "Dockerfile", *CLUSTER.rglob("*.sbatch")]
@@ -110,7 +110,7 @@ def test_a_second_trunk_comes_by_the_file_as_the_runbook_says(demo_model: Path) 
     text = (CLUSTER / "runbooks" / "scale.md").read_text().split("## The trunk")[1].split("\n## ")[0]
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     (written,) = yaml.safe_load(block)["applications"]
-    ServeDeploySchema.parse_obj({"applications": [{**written, "import_path": "moe_ray.serve.app:build"}]})
+    ServeDeploySchema.parse_obj({"applications": [{**written, "import_path": "moe_ray.deploy.app:build"}]})
     (override,) = written["deployments"]
     assert override == {"name": "Trunk", "num_replicas": 2}
     built = build({"model": {"path": str(demo_model)}})._bound_deployment

@@ -15,8 +15,8 @@ from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.loop import EngineLoop
 from moe_ray.errors import ConfigError, EngineError, ExpertUnavailable, InvalidRequest, Overloaded
+from moe_ray.experts.client.pool import ExpertPool, PoolOptions
 from moe_ray.experts.local import local_pool
-from moe_ray.experts.pool import ExpertPool, PoolOptions
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.moe import Experts, PendingCalls, Routed
 

@@ -13,18 +13,18 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from moe_ray.api.openai.choice import Choice
 from moe_ray.config import load_config
 from moe_ray.core import EngineStats, Request, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.scheduler import SchedulerLimits
-from moe_ray.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from moe_ray.errors import ConfigError
 from moe_ray.experts.local import local_pool
 from moe_ray.llm import LLM, RequestOutput
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.numerics import Numerics
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.trunk import Trunk
-from moe_ray.serve.openai_choice import Choice
+from moe_ray.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 torch.set_num_threads(1)
 VOCAB, EOS = 96, 2

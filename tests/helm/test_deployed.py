@@ -8,9 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import yaml
 from asking import Asking
 from helm_rendering import Manifest, bounds, profile, render
+from served import eventually
 
 EXPERTS = [f"Expert{number}" for number in range(8)]
 
@@ -140,14 +140,6 @@ class Deployed:
         assert response.status_code == 200, response.text
         text: str = response.json()["choices"][0]["text"]
         return text
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float) -> Any:
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from helm_rendering import CHART, Manifest, Rendered, bounds, profile, render
 from ray.serve.schema import ServeDeploySchema
 
 from moe_ray.config import Config, load_config
+from moe_ray.deploy.replica_targets import autoscaling_config, trunk_autoscaling_config
 from moe_ray.errors import ConfigError
-from moe_ray.experts.placement import holdings
-from moe_ray.serve.scaling import autoscaling_config, trunk_autoscaling_config
+from moe_ray.experts.planning.placement import holdings
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_ray_and_moe_ray_read_it(rendered: Rendered) -> None:
     parsed = ServeDeploySchema.model_validate(rendered.serve_config)
     (application,) = parsed.applications
     assert (application.name, application.route_prefix) == ("moe-ray", "/")
-    assert application.import_path == "moe_ray.serve.app:build"
+    assert application.import_path == "moe_ray.deploy.app:build"
     assert (parsed.http_options.host, parsed.http_options.port) == ("0.0.0.0", 8000)
     # "Additional" fields are let through by Ray: each must be one that it knows.
     assert set(rendered.serve_config) <= set(ServeDeploySchema.model_fields)

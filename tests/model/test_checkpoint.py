@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import INDEX, SINGLE, Checkpoint, TensorSpec, expert_specs, trunk_specs
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.layers import rope_table
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.numerics import Numerics
 from moe_ray.model.trunk import Trunk, interleave
 
 torch.set_num_threads(1)  # a second thread only waits for the first on models this small

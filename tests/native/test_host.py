@@ -17,10 +17,10 @@ import torch
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ReplicaInfo
 from moe_ray.errors import KernelsUnavailable, LinkBroken, ProtocolError
-from moe_ray.experts.load import KeyLoad
-from moe_ray.experts.worker import ExpertWorker
+from moe_ray.experts.server.load_counters import KeyLoad
+from moe_ray.experts.server.worker import ExpertWorker
+from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert import ExpertFFN, NativeFFN
-from moe_ray.model.numerics import Numerics
 from moe_ray.native.kernels import Kernels
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions

@@ -13,22 +13,22 @@ import torch
 from moe_ray.config import load_config
 from moe_ray.core import Batch, Request, SamplingParams, Sequence
 from moe_ray.engine.kv_cache import KVCache
-from moe_ray.engine.numerics import numerics
 from moe_ray.errors import ConfigError, KernelsUnavailable
 from moe_ray.model import moe
+from moe_ray.model.compute.backend import numerics
+from moe_ray.model.compute.native.trunk import NativeTrunk
+from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.expert import NativeFFN
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.native_trunk import NativeTrunk
-from moe_ray.model.numerics import Numerics
-from moe_ray.model.torch_trunk import TorchTrunk
 from moe_ray.model.trunk import Pass
-from moe_ray.model.weights import LayerWeights
-from moe_ray.native.build import shared_library
+from moe_ray.model.trunk_weights import LayerWeights
+from moe_ray.native.build import KERNELS, shared_library
 from moe_ray.native.kernels import Kernels
 
 CACHE = load_config().cache_dir
 try:
-    shared_library("kernels", CACHE)
+    shared_library(KERNELS, CACHE)
     WHY_NOT = ""
 except KernelsUnavailable as error:
     WHY_NOT = str(error)
@@ -238,7 +238,7 @@ def test_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("CXX", "no-such-compiler")
     if not WHY_NOT:
         with pytest.raises(KernelsUnavailable, match="no-such-compiler"):
-            shared_library("kernels", tmp_path)
+            shared_library(KERNELS, tmp_path)
     section = {"dtype": "bfloat16", "device": "cpu"}
     wanted = load_config({"cache_dir": str(tmp_path), "model": {**section, "kernels": "native"}})
     with pytest.raises(ConfigError, match=r"model\.kernels is 'native'"):
@@ -256,5 +256,5 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     with pytest.raises(KernelsUnavailable, match="out of luck"):
-        shared_library("kernels", tmp_path)
+        shared_library(KERNELS, tmp_path)
     assert all(name.endswith(".lock") for name in os.listdir(tmp_path / "native"))

@@ -76,8 +76,8 @@ def download(repo: str, revision: str | None, directory: Path) -> str:
 
 def upcycle(source: Path, directory: Path, options: str) -> None:
     """What `moe-ray convert upcycle` does, with a line in the log for each layer."""
-    from moe_ray.model.recipe import UpcycleConfig
-    from moe_ray.model.upcycle import upcycle as run_upcycle
+    from moe_ray.convert.recipe import UpcycleConfig
+    from moe_ray.convert.upcycle import upcycle as run_upcycle
 
     given: dict[str, str] = dict(option.split("=", 1) for option in options.split())
     dtype: Any = given["dtype"]

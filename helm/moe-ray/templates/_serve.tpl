@@ -129,7 +129,7 @@ section of the args or {} "ceiling" most replicas "policy" class "kwargs" its ow
     {{- fail (printf "%s: maxReplicas of %s is %d, above %s.maxReplicasByHand (%d)" .where .name $most .where (int .ceiling)) -}}
   {{- end -}}
   {{- $kwargs := merge (dict "min_replicas" 1 "max_replicas" (int .ceiling)) .kwargs -}}
-  {{- $policy := dict "policy_function" (printf "moe_ray.serve.policy.%s" .policy) "policy_kwargs" $kwargs -}}
+  {{- $policy := dict "policy_function" (printf "moe_ray.deploy.policies.%s" .policy) "policy_kwargs" $kwargs -}}
   {{- $config := dict "min_replicas" $least "initial_replicas" $start "max_replicas" $most "upscale_delay_s" 0 "downscale_delay_s" 0 -}}
   {{- $_ := set $config "metrics_interval_s" .scale.interval_s -}}
   {{- $_ := set $config "look_back_period_s" .scale.look_back_s -}}
@@ -193,7 +193,7 @@ section of the args or {} "ceiling" most replicas "policy" class "kwargs" its ow
 {{- if ne $args.transport "local" -}}
   {{- $deployments = concat $deployments (include "moe-ray.expertDeployments" (dict "root" . "args" $args) | fromYamlArray) -}}
 {{- end -}}
-{{- $application := dict "name" "moe-ray" "route_prefix" "/" "import_path" "moe_ray.serve.app:build" "args" $args "deployments" $deployments -}}
+{{- $application := dict "name" "moe-ray" "route_prefix" "/" "import_path" "moe_ray.deploy.app:build" "args" $args "deployments" $deployments -}}
 {{- with $v.serve.runtimeEnv -}}{{- $_ := set $application "runtime_env" . -}}{{- end -}}
 {{- $http := merge (deepCopy $v.serve.httpOptions) (dict "host" "0.0.0.0" "port" $v.serve.port) -}}
 {{- $config := dict "proxy_location" $v.serve.proxyLocation "http_options" $http "applications" (list $application) -}}

@@ -1,0 +1,255 @@
+"""`moe-ray serve`: starts or joins Ray, deploys the application, shows it loading, and takes it all down again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+from rich.console import Console
+
+from moe_ray.commands.plan_report import Planned, planned, print_plan
+from moe_ray.commands.timeline import Timeline
+from moe_ray.config import Config
+from moe_ray.console import loading_bars
+from moe_ray.deploy.app import APP_NAME, build_app
+from moe_ray.deploy.loading_board import NAME, NAMESPACE, LoadingBoard
+from moe_ray.deploy.local_ray import reach
+from moe_ray.deploy.replica_targets import forget_replicas
+from moe_ray.errors import ConfigError, MoeRayError, NotReady
+from moe_ray.hub import resolve_model
+from moe_ray.native.build import prepare
+from moe_ray.text.tokenizer import Tokenizer
+
+INGRESSES = ("python", "haproxy")
+DEFAULT_PORT = 8000
+READY_TIMEOUT_S = 120.0
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Of a Ray that we start ourselves: tokens and rows do not pass through it, except over the `ray` carrier."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """Where the server listens and which Ray it runs on."""
+
+    host: str
+    port: int
+    address: str | None
+    """None: start Ray in this machine and end it afterwards."""
+    ingress: str
+    dashboard: bool
+
+
+class DeployFailed(MoeRayError):
+    """An actor could not be started; the message is the actor's own."""
+
+
+def run(config: Config, options: LaunchOptions, console: Console) -> None:
+    """Serve until SIGINT or SIGTERM, then end everything that this call started.
+
+    Raises `CheckpointError` or `ConfigError` before anything is started, `DeployFailed` if an actor does not come up.
+    """
+    timeline = Timeline()
+    if options.ingress not in INGRESSES:
+        raise ConfigError(f"ingress {options.ingress!r} is not one of {', '.join(INGRESSES)}")
+    with loading_bars(console) as progress:
+        directory = resolve_model(config, progress)
+    # Reads every header and the tokenizer: a broken checkpoint is told before anything is started.
+    plan = planned(config, directory)
+    Tokenizer(directory)
+    print_plan(console, plan, None)
+    timeline.mark("model")
+    if options.address is None:
+        _check_port(options.host, options.port)
+    # Both, and by name: a shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with console.status("starting Ray" if options.address is None else f"joining Ray at {options.address}"):
+            with _native_code(config):
+                dashboard = _start_ray(options, config)
+            timeline.mark("Ray")
+        # Ray takes SIGTERM for itself while it starts.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _deploy(config, options, plan, console, timeline)
+        _greet(config, options, dashboard, console, timeline)
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        console.print("stopping …")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _stop(options)
+    console.print("stopped")
+
+
+@contextlib.contextmanager
+def _native_code(config: Config) -> Iterator[None]:
+    """Build what is native meanwhile, if this machine has not yet: so that no actor has to. None is needed to run."""
+    thread = threading.Thread(target=prepare, args=(config.cache_dir,), name="native-build", daemon=True)
+    if config.model.kernels != "torch":
+        thread.start()
+    yield
+    if thread.ident is not None:
+        thread.join()
+
+
+def _start_ray(options: LaunchOptions, config: Config) -> str:
+    """Return host:port of Ray's dashboard, "" where it has none."""
+    logging.getLogger("ray.serve").setLevel(
+        config.log_level.upper() if config.log_level == "debug" else logging.WARNING
+    )
+    quiet: dict[str, Any] = {"log_to_driver": config.log_level == "debug", "logging_level": logging.ERROR}
+    if options.address is not None:
+        try:
+            joined = ray.init(address=reach(options.address), namespace=NAMESPACE, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"cannot join Ray at {options.address!r}: {str(error).splitlines()[0]}") from None
+        return joined.dashboard_url or ""
+    if options.ingress == "haproxy":
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    context = ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=options.dashboard,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",  # one machine: whatever --host says, only the HTTP port is for others
+        **quiet,
+    )
+    return context.dashboard_url or ""
+
+
+def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Console, timeline: Timeline) -> None:
+    forget_replicas(APP_NAME)  # on a Ray that runs longer than we do: those of an earlier run
+    log_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        proxy_location="HeadOnly" if options.address is None else "EveryNode",
+        http_options=HTTPOptions(host=options.host, port=options.port),
+        logging_config=log_config,
+    )
+    board: Any = ray.remote(num_cpus=0)(LoadingBoard).options(name=NAME, get_if_exists=True).remote()
+    failure: list[BaseException] = []
+
+    def deploy() -> None:
+        try:
+            serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=log_config)
+        except Exception as error:  # noqa: BLE001 - raised on the main thread
+            failure.append(error)
+
+    thread = threading.Thread(target=deploy, name="deploy", daemon=True)
+    thread.start()
+    ahead = ["weights", "actors"]  # stretches to come: until the first actor loads, until all have loaded
+    with loading_bars(console) as progress:
+        for actor, total in plan.bytes_to_read.items():
+            progress(actor, 0, total)
+        deployed = loaded = False
+        while not (deployed and loaded):  # experts serve, and Serve is content, before all their layers are there
+            thread.join(timeout=0.2)
+            deployed, rows = not thread.is_alive(), ray.get(board.rows.remote())
+            for actor, (done, total) in rows.items():
+                progress(actor, done, total)
+            loaded = len(rows) == len(plan.bytes_to_read) and all(done == total for done, total in rows.values())
+            if rows and "actors" in ahead:
+                timeline.mark(ahead.pop())
+            if loaded and "weights" in ahead:
+                timeline.mark(ahead.pop())
+            _raise_if_failed(failure)
+    ray.kill(board)
+    timeline.mark("Serve")
+    with console.status("linking trunk and experts"):
+        _wait_ready(f"http://{_reachable(options)}/health")
+    timeline.mark("links")
+
+
+def _raise_if_failed(failure: list[BaseException]) -> None:
+    state = serve.status().applications.get(APP_NAME)
+    if state is not None and state.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        messages = [d.message for d in state.deployments.values() if d.status.value in ("DEPLOY_FAILED", "UNHEALTHY")]
+        raise DeployFailed(_root_cause((messages or [state.message])[0]))
+    if failure:
+        raise DeployFailed(_root_cause(str(failure[0])))
+
+
+def _root_cause(message: str) -> str:
+    """The last line of a remote traceback that names an error; the whole message if none does."""
+    lines = [line.strip() for line in message.splitlines() if "Error" in line or "moe_ray.errors" in line]
+    return lines[-1] if lines else message.strip()
+
+
+def _wait_ready(url: str) -> None:
+    deadline, missing = time.monotonic() + READY_TIMEOUT_S, ["Gateway"]
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            with contextlib.suppress(ValueError):  # Serve's own 404 or 503 while its routes are being set up
+                missing = json.loads(error.read()).get("missing", missing)
+        except OSError:
+            pass  # not listening yet
+        time.sleep(0.1)
+    raise NotReady(f"not ready after {READY_TIMEOUT_S:g} s; still missing: {', '.join(missing)}")
+
+
+def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Console, timeline: Timeline) -> None:
+    url = f"http://{_reachable(options)}"
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": config.served_name, "messages": question, "temperature": 0}
+    console.print(f"\n[bold green]ready[/] in {timeline.total:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)")
+    console.print(f"  {timeline}\n", style="dim", highlight=False, soft_wrap=True)
+    headers = "-H 'Content-Type: application/json'"
+    if config.gateway.api_keys:
+        headers += ' -H "Authorization: Bearer $OPENAI_API_KEY"'
+    console.print(
+        f"  curl {url}/v1/chat/completions {headers} -d {shlex.quote(json.dumps(body))}\n",
+        soft_wrap=True,
+        markup=False,
+    )
+    commands = [
+        ("chat", "moe-ray chat" + ("" if options.port == DEFAULT_PORT else f" --url {url}")),
+        ("status", f"moe-ray status --address {ray.get_runtime_context().gcs_address}"),
+    ]
+    if dashboard:
+        commands.append(("Ray", f"RAY_AUTH_MODE=token ray list actors --address http://{dashboard}"))
+        commands.append(("", f"RAY_AUTH_MODE=token serve status --address http://{dashboard}"))
+    for what, command in commands:
+        console.print(f"  {what:<8}{command}", markup=False, soft_wrap=True)
+    console.print()
+
+
+def _stop(options: LaunchOptions) -> None:
+    if not ray.is_initialized():
+        return
+    # Our own Ray ends with this process, Serve's controller and proxy with it.
+    serve.delete(APP_NAME)
+    ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+
+
+def _reachable(options: LaunchOptions) -> str:
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+    return f"{host}:{options.port}"

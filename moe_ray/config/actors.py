@@ -1,0 +1,87 @@
+"""What Ray reserves for an actor, and how the number of actors of one kind may change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from moe_ray.config.section import Section
+
+_LABEL: Final = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL_KEY: Final = re.compile(rf"(?:[a-zA-Z0-9_.-]{{1,253}}/)?{_LABEL}")
+_LABEL_VALUE: Final = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
+
+
+class ActorOptions(Section):
+    """What Ray reserves for one actor. CPU shares are small: they place actors, they do not limit them."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: Mapping[str, float] = {}
+    accelerator_type: str | None = None
+    """Ray's name of the card it must have, such as T4 or L4."""
+    labels: Mapping[str, str] = {}
+    """Labels that its node must have: label → a value, `!value`, `in(a,b)` or `!in(a,b)`."""
+    num_replicas: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads of the process (CPU); default: a trunk with native kernels takes all cores, else one."""
+
+    @field_validator("labels")
+    @classmethod
+    def _as_ray_writes_them(cls, labels: Mapping[str, str]) -> Mapping[str, str]:
+        for key, value in labels.items():
+            if not _LABEL_KEY.fullmatch(key):
+                raise ValueError(f"{key!r} is no label (letters, digits, `-_.`, and one `/` after a prefix)")
+            if not _LABEL_VALUE.fullmatch(value):
+                raise ValueError(f"{key}: must be a value, !value, in(a,b) or !in(a,b), not {value!r}")
+        return labels
+
+
+class ScaledOptions(ActorOptions):
+    """Actors whose number may change while they serve; they start with `num_replicas`."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    """Fewest that autoscaling leaves."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Most that autoscaling starts; default: `num_replicas`, so that it does not grow."""
+
+    @field_validator("min_replicas")
+    @classmethod
+    def _not_above_start(cls, least: int, info: ValidationInfo) -> int:
+        start: int = info.data.get("num_replicas", least)
+        if least > start:
+            raise ValueError(f"must be at most num_replicas ({start})")
+        return least
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_start(cls, most: int | None, info: ValidationInfo) -> int | None:
+        start: int = info.data.get("num_replicas", 1)
+        if most is not None and most < start:
+            raise ValueError(f"must be at least num_replicas ({start})")
+        return most
+
+    @property
+    def most_replicas(self) -> int:
+        """`max_replicas` or its default."""
+        return self.num_replicas if self.max_replicas is None else self.max_replicas
+
+
+class ReportsSection(Section):
+    """What replicas tell the scaling policy."""
+
+    interval_s: float = Field(default=1.0, gt=0)
+    """How often replicas report."""
+    look_back_s: float = Field(default=3.0, gt=0, validate_default=True)
+    """The time over which that is averaged. A longer one delays each step of the way to enough replicas by itself."""
+
+    @field_validator("look_back_s")
+    @classmethod
+    def _several_reports(cls, value: float, info: ValidationInfo) -> float:
+        interval = info.data.get("interval_s", 0.0)
+        if value < 2 * interval:
+            raise ValueError(f"must be at least twice interval_s ({interval:g})")
+        return value

@@ -1,0 +1,26 @@
+"""The `gateway` section: the HTTP side."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from moe_ray.config.section import Section
+
+
+class GatewaySection(Section):
+    """The HTTP side."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_ongoing_requests: int = Field(default=512, ge=1)
+    """Requests in flight per gateway; beyond that Serve answers 503."""
+    retry_after_s: int = Field(default=1, ge=1)
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    """Requests must show one of them as a bearer token; none: whoever reaches the port is served."""
+
+    @field_validator("api_keys")
+    @classmethod
+    def _sendable(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+            raise ValueError("keys must be printable ASCII without spaces, and not empty")
+        return keys

@@ -1,0 +1,162 @@
+"""The configuration: one tree of frozen models from flags, environment, YAML and defaults, in that order of precedence.
+
+The environment is read here and nowhere else: `MOE_RAY_ENGINE__MAX_NUM_SEQS=32` sets `engine.max_num_seqs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from moe_ray.config.engine import EngineSection
+from moe_ray.config.experts import ExpertsSection
+from moe_ray.config.gateway import GatewaySection
+from moe_ray.config.model import ModelSection
+from moe_ray.config.section import explain
+from moe_ray.config.tls import TlsSection
+from moe_ray.config.trunk import TrunkSection
+from moe_ray.errors import ConfigError
+
+ENV_PREFIX: Final = "MOE_RAY_"
+Transport = Literal["auto", "socket", "grpc", "ray", "local"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Config(BaseSettings):
+    """The whole configuration of one served model."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    trunk: TrunkSection = TrunkSection()
+    experts: ExpertsSection = ExpertsSection()
+    gateway: GatewaySection = GatewaySection()
+    transport: Transport = "auto"
+    cluster_token: str | None = None
+    """Expert and trunk ports refuse who does not show it; default: derived from Ray's own token where there is one."""
+    tls: TlsSection | None = None
+    cache_dir: Path = Field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moe-ray")
+    """Where the demo model is kept; default: $XDG_CACHE_HOME/moe-ray."""
+    log_level: LogLevel = "info"
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+    @property
+    def served_name(self) -> str:
+        return self.model.served_name or Path(self.model.path).name
+
+
+def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Config:
+    """Merge flags (a nested mapping; None values are absent), environment, `file` (YAML) and defaults.
+
+    Raises `ConfigError` naming the key and what is allowed.
+    """
+
+    class _FromFile(Config):
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], init_settings: Any, env_settings: Any, **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
+
+    from_file = _read_yaml(file) if file is not None else {}
+    try:
+        merged = _FromFile(**_without_none(flags or {}))
+        for expert in merged.experts.overrides:
+            merged.experts.of(expert)  # now, rather than when that expert is started
+        _check_growth(merged)
+        return Config.model_construct(**{name: getattr(merged, name) for name in Config.model_fields})
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+    except SettingsError as error:  # an environment variable of a nested key that is no JSON
+        raise ConfigError(f"environment ({ENV_PREFIX}...): {error}") from None
+
+
+def _check_growth(config: Config) -> None:
+    """Raise `ConfigError` where autoscaling is on and nothing may have more or fewer replicas than it starts with."""
+    experts, trunk = config.experts, config.trunk
+    if trunk.autoscale.enabled and trunk.min_replicas == trunk.most_replicas:
+        raise ConfigError("`trunk.autoscale.enabled`: needs `trunk.max_replicas` above min_replicas")
+    every = [experts, *map(experts.of, experts.overrides)]
+    if experts.autoscale.enabled and all(e.min_replicas == e.most_replicas for e in every):
+        raise ConfigError(
+            "`experts.autoscale.enabled`: needs `experts.max_replicas` (or an override) above min_replicas"
+        )
+
+
+def cluster_token(config: Config, ray_uses_tokens: bool) -> str | None:
+    """The token that guards expert and trunk ports.
+
+    The configured one; or, where `ray_uses_tokens`, one derived from Ray's own (the same on every node); or None. A
+    token file that lies about on a node of a Ray without authentication does not count: other nodes may lack it.
+    """
+    if config.cluster_token or not ray_uses_tokens:
+        return config.cluster_token
+    secret = os.environ.get("RAY_AUTH_TOKEN", "")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not secret and path.is_file():
+        secret = path.read_text(encoding="utf-8").strip()
+    if not secret:
+        return None
+    return hmac.new(secret.encode(), b"moe_ray expert and trunk ports", hashlib.sha256).hexdigest()
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: configuration file not found") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not readable as YAML ({error})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{file}: must hold keys of the configuration, not {type(content).__name__}")
+    return content
+
+
+def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            value = _without_none(value)
+            if not value:
+                continue
+        if value is not None:
+            out[key] = value
+    return out

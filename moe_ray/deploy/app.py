@@ -1,0 +1,114 @@
+"""From a configuration to the graph of Serve deployments: gateway → trunk → one per expert, group or spare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from moe_ray.config import Config, load_config
+from moe_ray.config.actors import ActorOptions
+from moe_ray.deploy.expert_replica import ExpertReplica
+from moe_ray.deploy.gateway_replica import Gateway
+from moe_ray.deploy.replica_targets import autoscaling_config, trunk_autoscaling_config
+from moe_ray.deploy.trunk_replica import TrunkReplica
+from moe_ray.experts.planning.placement import Holding, holdings
+from moe_ray.hub import resolve_model
+from moe_ray.model.model_config import ModelConfig
+
+APP_NAME = "moe-ray"
+HEALTH_CHECK_S = 1.0
+"""Serve learns by its checks that a process is gone, and replaces it then."""
+CONTROL_CALLS = 64
+"""Concurrent control-plane calls (endpoint, status) to one replica; tokens and rows do not count against it."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the application from the `args` of a Serve config file: the tree of `moe_ray.config.Config`.
+
+    Unless trunks autoscale, their number is the one in `args` or in the file's `deployments`, not set by hand.
+    """
+    return build_app(load_config(args), trunks_by_hand=False)
+
+
+def build_app(config: Config, trunks_by_hand: bool = True) -> Application:
+    """Build the application. Raises `CheckpointError` if the model is not there, `ConfigError` if it lacks a key.
+
+    `trunks_by_hand`: where trunks do not autoscale, `moe-ray scale` may change their number.
+    """
+    model = ModelConfig.load(resolve_model(config))
+    experts = []
+    if config.transport != "local":
+        layers, count = model.num_hidden_layers, model.num_local_experts
+        spares = config.experts.spare_keys(layers, count)
+        experts = [
+            serve.deployment(ExpertReplica, name=holding.name)
+            .options(**_expert_options(config, holding))
+            .bind(config, holding, _actor(config, holding).threads or 1)
+            for holding in holdings(layers, count, config.experts.experts_per_actor, spares)
+        ]
+    trunk = (
+        serve.deployment(TrunkReplica, name="Trunk")
+        .options(**_trunk_options(config, trunks_by_hand))
+        .bind(config, experts)
+    )
+    return (
+        serve.deployment(Gateway, name="Gateway")
+        .options(
+            num_replicas=config.gateway.num_replicas,
+            ray_actor_options={"num_cpus": config.gateway.num_cpus},
+            max_ongoing_requests=config.gateway.max_ongoing_requests,
+            graceful_shutdown_timeout_s=10,
+        )
+        .bind(config, trunk, experts)
+    )
+
+
+def _trunk_options(config: Config, by_hand: bool) -> dict[str, Any]:
+    trunk = config.trunk
+    options = _options(trunk)
+    # A trunk that is told to go lets its requests end first; then it has what every actor has.
+    options["graceful_shutdown_timeout_s"] += trunk.drain_s
+    if by_hand or trunk.autoscale.enabled:
+        return {**options, "autoscaling_config": trunk_autoscaling_config(trunk, config.engine.max_num_seqs)}
+    return {**options, "num_replicas": trunk.num_replicas}
+
+
+def _actor(config: Config, holding: Holding) -> ActorOptions:
+    return config.experts.of(holding.experts[0]) if holding.spare is None else config.experts.spares[holding.spare]
+
+
+def _expert_options(config: Config, holding: Holding) -> dict[str, Any]:
+    if holding.spare is None:
+        first = holding.experts[0]
+        replicas = {
+            "autoscaling_config": autoscaling_config(config.experts, first),
+            "max_replicas_per_node": config.experts.of(first).max_replicas_per_node,
+        }
+    else:
+        replicas = {"num_replicas": config.experts.spares[holding.spare].num_replicas}
+    return {
+        **_options(_actor(config, holding)),
+        **replicas,
+        # A replica that is told to go answers on until its successor has loaded, and until trunks, which look every
+        # `refresh_s`, have let it go.
+        "graceful_shutdown_timeout_s": config.experts.handover_s + config.experts.refresh_s + 10,
+    }
+
+
+def _options(actor: ActorOptions) -> dict[str, Any]:
+    accelerator = {} if actor.accelerator_type is None else {"accelerator_type": actor.accelerator_type}
+    labels = {"label_selector": dict(actor.labels)} if actor.labels else {}
+    return {
+        "ray_actor_options": {
+            "num_cpus": actor.num_cpus,
+            "num_gpus": actor.num_gpus,
+            "resources": dict(actor.resources),
+            **accelerator,
+            **labels,
+        },
+        "max_ongoing_requests": CONTROL_CALLS,
+        "health_check_period_s": HEALTH_CHECK_S,
+        "graceful_shutdown_timeout_s": 10,
+    }

@@ -1,0 +1,135 @@
+"""`moe-ray scale`: sets replicas of experts and trunk by hand while the application serves; waits until they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from moe_ray.deploy.app import APP_NAME
+from moe_ray.deploy.peers import find_peers
+from moe_ray.deploy.replica_targets import POLICY, TRUNK, TRUNK_POLICY, set_replicas
+from moe_ray.deploy.status import find_application
+from moe_ray.errors import ConfigError, NotReady
+from moe_ray.experts.planning.placement import experts_in
+
+TIMEOUT_S: Final = 600.0
+"""How long replicas may take to start: a cluster may have to start machines."""
+TRUNK_NAME: Final = "Trunk"
+"""Of its deployment."""
+ASK_TIMEOUT_S: Final = 5.0
+SETTLED_S: Final = 2.0
+"""Serve reads the numbers set by hand every half second; until then nothing may have changed yet."""
+
+
+def parse_units(words: Sequence[str]) -> list[int | str]:
+    """Return the experts' numbers, and `TRUNK` for its name. Raises `ConfigError` on any other word."""
+    units: list[int | str] = []
+    for word in words:
+        if word != TRUNK and not word.isdecimal():
+            raise ConfigError(f"{word!r}: expected the number of an expert, or `{TRUNK}`")
+        units.append(TRUNK if word == TRUNK else int(word))
+    return units
+
+
+def scale(
+    units: Sequence[int | str],
+    replicas: int | None,
+    console: Console,
+    address: str = "auto",
+    application: str = APP_NAME,
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    """Run exactly `replicas` of the deployments of `units`, or as many as their policies decide where None.
+
+    `units` are experts' numbers, or `TRUNK`. Returns when they run (and those to go are gone). Raises `ConfigError` on
+    an expert that is not there or a number beyond its limit, before anything is changed; `NotReady` where no
+    application serves or replicas do not come up.
+    """
+    if not ray.is_initialized():
+        find_application(address)
+    deployments = _deployments(application, address)
+    names = {expert: _holder(expert, deployments) for expert in sorted(u for u in set(units) if isinstance(u, int))}
+    for expert, name in names.items():
+        if len(experts_in(name)) > 1:
+            console.print(f"{name} holds expert {expert}")
+    held: dict[str, int | str] = {name: experts_in(name)[0] for name in names.values()}
+    if TRUNK in units:
+        held[TRUNK_NAME] = TRUNK
+    for name in held:
+        _check(name, replicas, deployments)
+    set_replicas(application, list(held.values()), replicas)
+    _wait(list(held), replicas, console, application, timeout_s)
+
+
+def _deployments(application: str, address: str) -> Mapping[str, Any]:
+    """Name → Serve's details of each deployment."""
+    if ray.is_initialized():
+        details = _get_global_client().get_serve_details()["applications"].get(application)
+        if details is not None:
+            return details["deployments"]
+    where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
+    raise NotReady(f"{where} runs no application {application!r}; start it with `moe-ray serve`")
+
+
+def _holder(expert: int, deployments: Mapping[str, Any]) -> str:
+    """The name of the deployment that holds `expert`. Raises `ConfigError`."""
+    known = {number: name for name in deployments for number in experts_in(name)}
+    if not known:
+        raise ConfigError(
+            "the experts of this application run inside its trunk (`transport: local`) and have no replicas"
+        )
+    if expert not in known:
+        raise ConfigError(f"no expert {expert}: this model has {min(known)} to {max(known)}")
+    return known[expert]
+
+
+def _check(name: str, replicas: int | None, deployments: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless the deployment may run `replicas`."""
+    policy, section = (TRUNK_POLICY, "trunk") if name == TRUNK_NAME else (POLICY, "experts")
+    scaling = deployments[name]["deployment_config"]["autoscaling_config"]
+    if scaling is None or scaling["policy"]["policy_function"] != policy:
+        raise ConfigError(f"the Serve config file of this application sets the replicas of {name}: change it there")
+    least, most = max(1, scaling["min_replicas"] or 1), scaling["max_replicas"]
+    if replicas is not None and not least <= replicas <= most:
+        raise ConfigError(f"--replicas {replicas}: must be {least} to {most} (`{section}.max_replicas_by_hand`)")
+
+
+def _wait(names: Sequence[str], replicas: int | None, console: Console, application: str, timeout_s: float) -> None:
+    end, settled = time.monotonic() + timeout_s, time.monotonic() + SETTLED_S
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")
+    with Progress(*columns, console=console) as progress:
+        tasks = {name: progress.add_task(name, total=replicas, state="") for name in names}
+        while True:
+            deployments = serve.status().applications[application].deployments
+            waiting = []
+            for name, task in tasks.items():
+                status = deployments[name]
+                states = {str(getattr(k, "value", k)).lower(): n for k, n in status.replica_states.items() if n}
+                running = states.pop("running", 0)
+                if not states and experts_in(name) and (late := _loading(name, application)):
+                    running, states["loading"] = running - late, late  # they run, but serve some of their layers only
+                state = ", ".join(f"{n} {what}" for what, n in sorted(states.items()))
+                progress.update(task, completed=running, total=replicas or running + sum(states.values()), state=state)
+                if states or (replicas is not None and running != replicas):
+                    waiting.append((name, running, status.message))
+            if not waiting and (replicas is not None or time.monotonic() > settled):
+                return
+            if time.monotonic() > end:
+                name, running, message = waiting[0]
+                raise NotReady(f"{name} runs {running} replicas after {timeout_s:g} s: {message or 'no reason'}")
+            time.sleep(0.1)
+
+
+def _loading(name: str, application: str) -> int:
+    """Count the replicas of a deployment of experts that do not serve all of their layers yet."""
+    try:
+        return sum(info.loading for info in find_peers(name, application, ASK_TIMEOUT_S)())
+    except NotReady:
+        return 0  # none runs, as its states say

@@ -1,0 +1,156 @@
+"""`moe-ray status`: every actor of the running application, asked over Ray Serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+from ray import serve
+from ray._private.services import find_gcs_addresses
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from rich.console import Console
+from rich.table import Table
+
+from moe_ray.deploy.app import APP_NAME
+from moe_ray.deploy.load_overview import busiest, by_replica, overview
+from moe_ray.deploy.loading_board import NAMESPACE
+from moe_ray.deploy.local_ray import reach
+from moe_ray.errors import NotReady
+from moe_ray.experts.planning.placement import holds_experts, rank
+
+TIMEOUT_S = 5.0
+
+
+def collect(address: str = "auto") -> dict[str, Any]:
+    """Return {application, deployments: [{name, status, message, replica_states, actors: [...]}], load}.
+
+    `load` is what the gateway answers to `GET /experts`.
+
+    `auto` looks at $RAY_ADDRESS, else at every cluster of this machine, for one that runs the application. Raises
+    `NotReady` where there is none.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    application = find_application(address)
+    if application is None:
+        where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
+        raise NotReady(f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`")
+    deployments = []
+    for name, state in sorted(application.deployments.items(), key=lambda item: _order(item[0])):
+        actors: list[Any] = []
+        try:
+            handle = serve.get_deployment_handle(name, APP_NAME)
+            actors = handle.broadcast("status").results(timeout_s=TIMEOUT_S, return_exceptions=True)
+        except (RayServeException, RayError, TimeoutError):
+            actors = []
+        deployments.append(
+            {
+                "name": name,
+                "status": state.status.value,
+                "message": state.message,
+                "replica_states": {str(getattr(k, "value", k)): n for k, n in state.replica_states.items()},
+                "actors": [actor for actor in actors if isinstance(actor, dict)],
+            }
+        )
+    load = overview({d["name"]: d["actors"] for d in deployments if holds_experts(d["name"])})
+    return {"application": application.status.value, "deployments": deployments, "load": load}
+
+
+def find_application(address: str) -> Any:
+    """Connect to the cluster that runs the application and return its status; None where it does not run."""
+    if ray.is_initialized():
+        return serve.status().applications.get(APP_NAME)
+    candidates = [address]
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        candidates = sorted(find_gcs_addresses()) or candidates
+    for candidate in candidates:
+        try:
+            ray.init(address=reach(candidate), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if candidate == candidates[-1]:
+                raise NotReady(f"no Ray cluster at {candidate!r}: {str(error).splitlines()[0]}") from None
+            continue
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None:
+            return application
+        ray.shutdown()
+    return None
+
+
+def print_status(console: Console, snapshot: dict[str, Any]) -> None:
+    """Print a snapshot of `collect` as a table that fits 80 columns."""
+    nodes = {actor["node_id"] for deployment in snapshot["deployments"] for actor in deployment["actors"]}
+    console.print(f"application [bold]{APP_NAME}[/]: {snapshot['application']}, {len(nodes)} node(s)")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("actor", "state", *(["node"] if len(nodes) > 1 else []), "pid", "memory", "weights", "load"):
+        table.add_column(column, justify="right" if column in ("pid", "memory", "weights") else "left")
+    for deployment in snapshot["deployments"]:
+        states = ", ".join(f"{n} {state.lower()}" for state, n in deployment["replica_states"].items())
+        states = states or deployment["status"].lower()
+        node = [""] if len(nodes) > 1 else []
+        if not deployment["actors"]:
+            table.add_row(deployment["name"], states, *node, "", "", "", deployment["message"])
+        for actor in deployment["actors"]:
+            table.add_row(
+                deployment["name"],
+                states,
+                *([actor["node_id"][:8]] if node else []),
+                str(actor["pid"]),
+                _mib(actor["pss_bytes"] or actor["rss_bytes"]),
+                _mib(actor.get("weight_bytes") or actor.get("bytes_read")),
+                _load(actor),
+            )
+    console.print(table)
+    _print_load(console, snapshot["load"])
+
+
+def _print_load(console: Console, load: dict[str, Any]) -> None:
+    if not any(expert["replicas"] for expert in load["experts"]):
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(f"last {load['window_s']:.0f} s")
+    for column in ("pid", "busy", "rows/s", "rows/call", "wait ms", "queued rows"):
+        table.add_column(column, justify="right")
+    for replica in by_replica(load["experts"]):
+        table.add_row(
+            replica["deployment"],
+            str(replica["pid"]),
+            f"{replica['busy']:.0%}",
+            f"{replica['rows_per_s']:,.0f}",
+            f"{replica['rows_per_call']:,.1f}",
+            f"{replica['queue_ms']:,.2f}",
+            f"{replica['queued_rows']:,}",
+        )
+    console.print()
+    console.print(table)
+    if load["max_over_mean"] is None:
+        console.print("imbalance: none, for no rows were computed")
+    else:
+        name = f"Expert{busiest(load['experts'])}"
+        console.print(f"imbalance: {name} computed {load['max_over_mean']:.2f} times the rows of the mean expert")
+
+
+def _load(actor: dict[str, Any]) -> str:
+    if "rows" in actor:
+        queued = f", {actor['queued_rows']:,} queued" if actor["queued_rows"] else ""
+        return f"{actor['rows']:,} rows, busy {actor['busy_s']:.1f} s{queued}"
+    if "kv_blocks_total" not in actor:
+        return ""
+    used = 1 - actor["kv_blocks_free"] / actor["kv_blocks_total"]
+    lines = [
+        f"{actor['num_running']} running, {actor['num_waiting']} waiting",
+        f"KV {used:.0%}, {actor['generated_tokens']:,} tokens out",
+    ]
+    if actor["missing"]:
+        lines.append(f"missing {', '.join(actor['missing'])}")
+    return "\n".join(lines)
+
+
+def _mib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.0f} MiB"
+
+
+def _order(name: str) -> tuple[bool, tuple[int, int], str]:
+    return name != "Gateway", rank(name), name

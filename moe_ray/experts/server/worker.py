@@ -1,0 +1,223 @@
+"""The replica's side of an expert call: checks it, computes it, counts it. Knows rows only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
+from moe_ray.errors import CallCancelled, ExpertFailed, ProtocolError
+from moe_ray.experts.server.load_counters import KeyLoad
+from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_BATCHED_ROWS: Final = 1024
+"""Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A snapshot of a replica's counters since its start."""
+
+    calls: int
+    batches: int
+    """Forward passes; fewer than calls where several were computed together."""
+    rows: int
+    busy_s: float
+    queue_s: float
+    """Waiting of all calls together, each from its arrival to its start."""
+    queued_rows: int
+    weight_bytes: int
+    cancelled: int
+    """Calls that were taken back before they began."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A call whose thread waits until it has been computed along with another, or until it is its turn."""
+
+    call: ExpertCall
+    arrived: float
+    wake: threading.Lock = field(default_factory=threading.Lock)
+    """Held while there is something to wait for."""
+    started: float = 0.0
+    ended: float = 0.0
+    rows: torch.Tensor | None = None
+    error: Exception | None = None
+
+
+class ExpertWorker:
+    """Computes on one device, one batch at a time; `forward` may be called from many threads at once.
+
+    Calls of the same layer that wait together (from several trunks) are computed as one batch: reading the weights,
+    not multiplying by them, is what a small call costs.
+    """
+
+    def __init__(
+        self,
+        ffn: ExpertFFN,
+        hidden_size: int,
+        how: Numerics,
+        to_come: Iterable[ExpertKey] = (),
+        max_batched_rows: int = MAX_BATCHED_ROWS,
+    ) -> None:
+        """Serve what `ffn` holds; `to_come` are the keys that will be added."""
+        self._ffn, self._hidden_size, self._how, self._max_batched_rows = ffn, hidden_size, how, max_batched_rows
+        self._state = threading.Lock()
+        self._computing = False
+        self._waiting: list[_Waiting] = []
+        self._queued_rows = self._batches = self._cancelled = 0
+        self._loads = dict.fromkeys((*ffn.keys, *to_come), KeyLoad())
+        self.native = ffn.host(hidden_size, max_batched_rows)
+        """Answers sockets without the interpreter, where the kernels are native; what it does is counted here too."""
+
+    @property
+    def keys(self) -> frozenset[ExpertKey]:
+        """What is served now; callable from any thread."""
+        return self._ffn.keys
+
+    def add(self, key: ExpertKey, ffn: FFN) -> None:
+        """Serve one more key, of those to come, while calls for others are answered. From one thread at a time."""
+        if self.native is not None:
+            assert isinstance(ffn, NativeFFN)
+            self.native.add(*key, ffn.w13, ffn.w2)
+        self._ffn.add(key, ffn)
+
+    def buffers(self, key: ExpertKey) -> list[memoryview]:
+        """The bytes of one key's weights, which must not be written to. Raises `KeyError` where it is not served."""
+        return self._ffn.buffers(key)
+
+    def forward(self, call: ExpertCall) -> ExpertReply:
+        """Compute one call.
+
+        Raises `ProtocolError` on a call this replica must refuse, `ExpertFailed` if it cannot, `CallCancelled` where
+        nobody waits for it any more.
+        """
+        self._check(call)
+        mine = _Waiting(call, time.perf_counter())
+        with self._state:
+            self._queued_rows += call.rows.shape[0]
+            self._waiting.append(mine)
+            if self._computing:
+                mine.wake.acquire()
+            self._computing = True
+        with mine.wake:
+            pass
+        if not mine.ended:
+            try:
+                self._have_turn(mine)
+            finally:
+                self._next()
+        with self._state:
+            queued = self._queued_rows
+        if mine.rows is None:
+            raise ExpertFailed(f"layer {call.layer} expert {call.expert}: {mine.error}") from mine.error
+        load = ReplicaLoad(queued, int(1e6 * (mine.ended - mine.started)), int(1e6 * (mine.started - mine.arrived)))
+        return ExpertReply(call.call_id, mine.rows, load)
+
+    def _have_turn(self, mine: _Waiting) -> None:
+        """Compute a call, and those that fit into a batch with it.
+
+        Turns come in the order of arrival: then all experts serve the trunks in the same order, and none waits for the
+        last of its experts longer than it must. Going by layer or by size of the batch was slower (`bench trunks`).
+        """
+        if mine.call.taken_back is None or not mine.call.taken_back():
+            self._run(self._take(mine))
+            return
+        with self._state:
+            self._waiting.remove(mine)
+            self._queued_rows -= mine.call.rows.shape[0]
+            self._cancelled += 1
+        raise CallCancelled(f"layer {mine.call.layer} expert {mine.call.expert}: taken back before it began")
+
+    def _next(self) -> None:
+        with self._state:
+            self._computing = bool(self._waiting)
+            if self._waiting:
+                self._waiting[0].wake.release()
+
+    def _take(self, first: _Waiting) -> list[_Waiting]:
+        """Take `first`, and the calls that fit into a batch with it, off the queue."""
+        with self._state:
+            batch, rows = [first], first.call.rows.shape[0]
+            for other in self._waiting:
+                same = (other.call.layer, other.call.expert) == (first.call.layer, first.call.expert)
+                if other is not first and same and rows + other.call.rows.shape[0] <= self._max_batched_rows:
+                    batch.append(other)
+                    rows += other.call.rows.shape[0]
+            self._waiting = [other for other in self._waiting if other not in batch]
+        return batch
+
+    def _run(self, batch: list[_Waiting]) -> None:
+        import torch
+
+        call, started = batch[0].call, time.perf_counter()
+        calls = [waiting.call for waiting in batch]
+        error: Exception | None = None
+        outputs: Sequence[torch.Tensor | None] = [None] * len(batch)
+        try:
+            rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
+            weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
+            device = self._how.torch_device
+            out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device))
+            out = out.to(call.rows.device)
+            outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
+        except RuntimeError as failure:  # torch: out of memory, a lost device
+            error = failure
+        finally:  # whatever else it raises, nobody waits for ever
+            self._end(batch, started, outputs, error)
+
+    def _end(
+        self, batch: list[_Waiting], started: float, outputs: Sequence[torch.Tensor | None], error: Exception | None
+    ) -> None:
+        ended, first = time.perf_counter(), batch[0].call
+        waited = sum(started - waiting.arrived for waiting in batch)
+        done = KeyLoad(len(batch), sum(w.call.rows.shape[0] for w in batch), ended - started, waited)
+        with self._state:
+            self._batches += 1
+            self._queued_rows -= done.rows
+            self._loads[first.layer, first.expert] += done
+            for waiting, output in zip(batch, outputs, strict=True):
+                waiting.started, waiting.ended, waiting.rows, waiting.error = started, ended, output, error
+                if waiting is not batch[0]:
+                    waiting.wake.release()
+
+    def stats(self) -> WorkerStats:
+        """A snapshot; callable from any thread."""
+        with self._state:
+            load, batches, queued = sum(self._loads.values(), KeyLoad()), self._batches, self._queued_rows
+            cancelled = self._cancelled
+        if self.native is not None:
+            theirs = self.native.stats()
+            load += KeyLoad(theirs.calls, theirs.rows, theirs.busy_ns / 1e9, theirs.queue_ns / 1e9)
+            batches, queued = batches + theirs.batches, queued + theirs.queued_rows
+            cancelled += theirs.cancelled
+        return WorkerStats(
+            load.calls, batches, load.rows, load.busy_s, load.queue_s, queued, self._ffn.nbytes, cancelled
+        )
+
+    def key_loads(self) -> dict[ExpertKey, KeyLoad]:
+        """Counters since the start of each (layer, expert) held or to come; callable from any thread."""
+        with self._state:
+            loads = dict(self._loads)
+        for key in self.native.key_stats() if self.native is not None else ():
+            loads[key.layer, key.expert] += KeyLoad(key.calls, key.rows, key.busy_ns / 1e9, key.queue_ns / 1e9)
+        return loads
+
+    def _check(self, call: ExpertCall) -> None:
+        import torch
+
+        if (call.layer, call.expert) not in self._ffn.keys:
+            raise ProtocolError(f"layer {call.layer} expert {call.expert} is not held by this replica")
+        if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
+            raise ProtocolError(f"rows have shape {list(call.rows.shape)}, expected [at least 1, {self._hidden_size}]")
+        if call.rows.dtype != self._how.torch_dtype:
+            raise ProtocolError(f"rows are {call.rows.dtype}, this replica computes in torch.{self._how.dtype}")
+        if call.weights.shape != (call.rows.shape[0],) or call.weights.dtype != torch.float32:
+            raise ProtocolError(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")

@@ -1,0 +1,275 @@
+"""The gateway's side of its trunks: one stream to each, requests replayed on another when a trunk is lost. asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import grpc.aio
+
+from moe_ray.core import Request, TokenEvent, TrunkInfo
+from moe_ray.errors import MoeRayError, NotReady
+from moe_ray.gateway.trunk_choice import choose, extend_keys
+from moe_ray.gateway.trunk_link import TrunkLink
+from moe_ray.pb import moe_ray_pb2 as pb
+from moe_ray.transport.base import LinkOptions
+
+logger = logging.getLogger(__name__)
+
+DiscoverTrunks = Callable[[], Awaitable[Sequence[TrunkInfo]]]
+"""Asks which trunks there are. Raises `NotReady` when it cannot be known now."""
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A sequence whose client is still there."""
+
+    index: int
+    request: Request
+    events: asyncio.Queue[tuple[int, TokenEvent]]
+    tokens: list[int] = field(default_factory=list)
+    """Output so far: what another trunk must be told to go on from here."""
+    trunk: TrunkLink | None = None
+    keys: list[bytes] = field(default_factory=list)
+    """Of its first full blocks, in the block size of its trunk."""
+    unanswered: int = 0
+    """Its share of its trunk's `unanswered_tokens`."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and output so far."""
+        return (*self.request.prompt_token_ids, *self.request.output_token_ids, *self.tokens)
+
+    @property
+    def most_tokens(self) -> float:
+        """Its length in the end, at most."""
+        most = self.request.sampling.max_tokens
+        return math.inf if most is None else len(self.request.prompt_token_ids) + most
+
+    def put(self, event: TokenEvent) -> None:
+        self.events.put_nowait((self.index, event))
+
+
+class Session:
+    """The sequences of one HTTP request, as one stream of (choice index, event). Close it when its client is gone."""
+
+    def __init__(self, sessions: Sessions, requests: Sequence[tuple[int, Request]]) -> None:
+        self._sessions = sessions
+        self._events: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
+        self._live = {index: _Live(index, request, self._events) for index, request in requests}
+        sessions.add(list(self._live.values()))
+
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Yield events until every sequence has ended or was stopped. A lost trunk shows only as a pause."""
+        while self._live:
+            index, event = await self._events.get()
+            if index not in self._live:
+                continue  # stopped a moment ago
+            if event.last:
+                self._sessions.remove(self._live.pop(index))
+            yield index, event
+
+    def stop(self, index: int) -> None:
+        """End one sequence early; its blocks are freed and no more of its events are yielded. Idempotent."""
+        live = self._live.pop(index, None)
+        if live is not None:
+            self._sessions.remove(live)
+
+    def close(self) -> None:
+        """End every sequence. Idempotent."""
+        for index in list(self._live):
+            self.stop(index)
+
+
+class Sessions:
+    """All live requests of one gateway. Every method runs on the loop that called `start`."""
+
+    def __init__(
+        self, discover: DiscoverTrunks, options: LinkOptions, deadline_s: float = 60.0, refresh_s: float = 2.0
+    ) -> None:
+        """`deadline_s`: how long a request without a trunk waits for one before it ends in `NotReady`."""
+        self._discover, self._options = discover, options
+        self._deadline_s, self._refresh_s = deadline_s, refresh_s
+        self._links: dict[str, tuple[TrunkLink, asyncio.Task[None]]] = {}
+        self._live: dict[str, _Live] = {}
+        self._draw = random.Random()
+        self._changed = asyncio.Event()
+        self._look = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Begin to look for trunks."""
+        self._spawn(self._keep_looking())
+
+    def open(self, requests: Sequence[tuple[int, Request]]) -> Session:
+        """Start generating (choice index, request) pairs."""
+        return Session(self, requests)
+
+    def add(self, lives: Sequence[_Live]) -> None:
+        """Take in sequences and send them to trunks, those with the same prompt to the same one."""
+        self._live.update((live.request.request_id, live) for live in lives)
+        self._place(lives)
+
+    def remove(self, live: _Live) -> None:
+        """Forget a sequence; if its trunk still works on it, tell it to stop."""
+        self._live.pop(live.request.request_id, None)
+        if live.trunk is not None:
+            live.trunk.abort(live.request.request_id)
+            self._detach(live)
+
+    async def status(self) -> list[pb.TrunkStatus]:
+        """The state of every linked trunk. Empty when there is none."""
+        links = [link for link, _ in self._links.values()]
+        results = await asyncio.gather(*(self._info(link) for link in links))
+        return [status for status in results if status is not None]
+
+    @property
+    def trunks(self) -> list[TrunkInfo]:
+        """The linked trunks."""
+        return [link.info for link, _ in self._links.values()]
+
+    async def ensure_trunk(self, timeout_s: float) -> TrunkInfo:
+        """Return the linked trunk that takes the longest sequences, waiting for one. Raises `NotReady`."""
+        deadline = time.monotonic() + timeout_s
+        while not self._links:
+            await self._wait_change(deadline)
+        return max(self.trunks, key=lambda trunk: trunk.max_model_len)
+
+    def _place(self, lives: Sequence[_Live]) -> None:
+        """Send requests to the trunks that suit them best; without a trunk, wait for one in the background."""
+        links = [link for link, task in self._links.values() if not task.done()]
+        links = [link for link in links if not link.view.draining] or links
+        links = _long_enough(links, max((live.most_tokens for live in lives), default=0))
+        if not links:
+            self._spawn(self._place_later(lives))
+            return
+        same: dict[tuple[int, ...], list[_Live]] = {}
+        for live in lives:
+            same.setdefault(live.request.prompt_token_ids, []).append(live)
+        for together in same.values():
+            shared = together[0].token_ids if len(together) == 1 else together[0].request.prompt_token_ids
+            keys: dict[int, list[bytes]] = {link.view.block_size: [] for link in links}
+            for size, own in keys.items():
+                extend_keys(own, shared, size)
+            candidates = [link.view.candidate(keys[link.view.block_size], len(shared)) for link in links]
+            chosen = choose(candidates, self._draw)
+            link, known = links[chosen], candidates[chosen].known_tokens
+            for live in together:
+                live.keys = list(keys[link.view.block_size])
+                self._send(live, link, known)
+
+    def _send(self, live: _Live, link: TrunkLink, known_tokens: int) -> None:
+        token_ids, view = live.token_ids, link.view
+        live.trunk, live.unanswered = link, len(token_ids) - known_tokens
+        view.live += 1
+        view.unanswered_tokens += live.unanswered
+        self._note_keys(live)
+        link.submit(replace(live.request, output_token_ids=token_ids[len(live.request.prompt_token_ids) :]))
+
+    def _note_keys(self, live: _Live) -> None:
+        """Remember that its trunk computes the blocks of a sequence."""
+        assert live.trunk is not None
+        extend_keys(live.keys, live.token_ids, live.trunk.view.block_size)
+        live.trunk.view.known.add(live.keys)
+
+    def _answered(self, live: _Live) -> None:
+        """The prompt of a sequence is computed, or nobody wants it any more."""
+        assert live.trunk is not None
+        live.trunk.view.unanswered_tokens -= live.unanswered
+        live.unanswered = 0
+
+    def _detach(self, live: _Live) -> None:
+        assert live.trunk is not None
+        self._answered(live)
+        live.trunk.view.live -= 1
+        live.trunk = None
+
+    async def _place_later(self, lives: Sequence[_Live]) -> None:
+        deadline = time.monotonic() + self._deadline_s
+        try:
+            while not self._links:
+                await self._wait_change(deadline)
+        except NotReady as error:
+            for live in lives:
+                live.put(TokenEvent(live.request.request_id, error=error))
+            return
+        self._place([live for live in lives if live.request.request_id in self._live])
+
+    async def _wait_change(self, deadline: float) -> None:
+        self._look.set()
+        try:
+            await asyncio.wait_for(self._changed.wait(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise NotReady("no trunk is up") from None
+
+    def _on_event(self, event: TokenEvent) -> None:
+        live = self._live.get(event.request_id)
+        if live is None:
+            return  # aborted a moment ago
+        live.tokens += event.token_ids
+        if live.trunk is not None:
+            self._answered(live)
+            if event.last:
+                if event.error is None:
+                    self._note_keys(live)  # of its output too: a conversation goes on from there
+                self._detach(live)
+        live.put(event)
+
+    async def _keep_looking(self) -> None:
+        while True:
+            try:
+                found = {info.replica_id: info for info in await self._discover()}
+            except MoeRayError as error:
+                logger.debug("looking for trunks: %s", error)
+            else:
+                for replica_id, info in found.items():
+                    if replica_id not in self._links:
+                        self._link(info)
+            pause = self._refresh_s if self._links else 0.25
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), pause)
+                await asyncio.sleep(0.05)  # somebody is waiting: look soon, but do not spin
+            self._look.clear()
+
+    def _link(self, info: TrunkInfo) -> None:
+        link = TrunkLink(info, self._options, self._on_event)
+        self._links[info.replica_id] = (link, self._spawn(self._follow(link)))
+        self._changed.set()
+        self._changed.clear()
+
+    async def _follow(self, link: TrunkLink) -> None:
+        try:
+            await link.run()
+        finally:
+            self._links.pop(link.info.replica_id, None)
+            orphans = [live for live in self._live.values() if live.trunk is link]
+            if orphans:
+                logger.warning("replaying %d requests of trunk %s", len(orphans), link.info.replica_id)
+                for live in orphans:
+                    self._detach(live)
+                self._place(orphans)
+            self._look.set()
+
+    async def _info(self, link: TrunkLink) -> pb.TrunkStatus | None:
+        try:
+            return await link.stub.Info(pb.InfoRequest(), metadata=link.metadata, timeout=5)
+        except grpc.aio.AioRpcError:
+            return None
+
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _long_enough(links: Sequence[TrunkLink], tokens: float) -> list[TrunkLink]:
+    """The trunks that take sequences of so many tokens, else those that take the longest: cards may differ."""
+    longest = max((link.info.max_model_len for link in links), default=0)
+    return [link for link in links if link.info.max_model_len >= min(tokens, longest)]

@@ -1,0 +1,76 @@
+"""The gateway's end of the stream to one trunk. asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc.aio
+
+from moe_ray.core import Request, TokenEvent, TrunkInfo
+from moe_ray.errors import ProtocolError
+from moe_ray.gateway.trunk_choice import TrunkView
+from moe_ray.pb import moe_ray_pb2 as pb
+from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
+from moe_ray.transport.base import LinkOptions
+from moe_ray.transport.grpc import open_aio_channel, token_metadata
+from moe_ray.trunk.wire import pack_request, unpack_event
+
+logger = logging.getLogger(__name__)
+
+
+class TrunkLink:
+    """One stream to one trunk. Sends what has gathered since its last message, in one message."""
+
+    def __init__(self, info: TrunkInfo, options: LinkOptions, on_event: Callable[[TokenEvent], None]) -> None:
+        self.info = info
+        self.view = TrunkView.of(info.block_size, info.kv_cache_tokens)
+        self._on_event = on_event
+        self._channel = open_aio_channel(info.address, options)
+        self.stub = pb_grpc.TrunkStub(self._channel)
+        self.metadata = token_metadata(options.token)
+        self._outgoing = pb.TrunkRequest()
+        self._wake = asyncio.Event()
+
+    def submit(self, request: Request) -> None:
+        """Start a request with the next message."""
+        self._outgoing.submit.append(pack_request(request))
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """End a request with the next message."""
+        self._outgoing.abort.append(request_id)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Carry messages both ways until the stream ends or this task is cancelled."""
+        stream = self.stub.Generate(metadata=self.metadata)
+        writer = asyncio.create_task(self._write(stream))
+        try:
+            async for message in stream:
+                for event in message.events:
+                    self._on_event(unpack_event(event))
+                if message.HasField("load"):
+                    load = message.load
+                    held = 1 - load.kv_blocks_free / max(load.kv_blocks_total, 1)
+                    self.view.told(load.num_running + load.num_waiting, held, load.draining)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("trunk %s: stream ended (%s: %s)", self.info.replica_id, error.code().name, error.details())
+        except ProtocolError as error:
+            logger.error("trunk %s: %s", self.info.replica_id, error)
+        finally:
+            writer.cancel()
+            stream.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
+            await self._channel.close()
+
+    async def _write(self, stream: grpc.aio.StreamStreamCall) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reading side reports it
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                message, self._outgoing = self._outgoing, pb.TrunkRequest()
+                await stream.write(message)

@@ -1,0 +1,126 @@
+"""A trunk of native kernels: bfloat16 weights on a CPU, one call a layer, hidden states in float32.
+
+A token's result does not depend on its neighbours in the batch, nor on how its prompt was cut into chunks: every sum
+runs in one fixed order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import accumulate, chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from moe_ray.core import Batch
+from moe_ray.model import moe
+from moe_ray.model.compute.torch.attention import KVCacheView
+from moe_ray.model.layers import rope_table
+from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.native.kernels import Kernels, Layer, Packed, Shape, Step
+
+LANES = 32
+"""Row lengths that the kernels work on are multiples of this."""
+
+
+class NativeTrunk:
+    """`TrunkCompute` by the native kernels."""
+
+    def __init__(self, weights: TrunkWeights, max_model_len: int, kernels: Kernels) -> None:
+        """Read and pack the weights. Raises `CheckpointError`."""
+        self.config, self.kernels = weights.config, kernels
+        c = self.config
+        embed = weights.embed()  # [V, D]
+        self._held: list[torch.Tensor | Packed] = []
+        self.layers = [self._layer(weights, index) for index in range(c.num_hidden_layers)]
+        self.norm = weights.norm()
+        head = weights.head()
+        # A tied embedding is kept in the head's packed form only, and rows are looked up there.
+        self.embed = None if head is None else embed
+        self.head = self._pack(embed if head is None else head)
+        half = c.head_dim // 2
+        table = rope_table(c, max_model_len, torch.float32, weights.device)
+        self.rope = table[..., :half].contiguous()  # [max_model_len, 2, head_dim / 2]
+        self.shape = Shape(
+            *(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
+            *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.head_dim**-0.5, c.sliding_window or 0),
+        )
+        held = [*self._held, self.norm, self.head, *(() if self.embed is None else (self.embed,))]
+        self.nbytes = sum(weights.nbytes for weights in held)
+
+    @staticmethod
+    def supports(weights: TrunkWeights, kernels: Kernels) -> bool:
+        """Whether there are kernels for this model, dtype and device."""
+        c = weights.config
+        return (
+            weights.dtype == torch.bfloat16
+            and weights.device.type == "cpu"
+            and c.hidden_size % LANES == 0
+            and kernels.supports_attention(c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        )
+
+    def begin(self, batch: Batch, cache: KVCacheView) -> NativePass:
+        """Look the batch's tokens up and plan its attention."""
+        return NativePass(self, batch, cache)
+
+    def lookup(self, token_ids: list[int]) -> torch.Tensor:
+        """Embeddings, float32 [T, D]."""
+        ids = torch.tensor(token_ids)
+        return self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
+
+    def _layer(self, weights: TrunkWeights, index: int) -> Layer:
+        w = weights.layer(index)
+        qkv, out, gate = map(self._pack, (w.qkv, w.out, w.gate))
+        self._held += (w.input_norm, qkv, out, w.post_norm, gate)
+        return Layer(w.input_norm.data_ptr(), qkv.address, out.address, w.post_norm.data_ptr(), gate.address)
+
+    def _pack(self, weight: torch.Tensor) -> Packed:
+        return self.kernels.pack(weight.view(torch.int16).numpy())
+
+
+class NativePass:
+    """`Pass` by the native kernels."""
+
+    def __init__(self, trunk: NativeTrunk, batch: Batch, cache: KVCacheView) -> None:
+        self._trunk, self._cache = trunk, cache
+        self._hidden = trunk.lookup(batch.token_ids)  # [T, D]
+        tables = [seq.block_table for seq in batch.sequences]
+        lengths = np.diff(batch.query_start)
+        self._positions = np.array(batch.positions, dtype=np.int32)
+        self._slots = np.array(batch.slot_mapping, dtype=np.int32)
+        self._sequence = np.repeat(np.arange(len(tables), dtype=np.int32), lengths)
+        self._tables = np.fromiter(chain.from_iterable(tables), dtype=np.int32)
+        self._table_start = np.array([0, *accumulate(map(len, tables))][:-1], dtype=np.int64)
+        arrays = (self._positions, self._slots, self._sequence, self._tables, self._table_start)
+        self._step = Step(
+            *(batch.num_tokens, cache.block_size), *(array.ctypes.data for array in arrays), trunk.rope.data_ptr()
+        )
+        self._counts = np.zeros(trunk.config.num_local_experts, dtype=np.int64)
+
+    def route(self, layer: int) -> moe.Routed:
+        """Add the layer's self-attention to the hidden states; normalise and route them."""
+        trunk, kernels = self._trunk, self._trunk.kernels
+        k_cache, v_cache = self._cache.layer(layer)
+        pointers = trunk.layers[layer]
+        pointers.k_cache, pointers.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        tokens, width = self._hidden.shape
+        rows = torch.empty((tokens * trunk.shape.top_k, width), dtype=torch.bfloat16)
+        weights = torch.empty(rows.shape[0])
+        row_of = torch.empty((tokens, trunk.shape.top_k), dtype=torch.int32)
+        kernels.layer_front(
+            *(kernels.pool, ctypes.byref(trunk.shape), ctypes.byref(pointers), ctypes.byref(self._step)),
+            *(self._hidden.data_ptr(), rows.data_ptr(), weights.data_ptr()),
+            *(self._counts.ctypes.data, row_of.data_ptr()),
+        )
+        return moe.Routed(rows, weights, self._counts.tolist(), row_of)
+
+    def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
+        """Add what the experts made of `routed`."""
+        self._trunk.kernels.combine(self._hidden, rows, routed.row_of)
+
+    def logits(self, rows: list[int]) -> torch.Tensor:
+        """Logits float32 [len(rows), V] of these flat positions of the batch."""
+        trunk = self._trunk
+        which = torch.tensor(rows, dtype=torch.int64)
+        return trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)

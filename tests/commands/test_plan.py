@@ -1,0 +1,290 @@
+"""The plan of Mixtral-8x7B in numbers that stand in its paper and on its model card, and the logic of what fits."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_ray.commands.plan_report import (
+    Balanced,
+    Distance,
+    Planned,
+    balanced,
+    plan_json,
+    planned,
+    print_balance,
+    print_distance,
+)
+from moe_ray.config import Config, load_config
+from moe_ray.errors import ConfigError
+from moe_ray.experts.planning.footprint import ActorPlan, Network, Plan, make_plan, network_step
+from moe_ray.experts.planning.placement import holdings
+from moe_ray.model.model_config import ModelConfig
+
+MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1, config.json
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+GB = 10**9
+
+
+def mixtral(**changes: object) -> ModelConfig:
+    return ModelConfig.from_dict({**MIXTRAL_8X7B, **changes})
+
+
+def test_mixtral_8x7b_at_16_bits() -> None:
+    plan = make_plan(mixtral(), "float16")
+    trunk, *experts = plan.actors
+    assert [actor.name for actor in plan.actors] == ["Trunk", *(f"Expert{i}" for i in range(8))]
+    assert sum(actor.parameters for actor in plan.actors) == 46_702_792_704  # what transformers counts
+    assert {actor.weight_bytes for actor in experts} == {32 * 3 * 4096 * 14336 * 2}
+    assert round(experts[0].weight_bytes / GB, 2) == 11.27
+    assert round(trunk.weight_bytes / GB, 2) == 3.21
+    assert round(plan.total_bytes / GB, 1) == 93.4
+    assert plan.kv_bytes_per_token == 131_072
+    assert plan.context == 32768
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 2), ("bfloat16", 1), ("float16", 1)])
+def test_bytes_follow_the_dtype(dtype: str, factor: int) -> None:
+    half, plan = make_plan(mixtral(), "float16"), make_plan(mixtral(), dtype)
+    assert plan.total_bytes == factor * half.total_bytes
+    assert plan.kv_bytes_per_token == factor * half.kv_bytes_per_token
+    assert [a.parameters for a in plan.actors] == [a.parameters for a in half.actors]
+
+
+def test_the_plan_is_what_transformers_allocates() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    for changes in ({}, {"tie_word_embeddings": True}, {"head_dim": 24}, {"num_local_experts": 3}):
+        small = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 100,
+            **changes,
+        }
+        model = MixtralForCausalLM(MixtralConfig(**small))
+        plan = make_plan(mixtral(**small), "float32")
+        assert sum(actor.parameters for actor in plan.actors) == model.num_parameters()
+
+
+def test_what_fits_a_card() -> None:
+    plan = make_plan(mixtral(), "float16")
+    rows = plan.fits(16 * 2**30)
+    assert all(ok for _, ok, _ in rows)
+    trunk, _, tokens = rows[0]
+    assert trunk.name == "Trunk"
+    assert tokens == (math.floor(0.9 * 16 * 2**30) - trunk.weight_bytes) // 131_072
+    assert {tokens for _, _, tokens in rows[1:]} == {0}, "experts hold no KV cache"
+    assert [ok for _, ok, _ in plan.fits(11 * 2**30)] == [True] + [False] * 8
+
+
+def test_fits_at_the_very_edge() -> None:
+    plan = Plan("float16", (ActorPlan("Trunk", 50, 100), ActorPlan("Expert0", 60, 120)), 10, 64)
+    assert [row[1:] for row in plan.fits(120, reserve=0)] == [(True, 2), (True, 0)]
+    assert [row[1:] for row in plan.fits(119, reserve=0)] == [(True, 1), (False, 0)]
+    assert [row[1:] for row in plan.fits(109, reserve=0)] == [(False, 0), (False, 0)], (
+        "a trunk without KV serves nobody"
+    )
+    assert [row[1:] for row in plan.fits(99, reserve=0)] == [(False, 0), (False, 0)]
+    assert [row[1:] for row in plan.fits(240, reserve=0.5)] == [(True, 2), (True, 0)]
+
+
+def test_groups_and_spares_are_planned_by_name() -> None:
+    model = mixtral()
+    key = 3 * 4096 * 14336 * 2
+    spares = [{(8, 3), (9, 3)}, {(layer, 5) for layer in range(32)}]
+    plan = make_plan(model, "float16", holdings(32, 8, 3, spares))
+    assert [(actor.name, actor.weight_bytes) for actor in plan.actors[1:]] == [
+        *(("Experts0-2", 96 * key), ("Experts3-5", 96 * key), ("Experts6-7", 64 * key)),
+        *(("Spare0", 2 * key), ("Spare1", 32 * key)),
+    ]
+    plain = make_plan(model, "float16")
+    assert (plan.total_bytes, plan.total_parameters) == (plain.total_bytes, plain.total_parameters)
+    assert [tokens for _, _, tokens in plan.fits(80 * 2**30)][1:] == [0] * 5
+
+
+WANDERING = [[70, 10, 10, 10], [10, 70, 10, 10], [10, 10, 70, 10], [10, 10, 10, 70]]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    changes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_local_experts": 4}
+    changes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL_8X7B, **changes}))
+    (tmp_path / "load.json").write_text(json.dumps({"rows": WANDERING}))
+    (tmp_path / "hot.json").write_text(json.dumps({"rows": [[50, 20, 20, 10]] * 4}))
+    return tmp_path
+
+
+def said_and_read(made: Planned, advice: Balanced, file: Path) -> Config:
+    """The configuration that comes of pasting what is printed; the same as that of the JSON."""
+    out = io.StringIO()
+    print_balance(Console(file=out, width=80, highlight=False), made, advice)
+    file.write_text(out.getvalue().split("in the configuration file\n")[1])
+    read = load_config(None, file)
+    in_json = json.loads(plan_json(made, None, advice))["balance"]["config"]
+    assert load_config(in_json) == read
+    assert read != load_config()
+    return read
+
+
+@pytest.mark.parametrize("per_actor", [1, 2])
+def test_proposed_spares_are_a_configuration(small: Path, per_actor: int) -> None:
+    config = load_config({"model": {"path": str(small)}, "experts": {"experts_per_actor": per_actor}})
+    made = planned(config, small, without_weights=True)
+    advice = balanced(made, small / "load.json", 2, 3)
+    read = said_and_read(made, advice, small / "proposal.yaml")
+    assert read.experts.spare_keys(4, 4) == tuple(keys for keys in advice.proposal.extras if keys)
+    with_spares = planned(read, small, without_weights=True)
+    extra = with_spares.plan.actors[5:]
+    assert [actor.name for actor in extra] == [f"Spare{i}" for i in range(len(extra))]
+    assert [actor.weight_bytes for actor in extra] == [
+        entry["weight_bytes"] for entry in json.loads(plan_json(made, None, advice))["balance"]["extras"]
+    ]
+
+
+def test_proposed_replicas_are_a_configuration(small: Path) -> None:
+    config = load_config({"model": {"path": str(small)}})
+    made = planned(config, small, without_weights=True)
+    advice = balanced(made, small / "hot.json", 3, None)
+    read = said_and_read(made, advice, small / "proposal.yaml").experts
+    assert [read.of(e).num_replicas for e in range(4)] == [advice.proposal.replicas((0, e)) for e in range(4)]
+    assert sum(read.of(e).num_replicas for e in range(4)) == 4 + 3
+
+
+def test_proposed_replicas_of_experts_that_share_an_actor_are_spares(small: Path) -> None:
+    config = load_config({"model": {"path": str(small)}, "experts": {"experts_per_actor": 2}})
+    made = planned(config, small, without_weights=True)
+    advice = balanced(made, small / "hot.json", 2, None)
+    read = said_and_read(made, advice, small / "proposal.yaml").experts
+    assert read.spare_keys(4, 4) == advice.proposal.extras
+    assert all(spare.experts in ({0: "all"}, {1: "all"}, {2: "all"}) for spare in read.spares)
+
+
+def test_where_nothing_is_proposed_there_is_nothing_to_paste(small: Path) -> None:
+    made = planned(load_config({"model": {"path": str(small)}}), small, without_weights=True)
+    advice = balanced(made, small / "load.json", 0, None)
+    assert json.loads(plan_json(made, None, advice))["balance"]["config"] == {}
+    out = io.StringIO()
+    print_balance(Console(file=out, width=80), made, advice)
+    assert "configuration file" not in out.getvalue()
+
+
+def test_experts_inside_the_trunk_are_planned_one_by_one(small: Path) -> None:
+    experts = {"experts_per_actor": 2, "spares": [{"experts": {0: "all"}}]}
+    config = load_config({"model": {"path": str(small)}, "transport": "local", "experts": experts})
+    names = [actor.name for actor in planned(config, small, without_weights=True).plan.actors]
+    assert names == ["Trunk", "Expert0", "Expert1", "Expert2", "Expert3"]
+
+
+def test_a_wrong_spare_is_told_before_anything_is_started(small: Path) -> None:
+    config = load_config({"model": {"path": str(small)}, "experts": {"spares": [{"experts": {1: "2-4"}}]}})
+    with pytest.raises(ConfigError, match=r"`experts.spares.0.experts.1`: no layer 4: this model has 0 to 3"):
+        planned(config, small, without_weights=True)
+
+
+def test_what_a_network_adds_to_a_step_of_mixtral() -> None:
+    """Worked out by hand: 32 layers, two copies of a row of 8,192 bytes each way, 96 bytes of headers a call."""
+    step = network_step(mixtral(), "float16", Network(0.1, 10.0), 1)
+    assert step.bytes_out == 32 * (2 * (8192 + 4) + 2 * 96)
+    assert step.bytes_in == 32 * (2 * 8192 + 2 * 96)
+    assert step.latency_ms == pytest.approx(32 * 0.2)
+    assert step.transfer_ms == pytest.approx(1e3 * 8 * (step.bytes_out + step.bytes_in) / 10e9)
+    assert step.network_ms == pytest.approx(7.25, abs=0.01)
+    assert step.tokens_per_s() == pytest.approx(1e3 / step.network_ms)
+    assert step.step_ms(12.75) == pytest.approx(20.0, abs=0.01)
+    assert step.tokens_per_s(12.75) == pytest.approx(50.0, abs=0.1)
+
+
+def test_streams_share_latency_but_not_bandwidth() -> None:
+    one, many = (network_step(mixtral(), "float16", Network(0.5, 10.0), tokens) for tokens in (1, 64))
+    assert many.latency_ms == one.latency_ms
+    assert many.transfer_ms == pytest.approx(64 * one.transfer_ms, rel=0.03), "headers are the same for more rows"
+    assert many.tokens_per_s() > 10 * one.tokens_per_s()
+
+
+def test_what_bounds_nothing_takes_no_time() -> None:
+    free = network_step(mixtral(), "float16", Network(), 8)
+    assert (free.network_ms, free.tokens_per_s(), free.tokens_per_s(10.0)) == (0.0, math.inf, 800.0)
+    latency = network_step(mixtral(), "float16", Network(latency_ms=1.0), 8)
+    assert (latency.latency_ms, latency.transfer_ms) == (64.0, 0.0)
+    bandwidth = network_step(mixtral(), "float16", Network(gbit=1.0), 8)
+    assert (bandwidth.latency_ms, bandwidth.network_ms) == (0.0, bandwidth.transfer_ms)
+
+
+def test_experts_on_the_trunks_host_cost_no_bandwidth() -> None:
+    whole, half = (network_step(mixtral(), "float16", Network(0.1, 10.0), 8, remote) for remote in (1.0, 0.5))
+    assert half.transfer_ms == pytest.approx(whole.transfer_ms / 2)
+    assert half.latency_ms == whole.latency_ms, "a layer waits for its farthest expert"
+
+
+def test_a_row_is_as_wide_as_its_dtype() -> None:
+    half, full = (network_step(mixtral(), dtype, Network(gbit=1.0), 8) for dtype in ("bfloat16", "float32"))
+    assert full.bytes_in == pytest.approx(2 * half.bytes_in, rel=0.02)
+
+
+def test_the_network_is_printed_and_in_the_json(small: Path) -> None:
+    made = planned(load_config({"model": {"path": str(small)}}), small, without_weights=True)
+    distance = Distance(Network(0.5, 1.0), (1, 8), compute_ms=6.0)
+    found = json.loads(plan_json(made, None, None, distance))["network"]
+    assert (found["latency_ms"], found["gbit"], found["compute_ms"]) == (0.5, 1.0, 6.0)
+    assert [row["streams"] for row in found["rows"]] == [1, 8]
+    assert found["rows"][0]["tokens_per_s"] == pytest.approx(1e3 / (6.0 + found["rows"][0]["network_ms"]))
+    out = io.StringIO()
+    print_distance(Console(file=out, width=80, highlight=False), made, distance)
+    assert "0.5 ms one way, 1 Gbit/s at the trunk; 4 round trips a step" in out.getvalue()
+    assert all(len(line) <= 80 for line in out.getvalue().splitlines())
+    free = Distance(Network(), (1,))
+    assert json.loads(plan_json(made, None, None, free))["network"]["rows"][0]["tokens_per_s_bound"] == 0.0, (
+        "JSON has no inf"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--streams", "4"), "go with --bandwidth or --latency"),
+        (("--step-ms", "9"), "go with --bandwidth or --latency"),
+        (("--bandwidth", "0"), "--bandwidth: must be above 0, got 0"),
+        (("--latency", "1", "--streams", "0"), "--streams: expected numbers from 1"),
+    ],
+)
+def test_wrong_networks_are_refused(small: Path, flags: tuple[str, ...], said: str) -> None:
+    from typer.testing import CliRunner
+
+    from moe_ray.commands.main import app
+
+    error = CliRunner().invoke(app, ["plan", "--model", str(small), *flags]).exception
+    assert isinstance(error, ConfigError)
+    assert said in str(error)

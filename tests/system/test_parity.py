@@ -1,0 +1,177 @@
+"""Greedy float32 output with every expert in its own Ray actor equals transformers', token for token.
+
+The engine runs in this process and its experts in the deployed actors, so that each test chooses carrier, chunking,
+cache size and load. A sequence is greedy-equal if and only if each of its tokens is transformers' most likely one after
+the tokens before it, which one forward pass of transformers over the whole sequence tells.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from served import Served
+
+from moe_ray.config import load_config
+from moe_ray.core import Request, SamplingParams
+from moe_ray.deploy.discovery import ExpertDiscovery
+from moe_ray.deploy.link_options import link_options
+from moe_ray.engine.build import build_engine
+from moe_ray.engine.engine import Engine
+from moe_ray.experts.client.pool import ExpertPool
+from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.local import local_pool, model_keys
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.numerics import Numerics
+from moe_ray.transport import connect
+
+if TYPE_CHECKING:
+    from reference import Reference
+
+NEW_TOKENS = 64
+CARRIERS = ("local", "socket", "grpc", "ray")
+# Small steps, small blocks, a cache that does not hold everybody: everything at once.
+STRESS = {"max_num_batched_tokens": 64, "block_size": 8}
+
+
+@contextmanager
+def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engine]:
+    """An engine of this process over the experts of a deployed application."""
+    from ray import serve
+
+    directory = Path(served.config.model.path)
+    config = load_config(
+        {"model": {"path": str(directory), "dtype": "float32", "max_model_len": 320}, "engine": engine}
+    )
+    checkpoint = Checkpoint.open(directory)
+    pools: list[ExpertPool] = []
+
+    def experts(how: object) -> ExpertPool:
+        if carrier == "local":
+            pool = local_pool(checkpoint, Numerics("float32", "cpu"))
+        else:
+            model = checkpoint.config
+            handles = [
+                serve.get_deployment_handle(f"Expert{e}", served.app_name) for e in range(model.num_local_experts)
+            ]
+            links = Directory(
+                ExpertDiscovery(handles).ask,
+                lambda info: connect(carrier, info, link_options(config)),
+                model_keys(model.num_hidden_layers, model.num_local_experts),
+            )
+            links.start()
+            pool = ExpertPool(links)
+            deadline = time.monotonic() + 30
+            while pool.missing() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not pool.missing()
+        pools.append(pool)
+        return pool
+
+    built = build_engine(config, checkpoint, experts)
+    yield built
+    pools[0].close()
+
+
+def run(engine: Engine, prompts: list[list[int]], neighbours: bool = False, stagger: int = 0) -> list[list[int]]:
+    """Greedy outputs of all prompts in one engine; every `stagger` steps another one arrives (0: all at once)."""
+    waiting = [
+        Request(f"p{i}", tuple(prompt), SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
+        for i, prompt in enumerate(prompts)
+    ]
+    if neighbours:
+        waiting += [
+            Request(f"n{i}", tuple(prompt[:9]), SamplingParams(max_tokens=20 + i, temperature=1.0, seed=i))
+            for i, prompt in enumerate(prompts[:4])
+        ]
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in waiting}
+    steps = 0
+    while waiting or engine.has_work:
+        while waiting and (not stagger or steps % stagger == 0):
+            engine.submit(waiting.pop(0))
+            if stagger:
+                break
+        for event in engine.step():
+            assert event.error is None
+            outputs[event.request_id] += event.token_ids
+        engine.check_integrity()
+        steps += 1
+    return [outputs[f"p{i}"] for i in range(len(prompts))]
+
+
+def check(reference: Reference, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """Assert that each output is transformers' greedy one."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output) == NEW_TOKENS
+        assert output == reference.likeliest(prompt + output[:-1])[len(prompt) - 1 :]
+
+
+@pytest.fixture(scope="module")
+def random_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 2, 3, 15, 16, 17, 31, 33, 48, 64, 77, 100, 128, 150, 200, 220]
+    prompts = [torch.randint(3, 512, (n,), generator=generator).tolist() for n in lengths]
+    return prompts + [[*prompts[-1][:n], 5, 6, 7] for n in (16, 40, 63, 64, 65, 128)]  # shared prefixes
+
+
+@pytest.fixture(scope="module")
+def demo_prompts(demo_model: Path) -> list[list[int]]:
+    from moe_ray.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(demo_model)
+    questions = json.loads((Path(__file__).parent / "questions.json").read_text())
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in questions["chat"]]
+    return prompts + [tokenizer.encode(text) for text in questions["completion"]]
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_random_model_alone(
+    served_random: Served, carrier: str, random_prompts: list[list[int]], random_reference: Reference
+) -> None:
+    chosen = random_prompts[3:12:4]
+    outputs = []
+    for prompt in chosen:
+        with engine_over(served_random, carrier) as engine:
+            outputs += run(engine, [prompt])
+    check(random_reference, chosen, outputs)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_random_model_under_stress(
+    served_random: Served, carrier: str, random_prompts: list[list[int]], random_reference: Reference
+) -> None:
+    assert len(random_prompts) >= 20
+    with engine_over(served_random, carrier, kv_cache_gib=0.0004, micro_batches=3, **STRESS) as engine:
+        outputs = run(engine, random_prompts, neighbours=True, stagger=2)
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+    check(random_reference, random_prompts, outputs)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_demo_model_under_stress(
+    served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_reference: Reference
+) -> None:
+    assert len(demo_prompts) >= 20
+    with engine_over(served_demo, carrier, kv_cache_gib=0.07, **STRESS) as engine:
+        outputs = run(engine, demo_prompts, neighbours=True)
+        stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+    check(demo_reference, demo_prompts, outputs)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_demo_model_alone(
+    served_demo: Served, carrier: str, demo_prompts: list[list[int]], demo_reference: Reference
+) -> None:
+    with engine_over(served_demo, carrier) as engine:
+        outputs = run(engine, demo_prompts[:1])
+    check(demo_reference, demo_prompts[:1], outputs)
