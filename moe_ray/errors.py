@@ -51,7 +51,31 @@ class ExpertUnavailable(NotReady):
 
 
 class TransportError(MoeRayError):
-    """Base of what can go wrong between a trunk and an expert replica."""
+    """Base of what can go wrong with a call between a trunk and an expert replica."""
+
+
+class InvalidCall(TransportError):
+    """The caller's own mistake: no carrier can carry this call (shape, dtype, size). It was not sent."""
+
+
+class CallRefused(TransportError):
+    """The replica does not accept the call (a key that it does not hold, rows of another width); others may."""
+
+
+class ReplicaBusy(TransportError):
+    """The replica has as much queued as it accepts; the call may be sent elsewhere, or there later."""
+
+
+class ExpertFailed(TransportError):
+    """The replica received the call and could not compute it; carries the replica's own message."""
+
+
+class WrongAnswer(TransportError):
+    """The replica answered with rows that do not fit the call, or are not finite. They are never used."""
+
+
+class ProtocolError(TransportError):
+    """Bytes on a link that are no message of this protocol, or of another version of it."""
 
 
 class LinkBroken(TransportError):
@@ -62,16 +86,8 @@ class LinkTimeout(TransportError):
     """A replica did not answer a call in time; the call may be sent again elsewhere."""
 
 
-class ProtocolError(TransportError):
-    """A message on a link is malformed (unknown call, wrong shape, wrong dtype, NaN): it is refused, never used."""
-
-
-class ExpertFailed(TransportError):
-    """The replica received the call and could not compute it; carries the replica's own message."""
-
-
 class CallCancelled(TransportError):
-    """The trunk took a call back before the replica began it."""
+    """The trunk cancelled a call before the replica began it."""
 
 
 class EngineError(MoeRayError):

@@ -17,8 +17,9 @@ from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo, Request, SamplingParams
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
-from moe_ray.experts.client.pool import ExpertPool, PoolOptions
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.numerics import Numerics, limit_torch_threads
@@ -94,7 +95,7 @@ class EngineHost:
         if carrier == "ray":
             infos = self._start_actors(config, directory, model.num_local_experts)
 
-        def pool(how: Numerics) -> ExpertPool:
+        def pool(how: Numerics) -> ExpertDispatcher:
             dtypes.append(how.dtype)
             if carrier == "local":
                 bars = partial(self._expert_bar, name)
@@ -121,21 +122,22 @@ class EngineHost:
 
     def _linked(
         self, config: Config, infos: list[ReplicaInfo], keys: frozenset[tuple[int, int]], carrier: str, token: str
-    ) -> ExpertPool:
+    ) -> ExpertDispatcher:
         native = None if config.model.kernels == "torch" else config.cache_dir
         options = LinkOptions(token=token, native_dir=native)
-        directory = Directory(
+        table = ReplicaTable(
             lambda: infos, lambda info: connect(carrier, info, options), keys, config.experts.refresh_s
         )
-        self._closing.callback(directory.close)
-        directory.start()
+        self._closing.callback(table.close)
+        table.start()
         deadline = time.monotonic() + LINK_S
-        while missing := directory.missing():
+        while missing := table.missing():
             if time.monotonic() > deadline:
                 raise ChildFailed(f"no {carrier} link to experts {missing} within {LINK_S:g} s")
-            directory.wait_change(directory.version, 0.1)
-        return ExpertPool(
-            directory, PoolOptions(deadline_s=config.experts.deadline_s, call_timeout_s=config.experts.call_timeout_s)
+            table.wait_change(table.version, 0.1)
+        return ExpertDispatcher(
+            table,
+            DispatchOptions(deadline_s=config.experts.deadline_s, call_timeout_s=config.experts.call_timeout_s),
         )
 
     def _start_actors(self, config: dict[str, Any], directory: str, count: int) -> list[ReplicaInfo]:

@@ -16,10 +16,10 @@ import torch
 
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.echo_process import SIZE, EchoActor, receive, replica
-from moe_ray.core import ExpertCall, ReplicaLoad
+from moe_ray.core import ReplicaLoad
 from moe_ray.errors import LinkBroken, LinkTimeout
 from moe_ray.transport import connect
-from moe_ray.transport.base import Link, LinkOptions
+from moe_ray.transport.base import CallBatch, Link, LinkOptions, scatter
 
 TIMEOUT_S = 30.0
 HIDDEN_SIZE = 4096
@@ -53,30 +53,26 @@ def rows_of(size: int) -> torch.Tensor:
 def link_round(
     lane: Lane, addresses: Addresses, size: int, options: LinkOptions, closing: contextlib.ExitStack
 ) -> Round:
-    """A round over real links to all `addresses`: together, if the carrier can, as `ExpertPool` does."""
+    """A round over real links to all `addresses`, sent as `ExpertDispatcher` sends a layer."""
     links: list[Link] = []
     for i, known in enumerate(addresses):
         info = replica(f"Echo{i}", 0, {lane.carrier: lane.address(known)})
         links.append(connect(lane.carrier, info, options))
         closing.callback(links[-1].close)
-    rows, together = rows_of(size), links[0].together
-    if together is not None:
-        each, experts = [len(rows)] * len(links), [0] * len(links)
-        batch, weights = rows.repeat(len(links), 1), torch.ones(len(rows) * len(links))
-
-        def run_together() -> None:
-            for outcome in together.scatter(links, 0, experts, each, batch, weights).wait(TIMEOUT_S):
-                if not isinstance(outcome, ReplicaLoad):
-                    raise outcome or LinkTimeout(f"no reply within {TIMEOUT_S:g} s")
-
-        return run_together
-    calls = [ExpertCall(0, 0, rows, torch.ones(len(rows))) for _ in links]
-    pairs = list(zip(links, calls, strict=True))
+    rows = rows_of(size)
+    count = len(links)
+    batch = CallBatch(
+        layer=0,
+        experts=[0] * count,
+        counts=[len(rows)] * count,
+        rows=rows.repeat(count, 1),
+        weights=torch.ones(len(rows) * count),
+    )
 
     def run() -> None:
-        pending = [link.send(call) for link, call in pairs]
-        for reply in pending:
-            reply.result(TIMEOUT_S)
+        for outcome in scatter(links, batch).wait(TIMEOUT_S):
+            if not isinstance(outcome, ReplicaLoad):
+                raise outcome or LinkTimeout(f"no reply within {TIMEOUT_S:g} s")
 
     return run
 

@@ -14,7 +14,7 @@ from moe_ray.experts.server.load_counters import REPORT_S, LoadWindow, Sample
 from moe_ray.experts.server.worker import WorkerStats
 
 if TYPE_CHECKING:
-    from moe_ray.experts.client.pool import Counters  # needs torch, which experts may do without
+    from moe_ray.experts.client.accounting import Counters  # needs torch, which experts may do without
 
 _REPLICA = ("deployment", "replica")
 

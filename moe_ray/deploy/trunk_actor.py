@@ -21,8 +21,9 @@ from moe_ray.deploy.metrics import Reporter, TrunkMetrics
 from moe_ray.deploy.replica_targets import KV_USE, RUNNING, WAITING
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.loop import EngineLoop
-from moe_ray.experts.client.pool import ExpertPool, PoolOptions
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
@@ -42,9 +43,9 @@ class TrunkEngine:
         started = time.perf_counter()
         limit_torch_threads(config.trunk.threads or 1)
         checkpoint = Checkpoint.open(resolve_model(config))
-        pools: list[ExpertPool] = []
+        pools: list[ExpertDispatcher] = []
 
-        def make_experts(how: Numerics) -> ExpertPool:
+        def make_experts(how: Numerics) -> ExpertDispatcher:
             if experts:
                 pools.append(_remote_pool(config, checkpoint.config, experts))
             else:
@@ -69,7 +70,7 @@ class TrunkEngine:
         )
         self._drain_s = config.trunk.drain_s
         # Serve takes this trunk for running once it is made, and sends requests (or a whole rollout) its way.
-        if away := self._pool.wait_complete(config.experts.deadline_s):
+        if away := self._pool.table.wait_complete(config.experts.deadline_s):
             logger.warning("%s: goes on without experts %s for now", deployment, ", ".join(map(str, away)))
         logger.info(
             "%s: read %d bytes (shared tensors%s) in %.1f s; KV cache %d tokens, %.2f x %d; listening on %s",
@@ -94,7 +95,7 @@ class TrunkEngine:
             "max_model_len": self.info.max_model_len,
             "missing": [f"Expert{e}" for e in self._pool.missing()],
             "expert_calls": asdict(self._pool.counters),
-            "links": {r.info.replica_id: r.calls for r in self._pool.replicas()},
+            "links": {r.info.replica_id: r.calls for r in self._pool.table.replicas()},
             **asdict(self._loop.stats()),
         }
 
@@ -118,22 +119,22 @@ class TrunkEngine:
         self._pool.close()
 
 
-def _remote_pool(config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle]) -> ExpertPool:
+def _remote_pool(config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle]) -> ExpertDispatcher:
     keys = model_keys(model.num_hidden_layers, model.num_local_experts)
     options = link_options(config)
     carriers = CARRIERS if config.transport == "auto" else (config.transport,)
     discovery = ExpertDiscovery(handles)
-    directory = Directory(
+    table = ReplicaTable(
         discovery.ask,
         lambda info: connect(best_carrier(info, carriers), info, options),
         keys,
         config.experts.refresh_s,
         discovery.members,
     )
-    directory.start()
-    return ExpertPool(
-        directory,
-        PoolOptions(
+    table.start()
+    return ExpertDispatcher(
+        table,
+        DispatchOptions(
             deadline_s=config.experts.deadline_s,
             call_timeout_s=config.experts.call_timeout_s,
             on_loss=config.experts.on_expert_loss,

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 
 from moe_ray.core import ReplicaInfo
-from moe_ray.experts.client.pool import ExpertPool
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.numerics import Numerics
@@ -20,7 +20,9 @@ def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
 
 
-def local_pool(checkpoint: Checkpoint, how: Numerics, progress: Callable[[int], Progress] | None = None) -> ExpertPool:
+def local_pool(
+    checkpoint: Checkpoint, how: Numerics, progress: Callable[[int], Progress] | None = None
+) -> ExpertDispatcher:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
     `progress(expert)` gives the progress callback of one expert.
@@ -45,6 +47,6 @@ def local_pool(checkpoint: Checkpoint, how: Numerics, progress: Callable[[int], 
             )
         )
     keys = model_keys(config.num_hidden_layers, config.num_local_experts)
-    directory = Directory(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward), keys)
-    directory.refresh()  # nothing here changes, so no thread is started
-    return ExpertPool(directory)
+    table = ReplicaTable(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward), keys)
+    table.refresh()  # nothing here changes, so no thread is started
+    return ExpertDispatcher(table)

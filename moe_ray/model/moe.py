@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,18 +23,24 @@ class Routed:
     row_of: torch.Tensor  # [T, K] where each token's k-th row is, experts ascending
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """What the experts of one layer made of its routed rows."""
+
+    rows: torch.Tensor  # [T * K, D] in the order of `Routed.rows`, each times its routing weight
+    degraded: torch.Tensor | None = None
+    """bool [T]: the tokens for which an expert was left out; None: for no token."""
+
+
 class PendingCalls(Protocol):
-    """Calls under way to their experts."""
+    """The expert calls of one layer in flight."""
 
-    degraded: torch.Tensor | None
-    """Once gathered: bool [T], the tokens that one of their experts was missing for; None: for none."""
-
-    def gather(self) -> torch.Tensor:
-        """Wait for every reply; rows [T * K, D] in the order of `Routed.rows`. Raises `ExpertUnavailable`."""
+    def gather(self) -> Gathered:
+        """Wait for every reply. Raises `ExpertUnavailable`."""
         ...
 
     def abandon(self) -> None:
-        """Forget what was not gathered. Idempotent."""
+        """Stop waiting for what was not gathered. Idempotent."""
         ...
 
 
@@ -41,7 +48,7 @@ class Experts(Protocol):
     """Where expert calls go. A trunk layer is given one and never knows where its experts live."""
 
     def submit(self, layer: int, routed: Routed) -> PendingCalls:
-        """Put the rows of one layer on their way, at most one call per expert, without waiting for results."""
+        """Send the rows of one layer to their experts, without waiting for results."""
         ...
 
 
@@ -101,3 +108,21 @@ def combine(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
     for k in range(1, per_token.shape[1]):
         out = out + per_token[:, k]
     return out
+
+
+def renormalise(rows: torch.Tensor, routed: Routed, lost: Sequence[slice]) -> Gathered:
+    """Scale the rows of each token that lost an expert so that the weights of its other experts sum to 1 again.
+
+    `rows` [T * K, D] with zeros in the row ranges `lost`. A token that lost all its experts gets zeros.
+    """
+    missing = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+    for part in lost:
+        missing[part] = True
+    row_of = routed.row_of.long()
+    weights = routed.weights[row_of]  # [T, K]
+    without = missing[row_of]  # [T, K]
+    left = (weights * ~without).sum(-1)  # [T]
+    scale = torch.where(left > 0, weights.sum(-1) / left.clamp_min(1e-9), 1.0)
+    scale_of_row = torch.ones(rows.shape[0], device=rows.device)
+    scale_of_row[row_of.flatten()] = scale.repeat_interleave(row_of.shape[1])
+    return Gathered((rows.float() * scale_of_row[:, None]).to(rows.dtype), without.any(-1))

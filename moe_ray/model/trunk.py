@@ -105,11 +105,11 @@ class Trunk:
                     batch.routed[:, layer] = moe.experts_of(routed)
                 yield
                 started = time.perf_counter()
-                rows = pending.gather()
+                gathered = pending.gather()
                 self.waited_s += time.perf_counter() - started
-                work.combine(routed, rows)
-                if pending.degraded is not None:
-                    batch.degraded.update(pending.degraded.nonzero().flatten().tolist())
+                work.combine(routed, gathered.rows)
+                if gathered.degraded is not None:
+                    batch.degraded.update(gathered.degraded.nonzero().flatten().tolist())
             finally:
                 pending.abandon()  # nothing, unless this pass is being given up
         ends = zip(batch.query_start[1:], batch.num_sampled, strict=True)

@@ -20,6 +20,7 @@ class CallStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILED: _ClassVar[CallStatus]
     REFUSED: _ClassVar[CallStatus]
     CANCELLED: _ClassVar[CallStatus]
+    BUSY: _ClassVar[CallStatus]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -28,6 +29,7 @@ OK: CallStatus
 FAILED: CallStatus
 REFUSED: CallStatus
 CANCELLED: CallStatus
+BUSY: CallStatus
 
 class ExpertCallHeader(_message.Message):
     __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel")

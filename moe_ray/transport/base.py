@@ -1,26 +1,36 @@
 """The one interface behind which an `ExpertCall` travels; each carrier is a file beside this one.
 
-A carrier has two ends. The trunk's end is a `Link` to one replica: `send` puts a call on its way and returns at once
-with a `PendingReply`, whose `result` waits. The replica's end is an `ExpertServer` that hands each call to an
-`ExpertHandler`. A link never retries, never chooses and never hides a fault: that is the pool's work.
+A carrier has two ends. The trunk's end is a `Link` to one replica, and a `GroupSender` that sends the calls of one
+layer on several links in one step: `scatter` returns at once with `Replies`, whose `wait` waits. The replica's end is
+an `ExpertServer` that hands each call to an `ExpertHandler`. A link never retries, never selects a replica and never
+hides a fault: that is the dispatcher's work.
+
+>>> replies = scatter([link_a, link_b], CallBatch(layer=0, experts=[3, 6], counts=[2, 3], rows=rows, weights=weights))
+>>> replies.wait(timeout_s=1.0)  # per call: the replica's load, an error, or None while it is in flight
+[ReplicaLoad(...), ReplicaLoad(...)]
+>>> replies.rows()  # [5, D], in the order of the calls
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import ConfigError, ProtocolError, TransportError
+from moe_ray.errors import ConfigError, LinkBroken, LinkTimeout, TransportError, WrongAnswer
 
 if TYPE_CHECKING:
     import torch
 
 ExpertHandler = Callable[[ExpertCall], ExpertReply]
-"""Computes a call on the calling thread. Thread-safe. Raises `ExpertFailed`, `ProtocolError`, `CallCancelled`."""
+"""Computes a call on the calling thread. Thread-safe.
+
+Raises `ExpertFailed`, `CallRefused`, `ReplicaBusy` or `CallCancelled`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +58,14 @@ class LinkOptions:
 
 
 class PendingReply(Protocol):
-    """A reply under way."""
+    """The reply of one call in flight."""
 
     def result(self, timeout_s: float) -> ExpertReply:
         """Wait for the reply, from the thread that sent the call; again, if need be, after a `LinkTimeout` only.
 
         Raises `LinkBroken` when the link ended first, `LinkTimeout` after `timeout_s`, `ExpertFailed` when the
-        replica could not compute the call, `ProtocolError` when the reply does not fit the call. A reply that nobody
-        waits for any more is dropped when it comes.
+        replica could not compute the call, `CallRefused` or `ReplicaBusy` when it did not accept it, `WrongAnswer`
+        when the reply does not fit the call. A reply that is not waited for any more is dropped when it arrives.
         """
         ...
 
@@ -67,44 +77,65 @@ class PendingReply(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class CallBatch:
+    """Calls of one layer whose rows lie one call behind the other: call i has `counts[i]` rows for `experts[i]`."""
+
+    layer: int
+    experts: Sequence[int]
+    counts: Sequence[int]
+    rows: torch.Tensor  # [R, D], R = sum(counts)
+    weights: torch.Tensor  # [R] float32
+
+
+Outcome = ReplicaLoad | TransportError | None
+"""Of one call: it was answered; it has failed; None: it is in flight."""
+
+
 class Replies(Protocol):
-    """The replies of calls that were sent together; they come into `rows`."""
+    """The replies of one `scatter`."""
 
-    rows: torch.Tensor  # [R, D] in the order of the calls
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Wait until each call is answered or has failed, `timeout_s` at most; the outcome of each call."""
+        ...
 
-    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError | None]:
-        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there.
+    def rows(self) -> torch.Tensor:
+        """The rows of all calls, [R, D] in the order of the calls, once each was answered."""
+        ...
 
-        None: the reply is still under way, and may be waited for again.
-        """
+    def rows_of(self, index: int) -> torch.Tensor:
+        """The rows of one call that was answered, [counts[index], D]."""
         ...
 
     def forget(self, index: int | None = None) -> None:
-        """Stop waiting for one call, or for all: its rows are not written to from now on. Idempotent."""
+        """Stop waiting for one call, or for all: no reply is written to their rows from now on. Idempotent."""
         ...
 
     def cancel(self, index: int) -> None:
-        """Forget one call as `PendingReply.cancel` does."""
+        """Forget one call; a replica that has not begun it skips it, where the carrier can tell it in time."""
         ...
 
 
-class Together(Protocol):
-    """A way to call several replicas at once. Links whose `together` are equal can be called so."""
+class GroupSender(Protocol):
+    """Sends on several links in one step. Links whose `group` are equal can be sent on together."""
 
-    def scatter(
-        self,
-        links: Sequence[Link],
-        layer: int,
-        experts: Sequence[int],
-        counts: Sequence[int],
-        rows: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> Replies:
-        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i].
+    def scatter(self, links: Sequence[Link], batch: CallBatch) -> Replies:
+        """Send call i on links[i], without waiting. A broken link is an outcome of `Replies.wait`.
 
-        Raises `ProtocolError` when no carrier could carry the rows; a link that fails says so in `wait`.
+        Raises `InvalidCall` when no carrier could carry the rows; then nothing is in flight.
         """
         ...
+
+
+def scatter(links: Sequence[Link], batch: CallBatch) -> Replies:
+    """Send call i of `batch` on links[i]: in one step where the links' carrier can, else one after the other.
+
+    Raises `InvalidCall` as `GroupSender.scatter`.
+    """
+    group = links[0].group if links else ONE_BY_ONE
+    if any(link.group != group for link in links):
+        group = ONE_BY_ONE
+    return group.scatter(links, batch)
 
 
 class Link(Protocol):
@@ -113,8 +144,8 @@ class Link(Protocol):
     info: ReplicaInfo
 
     @property
-    def together(self) -> Together | None:
-        """How calls on several such links travel at once; None: one by one."""
+    def group(self) -> GroupSender:
+        """How calls on several such links are sent in one step; `ONE_BY_ONE` where the carrier has no faster way."""
         ...
 
     @property
@@ -124,21 +155,21 @@ class Link(Protocol):
 
     @property
     def silent(self) -> bool:
-        """True while the other machine does not even acknowledge what it was sent, where the carrier can know."""
+        """True while the other machine does not acknowledge what it was sent, where the carrier can know that."""
         ...
 
     def probe(self) -> None:
-        """Look whether the other end is there: `broken` tells if it ended the link, `silent`, a second later, the rest.
+        """Check the other end: `broken` is then true if it ended the link, `silent`, a second later, if it is cut off.
 
-        For a machine that took a call and then went away owes no acknowledgement, it is sent something small, if that
-        takes no waiting. From any thread; raises nothing.
+        A machine that acknowledged a call and was then cut off owes no acknowledgement, so a small message is sent, if
+        that needs no waiting. From any thread; raises nothing.
         """
         ...
 
     def send(self, call: ExpertCall) -> PendingReply:
         """Put `call` on its way without waiting for its result. Sets `call.call_id`.
 
-        Raises `LinkBroken`, or `ProtocolError` when no carrier could carry the call (shape, dtype, size).
+        Raises `LinkBroken`, or `InvalidCall` when no carrier could carry the call (shape, dtype, size).
         """
         ...
 
@@ -157,17 +188,98 @@ class ExpertServer(Protocol):
         ...
 
 
+class OneByOne:
+    """`GroupSender` of links that send one call at a time."""
+
+    def scatter(self, links: Sequence[Link], batch: CallBatch) -> OneByOneReplies:
+        """Send call i on links[i]. Raises `InvalidCall`, and then cancels the calls that were sent."""
+        replies = OneByOneReplies()
+        start = 0
+        try:
+            for link, expert, count in zip(links, batch.experts, batch.counts, strict=True):
+                part = slice(start, start + count)
+                replies.add(link, ExpertCall(batch.layer, expert, batch.rows[part], batch.weights[part]))
+                start += count
+        except BaseException:
+            replies.forget()
+            raise
+        return replies
+
+
+ONE_BY_ONE: Final = OneByOne()
+
+
+class OneByOneReplies:
+    """`Replies` over a `PendingReply` for each call."""
+
+    def __init__(self) -> None:
+        self._pending: list[PendingReply | None] = []
+        """None: the outcome is known, or the call is not waited for."""
+        self._outcomes: list[Outcome] = []
+        self._rows: list[torch.Tensor | None] = []
+
+    def add(self, link: Link, call: ExpertCall) -> None:
+        """Send one more call. Raises `InvalidCall`."""
+        pending: PendingReply | None = None
+        outcome: Outcome = None
+        try:
+            pending = link.send(call)
+        except LinkBroken as error:
+            outcome = error
+        self._pending.append(pending)
+        self._outcomes.append(outcome)
+        self._rows.append(None)
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        deadline = time.monotonic() + timeout_s
+        for index, pending in enumerate(self._pending):
+            if pending is None:
+                continue
+            try:
+                reply = pending.result(max(0.0, deadline - time.monotonic()))
+            except LinkTimeout:
+                continue
+            except TransportError as error:
+                self._outcomes[index] = error
+            else:
+                self._outcomes[index] = reply.load
+                self._rows[index] = reply.rows
+            self._pending[index] = None
+        return list(self._outcomes)
+
+    def rows(self) -> torch.Tensor:
+        import torch
+
+        rows = [self.rows_of(index) for index in range(len(self._rows))]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def rows_of(self, index: int) -> torch.Tensor:
+        rows = self._rows[index]
+        assert rows is not None, f"call {index} was not answered"
+        return rows
+
+    def forget(self, index: int | None = None) -> None:
+        for i in range(len(self._pending)) if index is None else (index,):
+            self._pending[i] = None
+
+    def cancel(self, index: int) -> None:
+        pending = self._pending[index]
+        self._pending[index] = None
+        if pending is not None:
+            pending.cancel()
+
+
 def check_reply(call: ExpertCall, reply: ExpertReply) -> ExpertReply:
-    """Return `reply` if it fits `call` in shape, dtype and finiteness; else raise `ProtocolError`."""
+    """Return `reply` if it fits `call` in shape, dtype and finiteness; else raise `WrongAnswer`."""
     if reply.rows.shape != call.rows.shape or reply.rows.dtype != call.rows.dtype:
-        raise ProtocolError(
+        raise WrongAnswer(
             f"reply to layer {call.layer} expert {call.expert} is {reply.rows.dtype} {list(reply.rows.shape)}, "
             f"expected {call.rows.dtype} {list(call.rows.shape)}"
         )
     # One reduction instead of isfinite().all(): a sum is NaN or infinite if any element is. Summing in
     # float32 cannot overflow for values a float16 or bfloat16 network can produce.
     if not math.isfinite(float(reply.rows.detach().sum(dtype=_sum_dtype(call)))):
-        raise ProtocolError(f"reply to layer {call.layer} expert {call.expert} is not finite (NaN or Inf)")
+        raise WrongAnswer(f"reply to layer {call.layer} expert {call.expert} is not finite (NaN or Inf)")
     return reply
 
 

@@ -18,13 +18,13 @@ import grpc
 import grpc.aio
 
 from moe_ray.core import ExpertCall, ReplicaInfo
-from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, ProtocolError
+from moe_ray.errors import ConfigError, LinkBroken
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport import wire
-from moe_ray.transport.base import ExpertHandler, LinkOptions, TlsFiles
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, TlsFiles
 from moe_ray.transport.pending import CallTable, Pending, address_of, peer_name
-from moe_ray.transport.serving import answer
+from moe_ray.transport.serving import ANSWERED_ERRORS, answer
 
 MAX_STREAMS = 256
 """Streams that one replica accepts; each holds a thread. One more is refused, not queued."""
@@ -119,7 +119,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
 class GrpcLink:
     """`base.Link` over one gRPC stream. Threads: one reader here, and those of grpc; `close` ends them all."""
 
-    together = None
+    group = ONE_BY_ONE
     silent = False  # its own keepalive ends it
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
@@ -148,7 +148,7 @@ class GrpcLink:
         """Nothing: who is gone is noticed without."""
 
     def send(self, call: ExpertCall) -> Pending[pb.ExpertReply]:
-        """Copy `call` into a message and queue it for the stream. Raises `LinkBroken` or `ProtocolError`."""
+        """Copy `call` into a message and queue it for the stream. Raises `LinkBroken` or `InvalidCall`."""
         wire.check_call(call)
         pending = self._calls.open(call)
         self._outgoing.put(wire.pack_call(call))
@@ -214,7 +214,7 @@ class _Servicer(pb_grpc.ExpertServicer):
     def _answer(self, message: pb.ExpertCall) -> pb.ExpertReply:
         try:
             return wire.pack_reply(answer(self._handler, wire.unpack_call(message)))
-        except (ExpertFailed, ProtocolError) as error:
+        except ANSWERED_ERRORS as error:
             return wire.pack_error(message.header.call_id, error)
 
 

@@ -12,9 +12,9 @@ import uuid
 import weakref
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
-from moe_ray.errors import LinkBroken, ProtocolError, TransportError
+from moe_ray.errors import LinkBroken, TransportError
 from moe_ray.transport import wire
-from moe_ray.transport.base import ExpertHandler, check_reply
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, check_reply
 from moe_ray.transport.pending import address_of
 from moe_ray.transport.serving import answer
 
@@ -36,15 +36,9 @@ class LocalPending:
         if link.reason is not None:
             raise LinkBroken(link.reason)
         try:
-            reply = answer(link.handler, self._call)
-        except ProtocolError as error:
-            raise ProtocolError(f"{link.peer}: call refused: {error}") from None
+            return check_reply(self._call, answer(link.handler, self._call))
         except TransportError as error:
             raise type(error)(f"{link.peer}: {error}") from None
-        try:
-            return check_reply(self._call, reply)
-        except ProtocolError as error:
-            raise ProtocolError(f"{link.peer}: {error}") from None
 
     def cancel(self) -> None:
         """Nothing to do: only a result that is asked for is computed."""
@@ -53,7 +47,7 @@ class LocalPending:
 class LocalLink:
     """`base.Link` to a handler in this process."""
 
-    together = None
+    group = ONE_BY_ONE
     silent = False
 
     def __init__(self, info: ReplicaInfo, handler: ExpertHandler) -> None:
@@ -70,7 +64,7 @@ class LocalLink:
         """Nothing: who is gone is noticed without."""
 
     def send(self, call: ExpertCall) -> LocalPending:
-        """Note `call` for its result to be asked for. Raises `LinkBroken`, or `ProtocolError` for a malformed call."""
+        """Note `call` for its result to be asked for. Raises `LinkBroken`, `InvalidCall`."""
         wire.check_call(call)
         if self.reason is not None:
             raise LinkBroken(self.reason)

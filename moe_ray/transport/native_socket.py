@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import KernelsUnavailable, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.errors import KernelsUnavailable, LinkBroken, LinkTimeout, ProtocolError, TransportError, WrongAnswer
 from moe_ray.native.links import BROKEN, DONE, WAITING, Links, Result
 from moe_ray.transport import wire
-from moe_ray.transport.base import Link, LinkOptions
+from moe_ray.transport.base import CallBatch, Link, LinkOptions, Outcome
 from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.pending import address_of, peer_name
 
@@ -39,7 +39,7 @@ class NativeSocketLink:
         """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""
         self.info, self.peer = info, peer_name(info, "socket")
         self.reason: str | None = None
-        self.together = Together(library)
+        self.group = NativeGroup(library)
         self.library, self.ids = library, itertools.count(1)
         try:
             self._sock = connect(address_of(info, "socket"), options)
@@ -70,13 +70,12 @@ class NativeSocketLink:
             self.library.ping(self.handle)
 
     def send(self, call: ExpertCall) -> NativePending:
-        """Write `call`, receiving replies while the peer takes no more. Raises `LinkBroken`, `ProtocolError`."""
+        """Write `call`, receiving replies while the peer takes no more. Raises `LinkBroken`, `InvalidCall`."""
         wire.check_call(call)
         if self.reason is not None:
             raise LinkBroken(self.reason)
-        replies = self.together.scatter(
-            [self], call.layer, [call.expert], [call.rows.shape[0]], call.rows, call.weights
-        )
+        batch = CallBatch(call.layer, [call.expert], [call.rows.shape[0]], call.rows, call.weights)
+        replies = self.group.scatter([self], batch)
         call.call_id = replies.ids[0]
         return NativePending(self.peer, call, replies)
 
@@ -99,69 +98,62 @@ class NativeSocketLink:
         error: TransportError = wire.error_of(result.status, self.library.error(self.handle, call_id))
         if result.misfit:
             shape = f"{wire.dtype_name(result.dtype)} [{result.num_rows}, {result.hidden_size}]"
-            error = ProtocolError(f"reply to {asked} is {shape}, expected {rows.dtype} {list(rows.shape)}")
+            error = WrongAnswer(f"reply to {asked} is {shape}, expected {rows.dtype} {list(rows.shape)}")
         elif result.infinite:
-            error = ProtocolError(f"reply to {asked} is not finite (NaN or Inf)")
+            error = WrongAnswer(f"reply to {asked} is not finite (NaN or Inf)")
         self.library.forget(self.handle, call_id)
         return type(error)(f"{self.peer}: {error}")
 
 
-class Together:
-    """`base.Together`: calls of one layer on several native links."""
+class NativeGroup:
+    """`base.GroupSender`: the calls of one layer on several native links, in one step."""
 
     def __init__(self, library: Links) -> None:
         self._library = library
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Together) and other._library is self._library
+        return isinstance(other, NativeGroup) and other._library is self._library
 
     def __hash__(self) -> int:
         return id(self._library)
 
-    def scatter(
-        self,
-        links: Sequence[Link],
-        layer: int,
-        experts: Sequence[int],
-        counts: Sequence[int],
-        rows: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> NativeReplies:
-        """Send call i, `counts[i]` of rows [R, D] and weights [R] in order, on links[i]. Raises `ProtocolError`."""
-        wire.check_rows(rows, "rows")
-        native: list[NativeSocketLink] = links  # type: ignore[assignment]  # whose `together` this is
-        rows, weights = wire.sendable(rows), wire.sendable(weights)
+    def scatter(self, links: Sequence[Link], batch: CallBatch) -> NativeReplies:
+        """Send call i of `batch` on links[i]. Raises `InvalidCall`."""
+        wire.check_rows(batch.rows, "rows")
+        native: list[NativeSocketLink] = links  # type: ignore[assignment]  # whose `group` this is
+        rows = wire.sendable(batch.rows)
+        weights = wire.sendable(batch.weights)
         ids = [next(link.ids) for link in native]
         target = torch.empty_like(rows)
-        replies = NativeReplies(self._library, native, ids, layer, experts, counts, target)
+        replies = NativeReplies(self._library, native, ids, batch, target)
         self._library.scatter(
-            [link.handle for link in native], ids, layer, experts, counts, wire.dtype_code(rows), rows, weights, target
+            *([link.handle for link in native], ids, batch.layer, batch.experts, batch.counts),
+            *(wire.dtype_code(rows), rows, weights, target),
         )
         return replies
 
 
 class NativeReplies:
-    """`base.Replies`: the replies of one scatter, which come into `rows` [R, D]."""
+    """`base.Replies`: the replies of one scatter, received straight into one tensor [R, D]."""
 
-    __slots__ = ("_counts", "_experts", "_layer", "_library", "_links", "_outcomes", "_waiting", "ids", "rows")
+    __slots__ = ("_counts", "_experts", "_layer", "_library", "_links", "_outcomes", "_rows", "_waiting", "ids")
 
     def __init__(
         self,
         library: Links,
         links: list[NativeSocketLink],
         ids: list[int],
-        layer: int,
-        experts: Sequence[int],
-        counts: Sequence[int],
+        batch: CallBatch,
         rows: torch.Tensor,
     ) -> None:
-        self._library, self._links, self.ids, self.rows = library, links, ids, rows
-        self._layer, self._experts, self._counts = layer, experts, counts
-        self._outcomes: list[ReplicaLoad | TransportError | None] = [None] * len(ids)
+        # Not the batch itself: the rows that were sent need not outlive their sending.
+        self._library, self._links, self.ids, self._rows = library, links, ids, rows
+        self._layer, self._experts, self._counts = batch.layer, batch.experts, batch.counts
+        self._outcomes: list[Outcome] = [None] * len(ids)
         self._waiting = list(range(len(ids)))
 
-    def wait(self, timeout_s: float) -> list[ReplicaLoad | TransportError | None]:
-        """Wait for all, `timeout_s` at most; per call its replica's load, or why its rows are not there."""
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """`base.Replies.wait`."""
         waiting, self._waiting = self._waiting, []
         handles = [self._links[i].handle for i in waiting]
         for i, result in zip(
@@ -172,18 +164,27 @@ class NativeReplies:
             elif result.outcome == WAITING:
                 self._waiting.append(i)
             else:
-                asked, rows = f"layer {self._layer} expert {self._experts[i]}", self.rows[: self._counts[i]]
+                asked, rows = f"layer {self._layer} expert {self._experts[i]}", self._rows[: self._counts[i]]
                 self._outcomes[i] = self._links[i].failure(self.ids[i], result, asked, rows)
         return list(self._outcomes)
 
+    def rows(self) -> torch.Tensor:
+        """`base.Replies.rows`."""
+        return self._rows
+
+    def rows_of(self, index: int) -> torch.Tensor:
+        """`base.Replies.rows_of`."""
+        start = sum(self._counts[:index])
+        return self._rows[start : start + self._counts[index]]
+
     def forget(self, index: int | None = None) -> None:
-        """Stop waiting for one call, or for all: its rows are not written to from now on. Idempotent."""
+        """`base.Replies.forget`."""
         for i in list(self._waiting) if index is None else [i for i in self._waiting if i == index]:
             self._waiting.remove(i)
             self._library.forget(self._links[i].handle, self.ids[i])
 
     def cancel(self, index: int) -> None:
-        """Forget one call and let its replica skip it. Idempotent."""
+        """`base.Replies.cancel`."""
         if index in self._waiting:
             self._waiting.remove(index)
             self._library.cancel(self._links[index].handle, self.ids[index])
@@ -209,7 +210,7 @@ class NativePending:
             raise LinkTimeout(f"{self._peer} did not answer {self._asked} within {timeout_s:g} s")
         if isinstance(outcome, TransportError):
             raise outcome
-        return ExpertReply(self._call_id, self._replies.rows, outcome)
+        return ExpertReply(self._call_id, self._replies.rows(), outcome)
 
     def cancel(self) -> None:
         """Wait no more and let the replica skip the call. Idempotent."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
-from moe_ray.errors import ConfigError, LinkBroken, LinkTimeout, TransportError
+from moe_ray.errors import ConfigError, LinkBroken, LinkTimeout, ProtocolError, TransportError, WrongAnswer
 from moe_ray.transport.base import check_reply
 
 M = TypeVar("M")
@@ -60,6 +60,8 @@ class Pending(Generic[M]):
             raise LinkBroken(self._broken or f"{peer}: link closed")
         try:
             return check_reply(call, self._table.decode(message))
+        except ProtocolError as error:
+            raise WrongAnswer(f"{peer}: {error}") from None
         except TransportError as error:
             raise type(error)(f"{peer}: {error}") from None
 

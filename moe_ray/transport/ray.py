@@ -20,12 +20,20 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import list_named_actors
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.errors import (
+    ConfigError,
+    ExpertFailed,
+    LinkBroken,
+    LinkTimeout,
+    ProtocolError,
+    TransportError,
+    WrongAnswer,
+)
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
-from moe_ray.transport.base import ExpertHandler, LinkOptions, check_reply
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
 from moe_ray.transport.pending import address_of, peer_name
-from moe_ray.transport.serving import answer
+from moe_ray.transport.serving import ANSWERED_ERRORS, answer
 
 _SERVE_NAMESPACE = "serve"
 _SERVE_REPLICA = "SERVE_REPLICA::"
@@ -78,7 +86,7 @@ def own_address() -> str:
 class RayLink:
     """`base.Link` by actor calls. It learns that the actor died from a call: `broken` is not set before one fails."""
 
-    together = None
+    group = ONE_BY_ONE
     silent = False  # Ray tells when the actor is gone
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
@@ -110,7 +118,7 @@ class RayLink:
         """Nothing: only a call tells."""
 
     def send(self, call: ExpertCall) -> RayPending:
-        """Submit `call` to the actor. Raises `LinkBroken` or `ProtocolError`."""
+        """Submit `call` to the actor. Raises `LinkBroken` or `InvalidCall`."""
         wire.check_call(call)
         if self.reason is not None:
             raise LinkBroken(self.reason)
@@ -148,16 +156,18 @@ class RayPending:
     def result(self, timeout_s: float) -> ExpertReply:
         """Wait for the reply. Errors as in `base.PendingReply.result`."""
         peer = self._link.peer
-        status, error, dtype, rows, load = self._wait(timeout_s)
+        status, message, dtype, rows, load = self._wait(timeout_s)
         if status == _GONE:
             raise self._link.broke("the replica closed")
         try:
             if status != pb.OK or rows is None:
-                raise wire.error_of(status, error)
+                raise wire.error_of(status, message)
             reply = ExpertReply(self._call_id, wire.from_numpy(dtype, rows, "rows"), ReplicaLoad(*load))
             return check_reply(self._call, reply)
-        except TransportError as fault:
-            raise type(fault)(f"{peer}: {fault}") from None
+        except ProtocolError as error:
+            raise WrongAnswer(f"{peer}: {error}") from None
+        except TransportError as error:
+            raise type(error)(f"{peer}: {error}") from None
 
     def cancel(self) -> None:
         """Wait no more. Idempotent.
@@ -211,10 +221,8 @@ def _serve_call(
         call = ExpertCall(layer, expert, *tensors, call_id)
         wire.check_call(call)
         reply = answer(server.handler, call)
-    except ProtocolError as error:
-        return pb.REFUSED, str(error), "", None, (0, 0, 0)
-    except ExpertFailed as error:
-        return pb.FAILED, str(error), "", None, (0, 0, 0)
+    except ANSWERED_ERRORS as error:
+        return wire.status_of(error), str(error), "", None, (0, 0, 0)
     load = reply.load
     name, array = wire.to_numpy(reply.rows)
     return pb.OK, "", name, array, (load.queued_rows, load.compute_us, load.queue_us)

@@ -22,17 +22,17 @@ from functools import partial
 from google.protobuf.message import DecodeError
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
-from moe_ray.errors import CallCancelled, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.errors import CallCancelled, LinkBroken, LinkTimeout, ProtocolError, TransportError
 from moe_ray.native.kernels import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
-from moe_ray.transport.base import ExpertHandler, LinkOptions, check_reply
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
 from moe_ray.transport.frames import STALL_S, FrameStream, Quiet
 from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.listener import Listener
 from moe_ray.transport.messages import parse, say
 from moe_ray.transport.pending import address_of, peer_name
-from moe_ray.transport.serving import answer
+from moe_ray.transport.serving import ANSWERED_ERRORS, answer
 
 
 class SocketPending:
@@ -74,7 +74,7 @@ class SocketPending:
 class SocketLink:
     """`base.Link` over one connection, without a thread: its user's thread sends and receives."""
 
-    together = None
+    group = ONE_BY_ONE
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""
@@ -222,7 +222,7 @@ class SocketExpertServer:
             body = [wire.buffer(rows)]
         except CallCancelled:
             head = pb.ExpertReplyHeader(call_id=header.call_id, status=pb.CANCELLED)
-        except (ExpertFailed, ProtocolError) as error:
+        except ANSWERED_ERRORS as error:
             head = wire.pack_error(header.call_id, error).header
         stream.write_frame(head, body, None, None)
 

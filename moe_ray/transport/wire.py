@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaLoad
-from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.errors import (
+    CallRefused,
+    ExpertFailed,
+    InvalidCall,
+    ProtocolError,
+    ReplicaBusy,
+    TransportError,
+    WrongAnswer,
+)
 from moe_ray.pb import moe_ray_pb2 as pb
 
 if TYPE_CHECKING:
@@ -45,25 +53,25 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def check_rows(rows: torch.Tensor, field: str) -> None:
-    """Raise `ProtocolError` naming `field` unless `rows` is a [T, D] tensor that a message can carry."""
+    """Raise `InvalidCall` naming `field` unless `rows` is a [T, D] tensor that a message can carry."""
     if rows.dtype not in _torch_dtypes():
-        raise ProtocolError(f"{field} is {rows.dtype}, not one of {', '.join(_CODES)}")
+        raise InvalidCall(f"{field} is {rows.dtype}, not one of {', '.join(_CODES)}")
     if rows.dim() != 2 or 0 in rows.shape:
-        raise ProtocolError(f"{field} has shape {list(rows.shape)}, expected [T, D] with T and D at least 1")
+        raise InvalidCall(f"{field} has shape {list(rows.shape)}, expected [T, D] with T and D at least 1")
     if rows.numel() * rows.itemsize > MAX_TENSOR_BYTES:
-        raise ProtocolError(f"{field} has {rows.numel() * rows.itemsize} bytes, more than {MAX_TENSOR_BYTES}")
+        raise InvalidCall(f"{field} has {rows.numel() * rows.itemsize} bytes, more than {MAX_TENSOR_BYTES}")
 
 
 def check_call(call: ExpertCall) -> None:
-    """Raise `ProtocolError` naming the field unless every carrier can carry `call`."""
+    """Raise `InvalidCall` naming the field unless every carrier can carry `call`."""
     check_rows(call.rows, "rows")
     if call.weights.dtype != _torch_dtype("float32") or call.weights.shape != call.rows.shape[:1]:
-        raise ProtocolError(
+        raise InvalidCall(
             f"weights is {call.weights.dtype} {list(call.weights.shape)}, expected torch.float32 [{len(call.rows)}]"
         )
     for name, value in (("layer", call.layer), ("expert", call.expert)):
         if not 0 <= value <= _MAX_UINT32:
-            raise ProtocolError(f"{name} is {value}, expected 0..{_MAX_UINT32}")
+            raise InvalidCall(f"{name} is {value}, expected 0..{_MAX_UINT32}")
 
 
 def dtype_code(rows: torch.Tensor) -> int:
@@ -157,10 +165,17 @@ def pack_reply(reply: ExpertReply) -> pb.ExpertReply:
     return pb.ExpertReply(header=reply_header(reply), rows=raw(reply.rows).tobytes())
 
 
-def pack_error(call_id: int, error: ExpertFailed | ProtocolError) -> pb.ExpertReply:
-    """The reply to a call that failed (`ExpertFailed`) or was refused (`ProtocolError`)."""
-    status = pb.REFUSED if isinstance(error, ProtocolError) else pb.FAILED
-    return pb.ExpertReply(header=pb.ExpertReplyHeader(call_id=call_id, status=status, error=str(error)))
+def status_of(error: TransportError) -> pb.CallStatus:
+    """The status of the reply to a call that ended in `error` at the replica."""
+    if isinstance(error, ExpertFailed):
+        return pb.FAILED
+    return pb.BUSY if isinstance(error, ReplicaBusy) else pb.REFUSED
+
+
+def pack_error(call_id: int, error: TransportError) -> pb.ExpertReply:
+    """The reply to a call that ended in `error` at the replica."""
+    header = pb.ExpertReplyHeader(call_id=call_id, status=status_of(error), error=str(error))
+    return pb.ExpertReply(header=header)
 
 
 def unpack_reply(message: pb.ExpertReply) -> ExpertReply:
@@ -171,22 +186,24 @@ def unpack_reply(message: pb.ExpertReply) -> ExpertReply:
 def read_reply(header: pb.ExpertReplyHeader, rows: bytes) -> ExpertReply:
     """Check a header against its tensor's bytes, which are copied.
 
-    A reply that reports an error raises it: `ExpertFailed` for FAILED, `ProtocolError` for REFUSED.
+    A reply that reports an error raises it, as `error_of` says.
     """
     if header.status != pb.OK:
         raise error_of(header.status, header.error)
     return ExpertReply(call_id=header.call_id, rows=_read_rows(header, rows), load=load_of(header))
 
 
-def error_of(status: int, message: str) -> ExpertFailed | ProtocolError:
-    """The error that a reply's status stands for; an unknown status is itself a `ProtocolError`."""
+def error_of(status: int, message: str) -> TransportError:
+    """The error that a reply's status stands for; an unknown status is itself a `WrongAnswer`."""
     if status == pb.FAILED:
         return ExpertFailed(message)
     if status == pb.REFUSED:
-        return ProtocolError(f"call refused: {message}")
+        return CallRefused(f"call refused: {message}")
+    if status == pb.BUSY:
+        return ReplicaBusy(f"busy: {message}")
     if status == pb.CANCELLED:
-        return ProtocolError("the replica cancelled a call that was not taken back")
-    return ProtocolError(f"header.status is {status}, which is not a CallStatus")
+        return WrongAnswer("the replica cancelled a call that the trunk had not cancelled")
+    return WrongAnswer(f"header.status is {status}, which is not a CallStatus")
 
 
 def to_numpy(rows: torch.Tensor) -> tuple[str, np.ndarray]:
@@ -208,7 +225,10 @@ def from_numpy(dtype: str, array: np.ndarray, field: str) -> torch.Tensor:
     if not isinstance(array, np.ndarray) or array.dtype != expected:
         raise ProtocolError(f"{field} is not a numpy array of {expected}")
     rows = torch.from_numpy(array.copy()).view(_torch_dtype(dtype))
-    check_rows(rows, field)
+    try:
+        check_rows(rows, field)
+    except InvalidCall as error:
+        raise ProtocolError(str(error)) from None
     return rows
 
 

@@ -17,7 +17,7 @@ from cluster_files import CLUSTER, ROOT, module, shell
 
 from moe_ray.core import EngineStats
 from moe_ray.deploy.metrics import ENGINE_GAUGES
-from moe_ray.experts.client.pool import Counters
+from moe_ray.experts.client.accounting import Counters
 
 RULES = CLUSTER / "prometheus" / "rules.yaml"
 DASHBOARDS = sorted((CLUSTER / "grafana").glob("*.json"))

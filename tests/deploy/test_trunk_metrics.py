@@ -13,7 +13,7 @@ from served import Served
 
 from moe_ray.core import EngineStats
 from moe_ray.deploy.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, POOL_COUNTERS, Reporter
-from moe_ray.experts.client.pool import Counters
+from moe_ray.experts.client.accounting import Counters
 
 SERIES = re.compile(r"ray_moe_ray_(trunk|pool)_(\w+)\{(.*)\} (\S+)")
 TAG = re.compile(r'(\w+)="([^"]*)"')

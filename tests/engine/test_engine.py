@@ -15,7 +15,8 @@ from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.loop import EngineLoop
 from moe_ray.errors import ConfigError, EngineError, ExpertUnavailable, InvalidRequest, Overloaded
-from moe_ray.experts.client.pool import ExpertPool, PoolOptions
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.moe import Experts, PendingCalls, Routed
@@ -166,9 +167,9 @@ def test_a_lost_expert_can_be_left_out_and_every_position_without_it_is_told(ran
     right = finish(whole.engine)
     assert not any(event.degraded_positions for event in right["a"])
     pool = rig.experts.inner
-    assert isinstance(pool, ExpertPool)
-    pool.options = PoolOptions(on_loss="renormalise")
-    (lost,) = [replica for replica in pool.replicas() if replica.replica_id.startswith("Expert3")]
+    assert isinstance(pool, ExpertDispatcher)
+    pool.options = DispatchOptions(on_loss="renormalise")
+    (lost,) = [replica for replica in pool.table.replicas() if replica.replica_id.startswith("Expert3")]
     lost.link.close()
     rig.engine.submit(ask("a", prompt, logprobs=1))
     events = finish(rig.engine)["a"]
@@ -181,7 +182,7 @@ def test_a_lost_expert_can_be_left_out_and_every_position_without_it_is_told(ran
     rig.engine.submit(ask("b", prompt))
     again = finish(rig.engine)["b"]
     assert again[-1].num_cached_tokens <= min(told), "what was computed without an expert is nobody else's prefix"
-    pool.options = PoolOptions(on_loss="fail")
+    pool.options = DispatchOptions(on_loss="fail")
     rig.engine.submit(ask("c", prompt))
     (failed,) = finish(rig.engine)["c"]
     assert isinstance(failed.error, ExpertUnavailable)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_ray.core import ExpertCall
-from moe_ray.model.moe import Routed, calls_of, combine, group, route
+from moe_ray.model.moe import Gathered, Routed, calls_of, combine, group, route
 
 
 class Doubling:
@@ -19,8 +19,8 @@ class Doubling:
         self.calls = calls_of(layer, routed)
         return self
 
-    def gather(self) -> torch.Tensor:
-        return torch.cat([expert(call.expert, call.rows, call.weights) for call in self.calls])
+    def gather(self) -> Gathered:
+        return Gathered(torch.cat([expert(call.expert, call.rows, call.weights) for call in self.calls]))
 
     def abandon(self) -> None:
         """Nothing is under way."""
@@ -47,7 +47,7 @@ def test_the_sum_is_that_of_a_loop_over_the_experts(dtype: torch.dtype, num_expe
 
     experts = Doubling()
     routed = group(hidden, chosen, weights, num_experts)
-    out = combine(experts.submit(3, routed).gather(), routed.row_of)
+    out = combine(experts.submit(3, routed).gather().rows, routed.row_of)
     looped = torch.zeros_like(hidden)
     for index in range(num_experts):  # ascending: addition of rounded numbers is not associative
         tokens, place = (chosen == index).nonzero(as_tuple=True)

@@ -16,7 +16,7 @@ import torch
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ReplicaInfo
-from moe_ray.errors import KernelsUnavailable, LinkBroken, ProtocolError
+from moe_ray.errors import CallRefused, KernelsUnavailable, LinkBroken
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.numerics import Numerics
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused_and_the_link_lives_on(
     link = link_to(address)
     right = call(1, 3)
     first, second = link.send(wrong), link.send(right)
-    with pytest.raises(ProtocolError, match=says):
+    with pytest.raises(CallRefused, match=says):
         first.result(20)
     assert torch.equal(second.result(20).rows, worker.forward(right).rows)
     link.close()

@@ -24,8 +24,8 @@ from moe_ray.deploy.discovery import ExpertDiscovery
 from moe_ray.deploy.link_options import link_options
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
-from moe_ray.experts.client.pool import ExpertPool
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.numerics import Numerics
@@ -50,9 +50,9 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
         {"model": {"path": str(directory), "dtype": "float32", "max_model_len": 320}, "engine": engine}
     )
     checkpoint = Checkpoint.open(directory)
-    pools: list[ExpertPool] = []
+    pools: list[ExpertDispatcher] = []
 
-    def experts(how: object) -> ExpertPool:
+    def experts(how: object) -> ExpertDispatcher:
         if carrier == "local":
             pool = local_pool(checkpoint, Numerics("float32", "cpu"))
         else:
@@ -60,13 +60,13 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
             handles = [
                 serve.get_deployment_handle(f"Expert{e}", served.app_name) for e in range(model.num_local_experts)
             ]
-            links = Directory(
+            links = ReplicaTable(
                 ExpertDiscovery(handles).ask,
                 lambda info: connect(carrier, info, link_options(config)),
                 model_keys(model.num_hidden_layers, model.num_local_experts),
             )
             links.start()
-            pool = ExpertPool(links)
+            pool = ExpertDispatcher(links)
             deadline = time.monotonic() + 30
             while pool.missing() and time.monotonic() < deadline:
                 time.sleep(0.02)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.errors import CallRefused, ExpertFailed
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
 ECHO, SLOW, FAILS, REFUSES, BUG, WRONG_SHAPE, NAN, WRONG_DTYPE, WRONG_ID, NO_TENSOR = range(10)
@@ -34,7 +34,7 @@ def behave(call: ExpertCall) -> ExpertReply:
     elif call.expert == FAILS:
         raise ExpertFailed("out of luck")
     elif call.expert == REFUSES:
-        raise ProtocolError("key (0, 3) is not held here")
+        raise CallRefused("key (0, 3) is not held here")
     elif call.expert == BUG:
         raise ZeroDivisionError("a bug in the handler")
     elif call.expert == WRONG_SHAPE:

@@ -21,7 +21,15 @@ import torch
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import ConfigError, ExpertFailed, LinkBroken, LinkTimeout, ProtocolError
+from moe_ray.errors import (
+    CallRefused,
+    ConfigError,
+    ExpertFailed,
+    InvalidCall,
+    LinkBroken,
+    LinkTimeout,
+    WrongAnswer,
+)
 from moe_ray.transport import CARRIERS, best_carrier, connect
 from moe_ray.transport.base import Link, LinkOptions
 from moe_ray.transport.native_socket import links_library
@@ -140,12 +148,12 @@ def test_calls_in_flight_get_their_own_replies(link: Link) -> None:
     [
         (echo.FAILS, ExpertFailed, "out of luck"),
         (echo.BUG, ExpertFailed, "ZeroDivisionError: a bug in the handler"),
-        (echo.REFUSES, ProtocolError, r"key \(0, 3\) is not held here"),
+        (echo.REFUSES, CallRefused, r"key \(0, 3\) is not held here"),
         (echo.WRONG_ID, ExpertFailed, "answered call"),
         (echo.NO_TENSOR, ExpertFailed, "float64"),
-        (echo.WRONG_SHAPE, ProtocolError, r"\[10, 8\], expected"),
-        (echo.WRONG_DTYPE, ProtocolError, "expected torch.float32"),
-        (echo.NAN, ProtocolError, "not finite"),
+        (echo.WRONG_SHAPE, WrongAnswer, r"\[10, 8\], expected"),
+        (echo.WRONG_DTYPE, WrongAnswer, "expected torch.float32"),
+        (echo.NAN, WrongAnswer, "not finite"),
     ],
 )
 def test_a_fault_belongs_to_its_call_alone(link: Link, expert: int, error: type[Exception], says: str) -> None:
@@ -173,7 +181,7 @@ def test_a_fault_belongs_to_its_call_alone(link: Link, expert: int, error: type[
     ],
 )
 def test_a_malformed_call_is_not_sent(link: Link, rows: torch.Tensor, weights: torch.Tensor, says: str) -> None:
-    with pytest.raises(ProtocolError, match=says):
+    with pytest.raises(InvalidCall, match=says):
         link.send(ExpertCall(0, echo.ECHO, rows, weights))
     assert_answers(link)
 

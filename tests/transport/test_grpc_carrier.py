@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from moe_ray.core import ExpertCall, ReplicaInfo
-from moe_ray.errors import ConfigError, LinkBroken, ProtocolError
+from moe_ray.errors import ConfigError, LinkBroken, WrongAnswer
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport import wire
@@ -142,7 +142,7 @@ def test_a_malformed_reply_is_never_used(request: pytest.FixtureRequest) -> None
         return pb.ExpertReply(header=header, rows=message.rows[: 23 if message.header.layer else 24])
 
     link = GrpcLink(serve_rogue(request, reply))
-    with pytest.raises(ProtocolError, match=r"echo-1.*rows has 23 bytes, expected 24"):
+    with pytest.raises(WrongAnswer, match=r"echo-1.*rows has 23 bytes, expected 24"):
         link.send(make_call(layer=1)).result(WAIT_S)
     call = make_call()
     assert torch.equal(link.send(call).result(WAIT_S).rows, call.rows)

@@ -21,7 +21,7 @@ from moe_ray.core import ExpertCall
 from moe_ray.errors import ConfigError, LinkBroken
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import connect
-from moe_ray.transport.base import Link, LinkOptions, TlsFiles
+from moe_ray.transport.base import CallBatch, Link, LinkOptions, TlsFiles
 from moe_ray.transport.handshake import welcome
 from moe_ray.transport.native_socket import NativeSocketLink, links_library
 from moe_ray.transport.socket import SocketExpertServer, SocketLink
@@ -184,9 +184,9 @@ def test_a_forgotten_reply_is_not_written_to_memory_that_is_gone(server: SocketE
     link = native_link_to(server.address)
     for _ in range(5):
         late = ExpertCall(100, echo.SLOW, torch.randn(64, 512), torch.rand(64))
-        assert link.together is not None
-        replies = link.together.scatter([link], late.layer, [late.expert], [64], late.rows, late.weights)
-        target = replies.rows
+        batch = CallBatch(late.layer, [late.expert], [64], late.rows, late.weights)
+        replies = link.group.scatter([link], batch)
+        target = replies.rows()
         target.fill_(7.0)
         replies.forget()
         call = make_call(rows=64, hidden=512)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaLoad
-from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.errors import CallRefused, ExpertFailed, InvalidCall, ProtocolError, ReplicaBusy, WrongAnswer
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 
@@ -92,23 +92,26 @@ def test_weights_of_the_wrong_length(weights: bytes) -> None:
 
 def test_a_size_that_no_message_may_have_is_refused_before_it_is_copied() -> None:
     rows = torch.empty(1, dtype=torch.float32).expand(2**14, 2**15)  # 2 GiB that take 4 bytes
-    with pytest.raises(ProtocolError, match="rows has 2147483648 bytes"):
+    with pytest.raises(InvalidCall, match="rows has 2147483648 bytes"):
         wire.pack_call(ExpertCall(0, 0, rows, torch.ones(2**14)))
-    with pytest.raises(ProtocolError, match="layer is -1"):
+    with pytest.raises(InvalidCall, match="layer is -1"):
         wire.pack_call(ExpertCall(-1, 0, torch.ones(1, 1), torch.ones(1)))
 
 
 def test_errors_travel_as_a_status() -> None:
     failed = wire.pack_error(4, ExpertFailed("no memory"))
-    refused = wire.pack_error(5, ProtocolError("no such key"))
+    refused = wire.pack_error(5, CallRefused("no such key"))
+    busy = wire.pack_error(6, ReplicaBusy("64 rows are queued"))
     assert (failed.header.call_id, failed.header.status) == (4, pb.FAILED)
     assert (refused.header.call_id, refused.header.status) == (5, pb.REFUSED)
     with pytest.raises(ExpertFailed, match=r"^no memory$"):
         wire.unpack_reply(failed)
-    with pytest.raises(ProtocolError, match="call refused: no such key"):
+    with pytest.raises(CallRefused, match="call refused: no such key"):
         wire.unpack_reply(refused)
+    with pytest.raises(ReplicaBusy, match="busy: 64 rows are queued"):
+        wire.unpack_reply(busy)
     failed.header.status = 9  # type: ignore[assignment]
-    with pytest.raises(ProtocolError, match=r"header\.status is 9"):
+    with pytest.raises(WrongAnswer, match=r"header\.status is 9"):
         wire.unpack_reply(failed)
 
 

@@ -17,14 +17,15 @@ from moe_ray.bench.expert_process import unpacked
 from moe_ray.bench.lab.emulate import TOP_K, ReplicaSample, Service
 from moe_ray.core import ReplicaInfo
 from moe_ray.errors import MoeRayError
-from moe_ray.experts.client.pool import ExpertPool, PoolOptions
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.model.moe import Routed, group
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
 
 DRAIN_S = 5.0
-"""A replica that was taken out of discovery listens for so long: more than two refreshes of a directory."""
+"""A replica that was taken out of discovery listens for so long: more than two refreshes of a replica table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +146,16 @@ class Step:
 
 
 class Trunks:
-    """Threads that each drive a pool and a directory of their own; micro-batches take turns, as in an engine."""
+    """Threads that each drive a dispatcher and a directory of their own; micro-batches take turns, as in an engine."""
 
     def __init__(
-        self, fleet: Fleet, count: int, micro_batches: int, weights: list[float], native_dir: Path, options: PoolOptions
+        self,
+        fleet: Fleet,
+        count: int,
+        micro_batches: int,
+        weights: list[float],
+        native_dir: Path,
+        options: DispatchOptions,
     ) -> None:
         """Link to everybody. `weights`: how popular each expert is."""
         self.weights, self.steps = weights, list[Step]()
@@ -156,17 +163,17 @@ class Trunks:
         self._fleet, self._micro_batches = fleet, micro_batches
         self._ending = threading.Event()
         self.failure: MoeRayError | None = None
-        self.pools = [self._pool(options) for _ in range(count)]
+        self.dispatchers = [self._dispatcher(options) for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._run, args=(pool, seed), name="bench-trunk", daemon=True)
-            for seed, pool in enumerate(self.pools)
+            threading.Thread(target=self._run, args=(dispatcher, seed), name="bench-trunk", daemon=True)
+            for seed, dispatcher in enumerate(self.dispatchers)
         ]
 
     def start(self) -> None:
         """Begin calling."""
-        for pool in self.pools:
-            pool.directory.refresh()
-            pool.directory.start()
+        for dispatcher in self.dispatchers:
+            dispatcher.table.refresh()
+            dispatcher.table.start()
         for thread in self._threads:
             thread.start()
 
@@ -175,31 +182,31 @@ class Trunks:
         self._ending.set()
         for thread in self._threads:
             thread.join(60)
-        for pool in self.pools:
-            pool.close()
+        for dispatcher in self.dispatchers:
+            dispatcher.close()
         if self.failure is not None:
             raise self.failure
 
     def linked(self) -> int:
         """The replicas that every trunk is linked to."""
-        return min(len(pool.replicas()) for pool in self.pools)
+        return min(len(dispatcher.table.replicas()) for dispatcher in self.dispatchers)
 
     def between(self, since: float, until: float) -> list[Step]:
         """The steps that ended then."""
         return [step for step in list(self.steps) if since <= step.ended < until]
 
-    def _pool(self, options: PoolOptions) -> ExpertPool:
+    def _dispatcher(self, options: DispatchOptions) -> ExpertDispatcher:
         link = LinkOptions(token=self._token, native_dir=self._native_dir)
 
         def open_link(info: ReplicaInfo) -> Link:
             return connect("socket", info, link)
 
         keys = frozenset(itertools.product(range(self._shape.layers), range(self._shape.num_experts)))
-        return ExpertPool(Directory(self._fleet.discover, open_link, keys), options)
+        return ExpertDispatcher(ReplicaTable(self._fleet.discover, open_link, keys), options)
 
-    def _run(self, pool: ExpertPool, seed: int) -> None:
+    def _run(self, dispatcher: ExpertDispatcher, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
-        turns = [self._micro_batch(pool, draw) for _ in range(self._micro_batches)]
+        turns = [self._micro_batch(dispatcher, draw) for _ in range(self._micro_batches)]
         try:
             while not self._ending.is_set():
                 for turn in turns:
@@ -210,14 +217,14 @@ class Trunks:
             for turn in turns:
                 turn.close()
 
-    def _micro_batch(self, pool: ExpertPool, draw: torch.Generator) -> Generator[None]:
+    def _micro_batch(self, dispatcher: ExpertDispatcher, draw: torch.Generator) -> Generator[None]:
         hidden = torch.randn(self._shape.tokens, self._shape.hidden, generator=draw)
         while True:
             began = time.monotonic()
             for layer in range(self._shape.layers):
                 if self._shape.trunk_us:
                     time.sleep(self._shape.trunk_us / 1e6)
-                pending = pool.submit(layer, self._routed(hidden, draw))
+                pending = dispatcher.submit(layer, self._routed(hidden, draw))
                 try:
                     yield
                     pending.gather()

@@ -1,8 +1,8 @@
 """`bench skew` without sockets: many experts and trunks as a discrete-event simulation over the same policy functions.
 
 A trunk's layer ends when its last call does; calls wait at replicas in the order of arrival. Replicas are chosen by
-`experts.choice.choose` from what each trunk knows by itself, and scaled by `experts.autoscale.decide`. Batches are not
-split, calls are not hedged, and the network takes no time.
+`selection.select_replica` from what each trunk knows by itself, and scaled by `planning.autoscale.decide`.
+Batches are not split, calls are not hedged, and the network takes no time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from moe_ray.bench.lab.emulate import (
 )
 from moe_ray.bench.report import Row
 from moe_ray.config.experts import AutoscaleSection
-from moe_ray.experts.client.selection import backlog, choose
+from moe_ray.experts.client.replica import backlog_rows
+from moe_ray.experts.client.selection import select_replica
 from moe_ray.experts.planning.autoscale import ScaleOptions
 
 PERIOD_S = 1.0
@@ -66,7 +67,7 @@ class _Server:
 
 @dataclass(slots=True, eq=False)
 class _Seen:
-    """A replica as one trunk sees it: `choice.Candidate`."""
+    """A replica as one trunk sees it: `selection.Candidate`."""
 
     server: _Server
     outstanding_rows: int = 0
@@ -90,9 +91,9 @@ class _Seen:
         return True
 
     def backlog(self, now: float) -> int:
-        return backlog(self.outstanding_rows, self.said, now - self.said_at)
+        return backlog_rows(self.outstanding_rows, self.said, now - self.said_at)
 
-    def pace(self, now: float) -> float:
+    def slowdown_at(self, now: float) -> float:
         return 1.0
 
 
@@ -164,7 +165,7 @@ class Simulation:
         for expert, rows in enumerate(self._routed()):
             if not rows:
                 continue
-            seen = choose(self._tables[trunk][expert], rows, self.now, draw=self._draw)
+            seen = select_replica(self._tables[trunk][expert], rows, self.now, draw=self._draw)
             assert seen is not None, "every expert keeps a replica that has arrived"
             seen.outstanding_rows += rows
             seen.calls += 1

@@ -34,7 +34,7 @@ from moe_ray.config import load_config
 from moe_ray.config.experts import AutoscaleSection
 from moe_ray.console import Report as Progress
 from moe_ray.errors import ConfigError, NotReady
-from moe_ray.experts.client.pool import PoolOptions
+from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.planning.autoscale import ScaleOptions
 
 PERIOD_S = 0.5
@@ -175,7 +175,7 @@ class Run:
         ]
 
     def _counted(self) -> tuple[int, int]:
-        counters = [pool.counters for pool in self._trunks.pools]
+        counters = [pool.counters for pool in self._trunks.dispatchers]
         return sum(c.calls for c in counters), sum(c.hedges for c in counters)
 
     def _pause(self, seconds: float) -> None:
@@ -237,7 +237,9 @@ def _skewed(options: SkewOptions, hosts: list[Child], token: str, tick: Progress
     """One replica each, then the autoscaler, then a hot spot that moves."""
     fleet = Fleet(hosts, options.shape, token, options.start_delay_s)
     fleet.scale(even(options.num_experts, options.num_experts), at_once=True)
-    trunks = Trunks(fleet, options.trunks, options.micro_batches, options.weights, options.native_dir, PoolOptions())
+    trunks = Trunks(
+        fleet, options.trunks, options.micro_batches, options.weights, options.native_dir, DispatchOptions()
+    )
     run = Run("skewed", fleet, trunks, tick)
     scaler = Autoscaler(options.scale, WINDOW_S, options.replicas)
     trunks.start()
@@ -266,7 +268,7 @@ def _balanced(options: SkewOptions, hosts: list[Child], token: str, total: int, 
     fleet = Fleet(hosts, options.shape, token)
     fleet.scale(even(options.num_experts, total), at_once=True)
     alike = [1.0] * options.num_experts
-    trunks = Trunks(fleet, options.trunks, options.micro_batches, alike, options.native_dir, PoolOptions())
+    trunks = Trunks(fleet, options.trunks, options.micro_batches, alike, options.native_dir, DispatchOptions())
     run = Run("balanced", fleet, trunks, tick)
     trunks.start()
     try:
@@ -283,7 +285,7 @@ def _hedged(options: SkewOptions, hosts: list[Child], token: str, hedge: bool, t
     fleet = Fleet(hosts, shape, token, stalls=(STALL_S, STALL_SHARE))
     fleet.scale(even(options.num_experts, 2 * options.num_experts), at_once=True)
     alike = [1.0] * options.num_experts
-    trunks = Trunks(fleet, 1, 1, alike, options.native_dir, PoolOptions(hedge=hedge))
+    trunks = Trunks(fleet, 1, 1, alike, options.native_dir, DispatchOptions(hedge=hedge))
     run = Run("stalls", fleet, trunks, tick)
     trunks.start()
     try:

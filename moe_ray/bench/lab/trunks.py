@@ -27,7 +27,7 @@ from moe_ray.bench.processes import MOE_RAY, OwnServer, own_server
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
 from moe_ray.errors import NotReady
-from moe_ray.experts.client.pool import PoolOptions
+from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.planning.placement import holds_experts
 from moe_ray.experts.server.worker import MAX_BATCHED_ROWS
 from moe_ray.model.model_config import ModelConfig
@@ -156,7 +156,7 @@ def emulated_rows(counts: Sequence[int], native_dir: Path, on_progress: Progress
 def _emulated(hosts: list[Child], token: str, count: int, most: int, native_dir: Path) -> Row:
     fleet = Fleet(hosts, EMULATED, token, settings={"hidden": EMULATED.hidden, "max_batched_rows": most})
     fleet.scale(even(EMULATED.num_experts, EMULATED.num_experts), at_once=True)
-    trunks = Trunks(fleet, count, 1, [1.0] * EMULATED.num_experts, native_dir, PoolOptions())
+    trunks = Trunks(fleet, count, 1, [1.0] * EMULATED.num_experts, native_dir, DispatchOptions())
 
     def counted() -> Counts:
         asked = [host.ask("counts") for host in hosts]

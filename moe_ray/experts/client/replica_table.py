@@ -1,4 +1,4 @@
-"""Keeps a live link to every expert replica that discovery knows of."""
+"""The replica table: (layer, expert) → linked replicas, kept up to date by a thread of its own."""
 
 from __future__ import annotations
 
@@ -8,91 +8,35 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, field
 
-from moe_ray.core import ExpertKey, ReplicaInfo, ReplicaLoad
+from moe_ray.core import ExpertKey, ReplicaInfo
 from moe_ray.errors import MoeRayError
-from moe_ray.experts.client.selection import Pace, backlog
+from moe_ray.experts.client.replica import Replica
 from moe_ray.transport.base import Link
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE_S, QUARANTINE_MOST_S = 10.0, 300.0
 Discover = Callable[[], Sequence[ReplicaInfo]]
-"""Asks who is there. Raises `NotReady` when it cannot be known now: then what is known is kept."""
+"""Returns the replicas that exist. Raises `NotReady` while that is not known: then the table keeps what it has."""
 Connect = Callable[[ReplicaInfo], Link]
-"""Opens a link. Raises `LinkBroken`, or `ConfigError` when the replica offers no carrier that may be used."""
+"""Opens a link. Raises `LinkBroken`, or `ConfigError` when the replica offers no allowed carrier."""
 Members = Callable[[], object]
-"""Something cheap that differs once replicas have come or gone."""
+"""Returns a value that differs once replicas have been added or removed; cheap."""
 WATCH_S = 0.1
 """How often `Members` is called."""
 CONNECTIONS = 8
 """Links that are opened at a time."""
+SUSPECT_S = 5.0
+"""How long the other replicas of a machine that fell silent are called only where there is no other."""
 CONNECT_S = 0.5
-"""How long a refresh waits for them; one that takes longer (a machine that does not answer) holds up no other."""
+"""How long a refresh waits for them; one that takes longer (a machine that does not answer) delays no other."""
 
 
-@dataclass(slots=True, eq=False)
-class Replica:
-    """One replica as the pool sees it. All but `info`, `link` and `retiring` belongs to the pool's thread."""
+class ReplicaTable:
+    """(layer, expert) → the replicas that can be called for it.
 
-    info: ReplicaInfo
-    link: Link
-    outstanding_rows: int = 0
-    calls: int = 0
-    load: ReplicaLoad = field(default_factory=ReplicaLoad)
-    load_at: float = 0.0
-    """When `load` came (monotonic seconds)."""
-    retiring: bool = False
-    """Gone from discovery while its link still lives: takes new calls only for what nobody else holds (its successor
-    may still be loading), closed when there is nothing such and no call outstanding."""
-    slowness: Pace = field(default_factory=Pace)
-    faults: int = 0
-    """Unusable answers in a row."""
-    quarantined_until: float = 0.0
-    """Monotonic seconds; until then it is called only where there is nobody else."""
-
-    @property
-    def replica_id(self) -> str:
-        return self.info.replica_id
-
-    @property
-    def node_id(self) -> str:
-        return self.info.node_id
-
-    @property
-    def usable(self) -> bool:
-        return not self.link.broken
-
-    def trusted(self, now: float) -> bool:
-        return self.quarantined_until <= now
-
-    def backlog(self, now: float) -> int:
-        return backlog(self.outstanding_rows, self.load.queued_rows, now - self.load_at)
-
-    def pace(self, now: float) -> float:
-        return self.slowness.read(now)
-
-    def answered(self, load: ReplicaLoad, now: float) -> None:
-        """Note a usable answer and what it said."""
-        self.load, self.load_at, self.faults = load, now, 0
-
-    def misbehaved(self, now: float) -> float:
-        """Note an unusable answer; return the seconds for which the replica is quarantined."""
-        self.faults += 1
-        seconds = min(QUARANTINE_S * 2 ** (self.faults - 1), QUARANTINE_MOST_S)
-        self.quarantined_until = now + seconds
-        return seconds
-
-
-Table = dict[ExpertKey, tuple[Replica, ...]]
-
-
-class Directory:
-    """The table (layer, expert) → live replicas, renewed by a thread of its own.
-
-    The table is replaced, never changed, so that readers need no lock. It is renewed every `refresh_s` and at once
-    after `report_broken` or when `members` changes; while `discover` fails, what is known stays.
+    Each change makes a new mapping, so that readers need no lock. A thread refreshes the table every `refresh_s`, and
+    at once after `report_broken` or when `members` changes; while `discover` fails, the table keeps what it has.
     """
 
     def __init__(
@@ -106,25 +50,35 @@ class Directory:
         """`keys` are the (layer, expert) pairs that the model needs."""
         self._discover, self._connect, self._refresh_s = discover, connect, refresh_s
         self._keys, self._members = keys, members
-        self._seen: object = None  # what `members` said before the last refresh
+        self._seen: object = None  # what `members` returned before the last refresh
         self._replicas: dict[str, Replica] = {}
         self._backoff: dict[str, tuple[float, float]] = {}  # replica id → (not before, delay)
         self._opening: dict[str, tuple[ReplicaInfo, Future[Link]]] = {}
         self._connections = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="expert-connect")
         self._changed = threading.Condition()
-        self._table: Table = {}
+        self._by_key: Mapping[ExpertKey, tuple[Replica, ...]] = {}
         self._version = 0
         self._wake = threading.Event()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="expert-directory", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="replica-table", daemon=True)
 
     def start(self) -> None:
-        """Begin renewing in the background; `missing` is empty once everybody is linked."""
+        """Begin to refresh in the background; `missing` is empty once every key has a linked replica."""
         self._thread.start()
 
     @property
-    def table(self) -> Table:
-        return self._table
+    def by_key(self) -> Mapping[ExpertKey, tuple[Replica, ...]]:
+        """(layer, expert) → the replicas that can be called for it; never changed, only replaced."""
+        return self._by_key
+
+    def replicas_of(self, layer: int, expert: int) -> tuple[Replica, ...]:
+        """The replicas that can be called for a key; empty where there is none."""
+        return self._by_key.get((layer, expert), ())
+
+    def replicas(self) -> list[Replica]:
+        """All replicas that can be called, by id."""
+        found = {replica.replica_id: replica for group in self._by_key.values() for replica in group}
+        return [found[replica_id] for replica_id in sorted(found)]
 
     @property
     def version(self) -> int:
@@ -133,26 +87,49 @@ class Directory:
 
     def missing(self) -> list[int]:
         """Experts that have no live replica for some layer, ascending."""
-        return sorted({expert for layer, expert in self._keys if (layer, expert) not in self._table})
+        return sorted({expert for layer, expert in self._keys if (layer, expert) not in self._by_key})
 
     def wait_change(self, version: int, timeout_s: float) -> bool:
-        """Wait until the table differs from `version`; False after `timeout_s` or when the directory is closed."""
+        """Wait until the version differs from `version`; False after `timeout_s` or when the table is closed."""
         with self._changed:
             changed = self._changed.wait_for(lambda: self._version != version or self._closed, timeout_s)
         return changed and not self._closed
 
+    def wait_complete(self, timeout_s: float) -> list[int]:
+        """Wait until each layer of each expert has a live replica; the experts that have none after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            version = self.version
+            missing = self.missing()
+            if not missing or not self.wait_change(version, deadline - time.monotonic()):
+                return self.missing()
+
+    def end_if_silent(self, replica: Replica, node_id: str | None) -> None:
+        """Close the link to a replica whose machine acknowledges nothing any more: its calls fail and go elsewhere.
+
+        The other replicas of that machine are quarantined for a while, unless it is the caller's own (`node_id`).
+        """
+        if not replica.link.silent:
+            replica.link.probe()  # so that the next check can tell
+            return
+        logger.warning("expert replica %s: its machine has fallen silent", replica.replica_id)
+        replica.link.close()
+        for other in self.replicas():
+            if other.node_id == replica.node_id != node_id:
+                other.quarantined_until = max(other.quarantined_until, time.monotonic() + SUSPECT_S)
+
     def report_broken(self, replica: Replica) -> None:
-        """Close a replica's link, take it out of the table and look for a new one at once."""
+        """Close a replica's link, remove it from the table and refresh at once."""
         replica.link.close()
         self._publish()
         self._wake.set()
 
     def refresh(self) -> None:
-        """Ask discovery, connect to who is new or was lost, retire who is gone."""
+        """Ask discovery, connect to new and lost replicas, retire those that are gone."""
         try:
             found = {info.replica_id: info for info in self._discover()}
         except MoeRayError as error:
-            logger.debug("discovery is away, keeping %d replicas: %s", len(self._replicas), error)
+            logger.debug("discovery failed, keeping %d replicas: %s", len(self._replicas), error)
             found = {replica_id: replica.info for replica_id, replica in self._replicas.items()}
         for replica_id, replica in self._replicas.items():
             replica.retiring = replica_id not in found
@@ -168,7 +145,7 @@ class Directory:
         for replica_id, info in found.items():
             known = self._replicas.get(replica_id)
             if known is not None and known.info.addresses != info.addresses:
-                known.link.close()  # it restarted under its name: what is in flight on the old link is sent again
+                known.link.close()  # it restarted under its name: calls in flight on the old link are sent again
                 self._backoff.pop(replica_id, None)
             if known is None or known.link.broken:
                 begun += self._open(replica_id, info)
@@ -180,7 +157,7 @@ class Directory:
         self._publish()
 
     def close(self) -> None:
-        """Stop renewing and close every link."""
+        """Stop the thread and close every link. Idempotent."""
         self._closed = True
         self._wake.set()
         with self._changed:
@@ -194,7 +171,7 @@ class Directory:
             replica.link.close()
 
     def _open(self, replica_id: str, info: ReplicaInfo) -> list[Future[Link]]:
-        """Begin to connect, unless that is under way or was in vain a moment ago; what was begun."""
+        """Begin to connect, unless that is in progress or failed a moment ago; return what was begun."""
         not_before, _ = self._backoff.get(replica_id, (0.0, 0.0))
         if replica_id in self._opening or time.monotonic() < not_before:
             return []
@@ -203,14 +180,14 @@ class Directory:
         return [future]
 
     def _take_opened(self, found: Mapping[str, ReplicaInfo]) -> None:
-        """Take in the links that have been opened, of replicas that are still there as they were."""
+        """Add the links that have been opened, of replicas whose address has not changed meanwhile."""
         for replica_id, (info, future) in list(self._opening.items()):
             if not future.done():
                 continue
             del self._opening[replica_id]
             try:
                 link = future.result()
-            except MoeRayError as error:  # LinkBroken or ConfigError: one replica must not hold up the others
+            except MoeRayError as error:  # LinkBroken or ConfigError: one replica must not delay the others
                 _, delay = self._backoff.get(replica_id, (0.0, 0.0))
                 delay = min(2 * delay or 0.25, 5.0)
                 self._backoff[replica_id] = (time.monotonic() + delay, delay)
@@ -225,7 +202,7 @@ class Directory:
             logger.info("linked to expert replica %s", replica_id)
 
     def _held(self) -> frozenset[ExpertKey]:
-        """What live replicas hold that do not retire."""
+        """The keys of linked replicas that are not retiring."""
         staying = (r.info.keys for r in list(self._replicas.values()) if not r.link.broken and not r.retiring)
         return frozenset().union(*staying)
 
@@ -238,8 +215,8 @@ class Directory:
                     table.setdefault(key, []).append(replica)
         fresh = {key: tuple(replicas) for key, replicas in table.items()}
         with self._changed:
-            if fresh != self._table:
-                self._table = fresh
+            if fresh != self._by_key:
+                self._by_key = fresh
                 self._version += 1
                 self._changed.notify_all()
 
@@ -252,11 +229,11 @@ class Directory:
             self._seen = self._look()
             try:
                 self.refresh()
-            except Exception:  # this thread must outlive any surprise: without it no link is ever renewed
-                logger.exception("renewing the expert directory failed")
+            except Exception:  # the thread must go on: without it no link is ever renewed
+                logger.exception("refreshing the replica table failed")
 
     def _wait(self, seconds: float) -> None:
-        """Wait so long, or until woken, or until the members differ."""
+        """Wait `seconds`, or until woken, or until the members differ."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             if self._wake.wait(left if self._members is None else min(left, WATCH_S)):
@@ -265,7 +242,7 @@ class Directory:
                 return
 
     def _look(self) -> object:
-        """What `members` says; if it fails, it is not asked again: `refresh_s` does without."""
+        """What `members` returns. If it fails, it is not called again: the table refreshes every `refresh_s` only."""
         try:
             return None if self._members is None else self._members()
         except Exception:  # as in `_run`
@@ -274,7 +251,7 @@ class Directory:
             return self._seen
 
     def _pause(self) -> float:
-        # While something is missing, coming or going, look often: somebody is waiting for it.
+        # While a key is missing or a replica starts or stops, refresh often: calls may be waiting for it.
         replicas = list(self._replicas.values())
         urgent = self.missing() or any(r.link.broken or r.retiring or r.info.loading for r in replicas)
         return min(self._refresh_s, 0.25) if urgent else self._refresh_s

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
-from moe_ray.errors import CallCancelled, ExpertFailed, ProtocolError
+from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
@@ -96,8 +96,8 @@ class ExpertWorker:
     def forward(self, call: ExpertCall) -> ExpertReply:
         """Compute one call.
 
-        Raises `ProtocolError` on a call this replica must refuse, `ExpertFailed` if it cannot, `CallCancelled` where
-        nobody waits for it any more.
+        Raises `CallRefused` on a call that this replica does not accept, `ExpertFailed` if it cannot compute it,
+        `CallCancelled` if the trunk has cancelled it.
         """
         self._check(call)
         mine = _Waiting(call, time.perf_counter())
@@ -214,10 +214,10 @@ class ExpertWorker:
         import torch
 
         if (call.layer, call.expert) not in self._ffn.keys:
-            raise ProtocolError(f"layer {call.layer} expert {call.expert} is not held by this replica")
+            raise CallRefused(f"layer {call.layer} expert {call.expert} is not held by this replica")
         if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
-            raise ProtocolError(f"rows have shape {list(call.rows.shape)}, expected [at least 1, {self._hidden_size}]")
+            raise CallRefused(f"rows have shape {list(call.rows.shape)}, expected [at least 1, {self._hidden_size}]")
         if call.rows.dtype != self._how.torch_dtype:
-            raise ProtocolError(f"rows are {call.rows.dtype}, this replica computes in torch.{self._how.dtype}")
+            raise CallRefused(f"rows are {call.rows.dtype}, this replica computes in torch.{self._how.dtype}")
         if call.weights.shape != (call.rows.shape[0],) or call.weights.dtype != torch.float32:
-            raise ProtocolError(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")
+            raise CallRefused(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")

@@ -1,4 +1,4 @@
-"""A machine that is cut off swallows packets and refuses nothing: the pool must notice by itself. Real TCP."""
+"""A machine that is cut off swallows packets and refuses nothing: the dispatcher must notice by itself. Real TCP."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from moe_ray.bench.lab.hosts import Hosts, check_machine, hosts
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import ConfigError
-from moe_ray.experts.client.pool import ExpertPool, PoolOptions
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.model.moe import Routed
 from moe_ray.transport import connect
 from moe_ray.transport.base import ExpertHandler, LinkOptions
@@ -60,25 +61,25 @@ def test_a_machine_that_falls_silent_costs_seconds_and_comes_back(three: Hosts, 
         took, end = 0.0, time.monotonic() + seconds
         while time.monotonic() < end:
             began = time.monotonic()
-            assert torch.equal(pool.submit(0, layer).gather(), rows * weights[:, None])
+            assert torch.equal(dispatcher.submit(0, layer).gather().rows, rows * weights[:, None])
             took = max(took, time.monotonic() - began)
         return took
 
     with three[0].inside():
-        directory = Directory(lambda: infos, lambda info: connect("socket", info, options), KEYS, 0.5)
-        directory.refresh()
-        directory.start()
-        pool = ExpertPool(directory, PoolOptions(node_id=three[0].name, hedge=hedge))
+        table = ReplicaTable(lambda: infos, lambda info: connect("socket", info, options), KEYS, 0.5)
+        table.refresh()
+        table.start()
+        dispatcher = ExpertDispatcher(table, DispatchOptions(node_id=three[0].name, hedge=hedge))
         longest(1.0)
-        assert len(pool.replicas()) == 3 * EXPERTS
+        assert len(dispatcher.table.replicas()) == 3 * EXPERTS
         three.switch.cut(1)
         assert longest(8.0) < 5.0, "one machine's silence is noticed once, not once for each of its replicas"
         three.switch.heal(1)
         deadline = time.monotonic() + 15
-        while len(pool.replicas()) < 3 * EXPERTS and time.monotonic() < deadline:
+        while len(dispatcher.table.replicas()) < 3 * EXPERTS and time.monotonic() < deadline:
             longest(0.2)
-        assert len(pool.replicas()) == 3 * EXPERTS
-        pool.close()
+        assert len(dispatcher.table.replicas()) == 3 * EXPERTS
+        dispatcher.close()
     for server in servers:
         server.close()
 
@@ -98,19 +99,19 @@ def test_a_machine_that_took_a_call_and_went_away(three: Hosts, native: bool) ->
     options = LinkOptions(native_dir=CACHE if native else None, connect_timeout_s=2.0)
     rows, weights = torch.randn(2, WIDTH), torch.rand(2)
     with three[0].inside():
-        directory = Directory(lambda: infos, lambda info: connect("socket", info, options), frozenset({(0, 0)}), 0.2)
-        directory.refresh()
-        directory.start()
-        pool = ExpertPool(directory, PoolOptions(node_id=three[0].name))
-        pending = pool.submit(0, Routed(rows, weights, [2], torch.arange(2).view(-1, 1)))
+        table = ReplicaTable(lambda: infos, lambda info: connect("socket", info, options), frozenset({(0, 0)}), 0.2)
+        table.refresh()
+        table.start()
+        dispatcher = ExpertDispatcher(table, DispatchOptions(node_id=three[0].name))
+        pending = dispatcher.submit(0, Routed(rows, weights, [2], torch.arange(2).view(-1, 1)))
         assert began.wait(10)
         time.sleep(0.3)  # its acknowledgement has come
         three.switch.cut(1)
         infos.append(made[1][1])
         started = time.monotonic()
-        assert torch.equal(pending.gather(), rows * weights[:, None])
+        assert torch.equal(pending.gather().rows, rows * weights[:, None])
         assert time.monotonic() - started < 6.0
-        pool.close()
+        dispatcher.close()
     gate.set()
     for server, _ in made:
         server.close()

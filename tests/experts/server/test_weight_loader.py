@@ -13,8 +13,8 @@ import torch
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertKey, ReplicaInfo
-from moe_ray.errors import CheckpointError, KernelsUnavailable, NotReady, ProtocolError
-from moe_ray.experts.client.replica_table import Directory
+from moe_ray.errors import CallRefused, CheckpointError, KernelsUnavailable, NotReady, ProtocolError
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.weight_loader import CARRIER, Arrival, FasterSource, peer_of
 from moe_ray.model.checkpoint import Checkpoint
@@ -189,7 +189,7 @@ def test_what_is_there_is_served_while_the_rest_comes(
         if layer:
             assert new.info().loading
             for ask in (lambda asked=asked: link.send(asked).result(SOON_S), lambda asked=asked: worker.forward(asked)):
-                with pytest.raises(ProtocolError, match=f"layer {layer} expert {EXPERT} is not held by this replica"):
+                with pytest.raises(CallRefused, match=f"layer {layer} expert {EXPERT} is not held by this replica"):
                     ask()
             reader.let.release()
             eventually(lambda layer=layer: (layer, EXPERT) in worker.keys)
@@ -216,20 +216,20 @@ def test_the_directory_follows_a_replica_that_loads(
 ) -> None:
     reader = Reader(model, how)
     new, old = replica(reader).start(), replica(Reader(model, how).let_all()).start(done=True)
-    directory = Directory(
+    directory = ReplicaTable(
         lambda: [new.info(), old.info()], lambda info: connect("socket", info, OPTIONS), KEYS, refresh_s=600
     )
     directory.refresh()
     directory.start()
-    holders = {key: {held.replica_id for held in replicas} for key, replicas in directory.table.items()}
+    holders = {key: {held.replica_id for held in replicas} for key, replicas in directory.by_key.items()}
     assert holders == {key: {old.name, new.name} if key == (0, EXPERT) else {old.name} for key in KEYS}
     assert not directory.missing()
-    link = next(each for each in directory.table[0, EXPERT] if each.replica_id == new.name).link
+    link = next(each for each in directory.by_key[0, EXPERT] if each.replica_id == new.name).link
     for layer in range(1, LAYERS):
         version = directory.version
         reader.let.release()
         assert directory.wait_change(version, SOON_S)
-        eventually(lambda layer=layer: len(directory.table[layer, EXPERT]) == 2)
+        eventually(lambda layer=layer: len(directory.by_key[layer, EXPERT]) == 2)
     assert not link.broken
     directory.close()
 

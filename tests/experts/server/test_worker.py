@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_ray.core import ExpertCall, ExpertReply
-from moe_ray.errors import ExpertFailed, ProtocolError
+from moe_ray.errors import CallRefused, ExpertFailed
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker import MAX_BATCHED_ROWS, ExpertWorker
 from moe_ray.model.compute.numerics import Numerics
@@ -162,8 +162,8 @@ def test_turns_come_in_the_order_of_arrival(layers: list[Gated]) -> None:
 
 
 def test_a_call_that_does_not_fit_is_refused_before_it_waits(worker: ExpertWorker) -> None:
-    with pytest.raises(ProtocolError, match="not held"):
+    with pytest.raises(CallRefused, match="not held"):
         worker.forward(ExpertCall(7, 5, torch.zeros(1, WIDTH), torch.ones(1)))
-    with pytest.raises(ProtocolError, match="shape"):
+    with pytest.raises(CallRefused, match="shape"):
         worker.forward(ExpertCall(0, 5, torch.zeros(1, WIDTH + 1), torch.ones(1)))
     assert worker.stats().queued_rows == 0

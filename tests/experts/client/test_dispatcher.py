@@ -1,4 +1,4 @@
-"""The pool and its directory over real links, gRPC and native sockets: who is chosen, who answers when one dies."""
+"""The dispatcher and its table over real links, gRPC and native sockets: who is chosen, who answers when one dies."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ import torch
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import ConfigError, ExpertFailed, ExpertUnavailable, NotReady, ProtocolError, TransportError
-from moe_ray.experts.client.pool import ExpertPool, PoolOptions
-from moe_ray.experts.client.replica_table import Directory
-from moe_ray.experts.client.selection import Pace
+from moe_ray.errors import (
+    CallRefused,
+    ConfigError,
+    ExpertFailed,
+    ExpertUnavailable,
+    InvalidCall,
+    NotReady,
+    ReplicaBusy,
+    TransportError,
+)
+from moe_ray.experts.client.cost_model import SlowdownEstimate
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
+from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.model.moe import PendingCalls, Routed, combine, group
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
@@ -32,24 +42,24 @@ def call(rows: int = 2, expert: int = EXPERT, layer: int = 0) -> ExpertCall:
 
 
 class Many:
-    """Calls under way, each as a layer of its own would send it."""
+    """Calls in flight, each as a layer of its own would send it."""
 
-    def __init__(self, pool: ExpertPool, calls: list[ExpertCall]) -> None:
-        self.under_way: list[PendingCalls] = []
+    def __init__(self, dispatcher: ExpertDispatcher, calls: list[ExpertCall]) -> None:
+        self.in_flight: list[PendingCalls] = []
         try:
             for one in calls:
                 counts = [0] * one.expert + [len(one.rows)]
                 routed = Routed(one.rows, one.weights, counts, torch.arange(len(one.rows)).view(-1, 1))
-                self.under_way.append(pool.submit(one.layer, routed))
+                self.in_flight.append(dispatcher.submit(one.layer, routed))
         except BaseException:
             self.abandon()
             raise
 
     def gather(self) -> list[torch.Tensor]:
-        return [calls.gather() for calls in self.under_way]
+        return [calls.gather().rows for calls in self.in_flight]
 
     def abandon(self) -> None:
-        for calls in self.under_way:
+        for calls in self.in_flight:
             calls.abandon()
 
 
@@ -110,7 +120,7 @@ class World:
         self.found: list[Server] = []
         self.away = False
         self.links: list[Link] = []
-        self.directories: list[Directory] = []
+        self.tables: list[ReplicaTable] = []
 
     def server(self, name: str, **how: object) -> Server:
         server = Server(name, self.carrier, **how)  # type: ignore[arg-type]
@@ -128,22 +138,22 @@ class World:
         self.links.append(link)
         return link
 
-    def directory(self, refresh_s: float = 0.05, start: bool = True) -> Directory:
-        directory = Directory(self.discover, self.connect, frozenset({KEY}), refresh_s)
-        self.directories.append(directory)
-        directory.refresh()
+    def table(self, refresh_s: float = 0.05, start: bool = True) -> ReplicaTable:
+        table = ReplicaTable(self.discover, self.connect, frozenset({KEY}), refresh_s)
+        self.tables.append(table)
+        table.refresh()
         if start:
-            directory.start()
-        return directory
+            table.start()
+        return table
 
-    def pool(
+    def dispatcher(
         self, deadline_s: float = 20.0, call_timeout_s: float = 10.0, start: bool = True, **more: Any
-    ) -> ExpertPool:
-        return ExpertPool(self.directory(start=start), PoolOptions(deadline_s, call_timeout_s, **more))
+    ) -> ExpertDispatcher:
+        return ExpertDispatcher(self.table(start=start), DispatchOptions(deadline_s, call_timeout_s, **more))
 
     def close(self) -> None:
-        for directory in self.directories:
-            directory.close()
+        for table in self.tables:
+            table.close()
         for server in self.servers:
             server.gate.set()
             server.die()
@@ -154,7 +164,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world = World(request.param)
     yield world
     world.close()
-    assert all(link.broken for link in world.links), "a link outlived its directory"
+    assert all(link.broken for link in world.links), "a link outlived its table"
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
@@ -164,41 +174,41 @@ def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None
         time.sleep(0.005)
 
 
-def idle(pool: ExpertPool) -> bool:
-    return all(replica.outstanding_rows == 0 for replica in pool.replicas())
+def idle(dispatcher: ExpertDispatcher) -> bool:
+    return all(replica.outstanding_rows == 0 for replica in dispatcher.table.replicas())
 
 
 def test_rows_come_home_in_the_order_of_the_calls(world: World) -> None:
     world.server("a", keys=frozenset((0, e) for e in range(8)))
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     calls = [call(rows=e + 1, expert=e) for e in range(8)]
-    rows = send(pool, calls).gather()
+    rows = send(dispatcher, calls).gather()
     assert all(torch.equal(got, expected(asked)) for got, asked in zip(rows, calls, strict=True))
-    assert idle(pool)
-    assert pool.replicas()[0].load.queued_rows == 8, "the reply's load is noted"
+    assert idle(dispatcher)
+    assert dispatcher.table.replicas()[0].load.queued_rows == 8, "the reply's load is noted"
 
 
 def test_calls_spread_over_replicas_by_outstanding_rows(world: World) -> None:
     servers = [world.server(name) for name in "abc"]
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     for server in servers:
         server.gate.clear()
-    scattered = send(pool, [call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
-    assert sorted(r.outstanding_rows for r in pool.replicas()) == [2, 2, 5]
+    scattered = send(dispatcher, [call(rows=5), call(rows=1), call(rows=1), call(rows=1), call(rows=1)])
+    assert sorted(r.outstanding_rows for r in dispatcher.table.replicas()) == [2, 2, 5]
     for server in servers:
         server.gate.set()
     scattered.gather()
-    assert idle(pool)
+    assert idle(dispatcher)
     assert sorted(server.calls for server in servers) == [1, 2, 2]
-    assert pool.counters.retries == 0
+    assert dispatcher.counters.retries == 0
 
 
 def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
     dying, other = world.server("a"), world.server("b")
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     dying.gate.clear()
     asked = call()
-    scattered = send(pool, [asked, call()])
+    scattered = send(dispatcher, [asked, call()])
     assert dying.entered.acquire(timeout=10)
     world.found.remove(dying)
     killer = threading.Thread(target=dying.die)
@@ -208,15 +218,15 @@ def test_a_replica_that_dies_in_the_middle_of_a_call(world: World) -> None:
     killer.join()
     assert [torch.equal(got, expected(asked)) for got in rows] == [True, True]
     assert (dying.calls, other.calls) == (1, 2)
-    assert pool.counters.retries == 1
-    eventually(lambda: [r.info.replica_id for r in pool.replicas()] == ["b"])
-    assert idle(pool)
+    assert dispatcher.counters.retries == 1
+    eventually(lambda: [r.info.replica_id for r in dispatcher.table.replicas()] == ["b"])
+    assert idle(dispatcher)
 
 
 def test_without_a_replica_the_call_waits_for_one(world: World) -> None:
-    pool = world.pool()
-    assert pool.missing() == [EXPERT]
-    scattered = send(pool, [call()])
+    dispatcher = world.dispatcher()
+    assert dispatcher.missing() == [EXPERT]
+    scattered = send(dispatcher, [call()])
     timer = threading.Timer(0.3, lambda: world.server("late"))
     timer.start()
     started = time.monotonic()
@@ -224,56 +234,58 @@ def test_without_a_replica_the_call_waits_for_one(world: World) -> None:
     timer.join()
     assert torch.equal(rows, expected(call()))
     assert 0.2 < time.monotonic() - started < 10
-    assert pool.missing() == []
+    assert dispatcher.missing() == []
 
 
 def test_the_deadline_names_expert_and_layer(world: World) -> None:
-    pool = world.pool(deadline_s=0.2)
+    dispatcher = world.dispatcher(deadline_s=0.2)
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable, match=r"expert 3 \(layer 0\).*no live replica within 0.2 s"):
-        send(pool, [call()]).gather()
+        send(dispatcher, [call()]).gather()
     assert 0.15 < time.monotonic() - started < 5
 
 
 def test_a_replica_that_answers_with_an_error_and_another_that_does_not(world: World) -> None:
     failing, fine = world.server("a", error=ExpertFailed("out of memory")), world.server("b")
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     for _ in range(4):
-        (rows,) = send(pool, [call()]).gather()
+        (rows,) = send(dispatcher, [call()]).gather()
         assert torch.equal(rows, expected(call()))
     assert failing.calls > 0
     assert fine.calls == 4
-    assert pool.counters.retries == failing.calls
-    assert idle(pool)
-    assert not any(replica.link.broken for replica in pool.replicas()), "an answered error is no reason to hang up"
+    assert dispatcher.counters.retries == failing.calls
+    assert idle(dispatcher)
+    assert not any(replica.link.broken for replica in dispatcher.table.replicas()), (
+        "an answered error is no reason to hang up"
+    )
 
 
 def test_all_replicas_answer_with_errors(world: World) -> None:
     world.server("a", error=ExpertFailed("out of memory"))
-    world.server("b", error=ProtocolError("layer 0 expert 3 is not held"))
-    pool = world.pool()
+    world.server("b", error=CallRefused("layer 0 expert 3 is not held"))
+    dispatcher = world.dispatcher()
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable) as caught:
-        send(pool, [call()]).gather()
+        send(dispatcher, [call()]).gather()
     message = str(caught.value)
     for part in ("expert 3 (layer 0)", "out of memory", "is not held", "replica a", "replica b"):
         assert part in message
     assert time.monotonic() - started < 5, "waiting changes nothing here"
-    assert idle(pool)
+    assert idle(dispatcher)
 
 
 def test_a_call_is_tried_at_most_so_often(world: World) -> None:
     servers = [world.server(f"r{i}", error=ExpertFailed("no")) for i in range(5)]
     with pytest.raises(ExpertUnavailable):
-        send(world.pool(), [call()]).gather()
-    assert sum(server.calls for server in servers) == PoolOptions().max_attempts
+        send(world.dispatcher(), [call()]).gather()
+    assert sum(server.calls for server in servers) == DispatchOptions().max_attempts
 
 
 def test_a_replica_that_hangs_is_given_up_after_the_call_timeout(world: World) -> None:
     hanging, other = world.server("a"), world.server("b")
-    pool = world.pool(call_timeout_s=0.3)
+    dispatcher = world.dispatcher(call_timeout_s=0.3)
     hanging.gate.clear()
-    rows = send(pool, [call(), call()]).gather()
+    rows = send(dispatcher, [call(), call()]).gather()
     assert all(torch.equal(got, expected(call())) for got in rows)
     assert other.calls == 2
     hanging.gate.set()
@@ -281,114 +293,116 @@ def test_a_replica_that_hangs_is_given_up_after_the_call_timeout(world: World) -
 
 def test_outstanding_rows_return_to_zero_when_calls_are_abandoned(world: World) -> None:
     servers = [world.server(name) for name in "ab"]
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     for server in servers:
         server.gate.clear()
-    scattered = send(pool, [call(rows=n) for n in (1, 2, 3)])
-    assert not idle(pool)
+    scattered = send(dispatcher, [call(rows=n) for n in (1, 2, 3)])
+    assert not idle(dispatcher)
     scattered.abandon()
     scattered.abandon()
-    assert idle(pool)
+    assert idle(dispatcher)
     for server in servers:
         server.gate.set()
-    assert torch.equal(send(pool, [call(rows=4)]).gather()[0], expected(call(rows=4))), "late replies mix nothing up"
-    assert idle(pool)
+    assert torch.equal(send(dispatcher, [call(rows=4)]).gather()[0], expected(call(rows=4))), (
+        "late replies mix nothing up"
+    )
+    assert idle(dispatcher)
 
 
 def test_outstanding_rows_return_to_zero_when_gathering_fails(world: World) -> None:
     world.server("a", keys=frozenset({KEY, (0, 1)}))
-    pool = world.pool(deadline_s=0.1)
-    scattered = send(pool, [call(expert=1), call(expert=7), call(rows=5)])
+    dispatcher = world.dispatcher(deadline_s=0.1)
+    scattered = send(dispatcher, [call(expert=1), call(expert=7), call(rows=5)])
     with pytest.raises(ExpertUnavailable, match="expert 7"):
         scattered.gather()
     scattered.abandon()
-    assert idle(pool)
+    assert idle(dispatcher)
 
 
 def test_a_call_that_cannot_be_sent_leaves_nothing_outstanding(world: World) -> None:
     world.server("a")
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     bad = replace(call(), rows=call().rows.int())
-    with pytest.raises(ProtocolError, match="rows"):
-        send(pool, [call(rows=5), bad])
-    assert idle(pool)
+    with pytest.raises(InvalidCall, match="rows"):
+        send(dispatcher, [call(rows=5), bad])
+    assert idle(dispatcher)
 
 
 def test_while_discovery_is_away_what_is_known_stays(world: World) -> None:
     server = world.server("a")
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     world.away = True
     time.sleep(0.2)
-    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
+    assert torch.equal(send(dispatcher, [call()]).gather()[0], expected(call()))
     # and a link that breaks meanwhile is opened again to where the replica was last seen
-    pool.replicas()[0].link.close()
-    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
+    dispatcher.table.replicas()[0].link.close()
+    assert torch.equal(send(dispatcher, [call()]).gather()[0], expected(call()))
     assert server.calls == 2
-    assert pool.missing() == []
+    assert dispatcher.missing() == []
 
 
 def test_a_retiring_replica_gets_no_calls_and_is_closed_when_idle(world: World) -> None:
     old, new = world.server("old"), world.server("new")
-    pool = world.pool(start=False)
-    (directory,) = world.directories
-    by_name = {r.info.replica_id: r for r in pool.replicas()}
+    dispatcher = world.dispatcher(start=False)
+    (table,) = world.tables
+    by_name = {r.info.replica_id: r for r in dispatcher.table.replicas()}
     old.gate.clear()
     new.gate.clear()
-    scattered = send(pool, [call(), call()])
+    scattered = send(dispatcher, [call(), call()])
     assert by_name["old"].outstanding_rows == 2
     world.found.remove(old)
-    directory.refresh()
+    table.refresh()
     assert by_name["old"].retiring
-    assert [r.info.replica_id for r in pool.replicas()] == ["new"]
+    assert [r.info.replica_id for r in dispatcher.table.replicas()] == ["new"]
     assert not by_name["old"].link.broken, "it still owes an answer"
     new.gate.set()
-    send(pool, [call(), call()]).gather()
+    send(dispatcher, [call(), call()]).gather()
     assert old.calls <= 1
     old.gate.set()
     assert len(scattered.gather()) == 2
     assert not by_name["old"].link.broken
-    directory.refresh()
+    table.refresh()
     assert by_name["old"].link.broken
-    assert idle(pool)
+    assert idle(dispatcher)
 
 
 def test_what_nobody_else_holds_yet_a_retiring_replica_computes(world: World) -> None:
     """Its successor runs and still loads: to let the old one go at once would leave a layer without anybody."""
     second = (KEY[0], KEY[1] + 1)
     old = world.server("old", keys=frozenset({KEY, second}))
-    pool = world.pool(start=False)
-    (directory,) = world.directories
+    dispatcher = world.dispatcher(start=False)
+    (table,) = world.tables
     world.found.remove(old)
     new = world.server("new")
     for _ in range(2):  # also once it has been retiring for a while
-        directory.refresh()
-        assert [r.replica_id for r in directory.table[KEY]] == ["new"]
-        assert [r.replica_id for r in directory.table[second]] == ["old"]
+        table.refresh()
+        assert [r.replica_id for r in table.by_key[KEY]] == ["new"]
+        assert [r.replica_id for r in table.by_key[second]] == ["old"]
     asked = call(expert=second[1])
-    assert torch.equal(send(pool, [asked]).gather()[0], expected(asked))
+    assert torch.equal(send(dispatcher, [asked]).gather()[0], expected(asked))
     assert (old.calls, new.calls) == (1, 0)
     new.keys = frozenset({KEY, second})
-    directory.refresh()
-    directory.refresh()
-    assert [r.replica_id for r in directory.table[second]] == ["new"]
-    assert {r.replica_id for r in pool.replicas()} == {"new"}
+    table.refresh()
+    table.refresh()
+    assert [r.replica_id for r in table.by_key[second]] == ["new"]
+    assert {r.replica_id for r in dispatcher.table.replicas()} == {"new"}
     assert sum(not link.broken for link in world.links) == 1
 
 
 def test_a_retiring_replica_that_is_gone_is_not_relied_on(world: World) -> None:
     """Nobody calls it, so only a look at its link tells that it has died, and health must not say that all is well."""
     server = world.server("a")
-    pool = world.pool(start=False)
-    (directory,) = world.directories
+    dispatcher = world.dispatcher(start=False)
+    (table,) = world.tables
     world.found.remove(server)
-    directory.refresh()
-    assert pool.missing() == []
+    table.refresh()
+    assert dispatcher.missing() == []
     server.die()
     deadline = time.monotonic() + 5
-    while not pool.missing():
+    while not dispatcher.missing():
         assert time.monotonic() < deadline
-        directory.refresh()
-    assert pool.missing() == [EXPERT]
+        table.refresh()
+    assert dispatcher.missing() == [EXPERT]
 
 
 def test_to_watch_who_is_there_may_fail(world: World) -> None:
@@ -398,31 +412,31 @@ def test_to_watch_who_is_there_may_fail(world: World) -> None:
     def members() -> object:
         raise AttributeError("another Ray")
 
-    directory = Directory(world.discover, world.connect, frozenset({KEY}), 0.1, members)
-    world.directories.append(directory)
-    directory.start()
+    table = ReplicaTable(world.discover, world.connect, frozenset({KEY}), 0.1, members)
+    world.tables.append(table)
+    table.start()
     for count in (1, 2):
         if count > 1:
             world.server("b")
         deadline = time.monotonic() + 5
-        while len(directory.table.get(KEY, ())) < count:
+        while len(table.by_key.get(KEY, ())) < count:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
 def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
     server = world.server("a")
-    pool = world.pool(start=False)
-    (directory,) = world.directories
-    (replica,) = pool.replicas()
+    dispatcher = world.dispatcher(start=False)
+    (table,) = world.tables
+    (replica,) = dispatcher.table.replicas()
     server.gate.clear()
-    scattered = send(pool, [call()])
+    scattered = send(dispatcher, [call()])
     world.found.remove(server)
-    directory.refresh()
+    table.refresh()
     assert replica.retiring
     world.found.append(server)
-    directory.refresh()
-    assert pool.replicas() == [replica]
+    table.refresh()
+    assert dispatcher.table.replicas() == [replica]
     assert not replica.retiring
     server.gate.set()
     scattered.gather()
@@ -431,39 +445,41 @@ def test_a_replica_that_is_found_again_is_not_retired(world: World) -> None:
 
 def test_a_replica_that_restarts_under_its_name_at_another_address(world: World) -> None:
     server = world.server("a")
-    pool = world.pool()
-    send(pool, [call()]).gather()
+    dispatcher = world.dispatcher()
+    send(dispatcher, [call()]).gather()
     server.server.close()
     server.listen()
-    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
-    eventually(lambda: [r.info.addresses[world.carrier] for r in pool.replicas()] == [server.server.address])
+    assert torch.equal(send(dispatcher, [call()]).gather()[0], expected(call()))
+    eventually(
+        lambda: [r.info.addresses[world.carrier] for r in dispatcher.table.replicas()] == [server.server.address]
+    )
 
 
 def test_a_new_address_counts_even_while_the_old_one_still_answers(world: World) -> None:
     server = world.server("a")
-    pool = world.pool(start=False)
-    (directory,) = world.directories
-    (old,) = pool.replicas()
+    dispatcher = world.dispatcher(start=False)
+    (table,) = world.tables
+    (old,) = dispatcher.table.replicas()
     left_behind = server.server
     server.listen()
-    directory.refresh()
-    (new,) = pool.replicas()
+    table.refresh()
+    (new,) = dispatcher.table.replicas()
     assert old.link.broken
     assert new.info.addresses == {world.carrier: server.server.address}
-    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
+    assert torch.equal(send(dispatcher, [call()]).gather()[0], expected(call()))
     left_behind.close()
 
 
 def test_a_replica_that_comes_to_hold_more_is_used_for_it(world: World) -> None:
     server = world.server("a", keys=frozenset({(1, 3)}))
-    pool = world.pool(start=False)
-    (directory,) = world.directories
-    assert pool.missing() == [EXPERT]
+    dispatcher = world.dispatcher(start=False)
+    (table,) = world.tables
+    assert dispatcher.missing() == [EXPERT]
     links = len(world.links)
     server.keys = frozenset({(1, 3), KEY})
-    directory.refresh()
-    assert pool.missing() == []
-    assert torch.equal(send(pool, [call()]).gather()[0], expected(call()))
+    table.refresh()
+    assert dispatcher.missing() == []
+    assert torch.equal(send(dispatcher, [call()]).gather()[0], expected(call()))
     assert len(world.links) == links, "no reason to connect anew"
 
 
@@ -475,10 +491,10 @@ def test_one_replica_that_cannot_be_linked_does_not_hide_the_others(world: World
 
     for name in "abc":
         world.server(name)
-    directory = Directory(world.discover, connect, frozenset({KEY}))
-    world.directories.append(directory)
-    directory.refresh()
-    assert [r.info.replica_id for r in ExpertPool(directory).replicas()] == ["b", "c"]
+    table = ReplicaTable(world.discover, connect, frozenset({KEY}))
+    world.tables.append(table)
+    table.refresh()
+    assert [r.info.replica_id for r in table.replicas()] == ["b", "c"]
 
 
 def test_a_dead_address_is_not_knocked_at_in_a_loop(world: World) -> None:
@@ -489,23 +505,23 @@ def test_a_dead_address_is_not_knocked_at_in_a_loop(world: World) -> None:
         attempts.append(time.monotonic())
         return world.connect(info)
 
-    directory = Directory(world.discover, connect, frozenset({KEY}))
-    world.directories.append(directory)
+    table = ReplicaTable(world.discover, connect, frozenset({KEY}))
+    world.tables.append(table)
     end = time.monotonic() + 0.6
     while time.monotonic() < end:
-        directory.refresh()
+        table.refresh()
     assert 1 <= len(attempts) <= 3
-    assert directory.missing() == [EXPERT]
+    assert table.missing() == [EXPERT]
 
 
 def test_close_ends_the_thread_and_every_wait(world: World) -> None:
-    directory = world.directory()
-    waiting = threading.Thread(target=lambda: directory.wait_change(directory.version, 30))
+    table = world.table()
+    waiting = threading.Thread(target=lambda: table.wait_change(table.version, 30))
     waiting.start()
-    directory.close()
+    table.close()
     waiting.join(timeout=5)
     assert not waiting.is_alive()
-    assert not [t for t in threading.enumerate() if t.name == "expert-directory"]
+    assert not [t for t in threading.enumerate() if t.name == "replica-table"]
 
 
 TWO = frozenset({(0, 3), (0, 6)})
@@ -524,25 +540,25 @@ def spoil(reply: ExpertReply) -> ExpertReply:
 
 def test_a_layer_goes_out_at_once_and_comes_home_in_order(world: World) -> None:
     servers = [world.server(name, keys=TWO) for name in "ab"]
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     for _ in range(20):
         layer, wanted = routed()
-        pending = pool.submit(0, layer)
-        assert torch.equal(pending.gather(), wanted)
+        pending = dispatcher.submit(0, layer)
+        assert torch.equal(pending.gather().rows, wanted)
         pending.abandon()
-    assert idle(pool)
+    assert idle(dispatcher)
     assert sum(server.calls for server in servers) == 40
-    assert {replica.load.queued_rows for replica in pool.replicas()} == {server.calls for server in servers}
-    assert pool.counters.retries == 0
+    assert {replica.load.queued_rows for replica in dispatcher.table.replicas()} == {server.calls for server in servers}
+    assert dispatcher.counters.retries == 0
 
 
 @pytest.mark.parametrize("fault", ["fails", "refuses", "nan", "dies", "late"])
 def test_a_layer_survives_a_replica(world: World, fault: str) -> None:
     """The replica that is chosen first spoils its part; the other has to do all."""
     bad = world.server("a", keys=TWO)
-    pool = world.pool(call_timeout_s=0.3 if fault == "late" else 10.0)
+    dispatcher = world.dispatcher(call_timeout_s=0.3 if fault == "late" else 10.0)
     world.server("b", keys=TWO)
-    eventually(lambda: len(pool.replicas()) == 2)
+    eventually(lambda: len(dispatcher.table.replicas()) == 2)
     if fault == "nan":
         good = bad.handle
         world.found.remove(bad)
@@ -551,128 +567,164 @@ def test_a_layer_survives_a_replica(world: World, fault: str) -> None:
         bad.listen()
         bad.name = "a2"
         world.found.insert(0, bad)
-        eventually(lambda: {r.info.replica_id for r in pool.replicas()} == {"a2", "b"})
-    bad.error = {"fails": ExpertFailed("no"), "refuses": ProtocolError("no")}.get(fault)
+        eventually(lambda: {r.info.replica_id for r in dispatcher.table.replicas()} == {"a2", "b"})
+    bad.error = {"fails": ExpertFailed("no"), "refuses": CallRefused("no")}.get(fault)
     if fault in ("dies", "late"):
         bad.gate.clear()
     layer, wanted = routed()
-    for replica in pool.replicas():
+    for replica in dispatcher.table.replicas():
         replica.calls += 10 * (replica.info.replica_id == "b")  # so that the bad one is chosen first
-    pending = pool.submit(0, layer)
+    pending = dispatcher.submit(0, layer)
     if fault == "dies":
         assert bad.entered.acquire(timeout=10)
         bad.die()
-    assert torch.equal(pending.gather(), wanted)
-    assert pool.counters.retries >= 1
-    assert idle(pool)
+    assert torch.equal(pending.gather().rows, wanted)
+    assert dispatcher.counters.retries >= 1
+    assert idle(dispatcher)
     bad.gate.set()
 
 
 def test_a_layer_that_is_given_up_leaves_nothing_behind(world: World) -> None:
     server = world.server("a", keys=TWO)
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     server.gate.clear()
     layer, _ = routed()
-    pending = pool.submit(0, layer)
-    assert sum(replica.outstanding_rows for replica in pool.replicas()) == 5
+    pending = dispatcher.submit(0, layer)
+    assert sum(replica.outstanding_rows for replica in dispatcher.table.replicas()) == 5
     pending.abandon()
     pending.abandon()
-    assert idle(pool)
+    assert idle(dispatcher)
     server.gate.set()
     layer, wanted = routed()
-    assert torch.equal(pool.submit(0, layer).gather(), wanted)
+    assert torch.equal(dispatcher.submit(0, layer).gather().rows, wanted)
 
 
 def test_a_layer_without_an_expert_waits_and_says_who_is_missing(world: World) -> None:
     world.server("a", keys=frozenset({(0, 3)}))
-    pool = world.pool(deadline_s=0.3)
+    dispatcher = world.dispatcher(deadline_s=0.3)
     with pytest.raises(ExpertUnavailable, match="expert 6"):
-        pool.submit(0, routed()[0]).gather()
-    assert idle(pool)
+        dispatcher.submit(0, routed()[0]).gather()
+    assert idle(dispatcher)
 
 
-def warm(pool: ExpertPool) -> None:
-    """Let the pool learn how long calls take here."""
+def warm(dispatcher: ExpertDispatcher) -> None:
+    """Let the dispatcher learn how long calls take here."""
     for _ in range(80):
         layer, wanted = routed()
-        assert torch.equal(pool.submit(0, layer).gather(), wanted)
+        assert torch.equal(dispatcher.submit(0, layer).gather().rows, wanted)
 
 
 def test_a_late_call_is_sent_to_another_replica_too(world: World) -> None:
     servers = [world.server(name, keys=TWO) for name in "ab"]
-    pool = world.pool()
-    warm(pool)
-    for replica in pool.replicas():
-        replica.slowness = Pace()  # what a busy machine taught it is not what is shown here
+    dispatcher = world.dispatcher()
+    warm(dispatcher)
+    for replica in dispatcher.table.replicas():
+        replica.slowdown = SlowdownEstimate()  # what a busy machine taught it is not what is shown here
     stalling = servers[0]
     stalling.gate.clear()
     started = time.monotonic()
-    hedged = pool.counters.hedges
+    hedged = dispatcher.counters.hedges
     for _ in range(6):
         layer, wanted = routed()
-        assert torch.equal(pool.submit(0, layer).gather(), wanted)
+        assert torch.equal(dispatcher.submit(0, layer).gather().rows, wanted)
     assert time.monotonic() - started < 10, "the stall lasts until the gate opens"
-    assert pool.counters.hedge_wins >= 1
-    assert pool.counters.hedges - hedged <= 6
-    assert pool.counters.cancelled == pool.counters.hedges, "of two calls one is taken back, whichever was first"
-    assert idle(pool)
+    assert dispatcher.counters.hedge_wins >= 1
+    assert dispatcher.counters.hedges - hedged <= 6
+    assert dispatcher.counters.cancelled == dispatcher.counters.hedges, (
+        "of two calls one is taken back, whichever was first"
+    )
+    assert idle(dispatcher)
     stalling.gate.set()
     for _ in range(20):
         layer, wanted = routed()
-        assert torch.equal(pool.submit(0, layer).gather(), wanted), "answers that came too late mix nothing up"
-    assert idle(pool)
-    assert pool.counters.retries == 0
-    assert not any(replica.link.broken for replica in pool.replicas())
+        assert torch.equal(dispatcher.submit(0, layer).gather().rows, wanted), (
+            "answers that came too late mix nothing up"
+        )
+    assert idle(dispatcher)
+    assert dispatcher.counters.retries == 0
+    assert not any(replica.link.broken for replica in dispatcher.table.replicas())
 
 
 def test_hedging_can_be_turned_off_and_keeps_to_its_budget(world: World) -> None:
     servers = [world.server(name, keys=TWO) for name in "ab"]
-    patient = world.pool(hedge=False, call_timeout_s=0.3)
+    patient = world.dispatcher(hedge=False, call_timeout_s=0.3)
     warm(patient)
     servers[0].gate.clear()
     for _ in range(3):
         layer, wanted = routed()
-        assert torch.equal(patient.submit(0, layer).gather(), wanted)
+        assert torch.equal(patient.submit(0, layer).gather().rows, wanted)
     assert patient.counters.hedges == 0
     servers[0].gate.set()
     for server in servers:
         server.delay_s = 0.004
-    eager = world.pool()
-    eager._lateness.least_s, eager._lateness.factor = 0.0, 0.0  # every call is late
+    eager = world.dispatcher()
+    eager.hedging.least_s, eager.hedging.factor = 0.0, 0.0  # every call is late
     for _ in range(200):
         layer, wanted = routed()
-        assert torch.equal(eager.submit(0, layer).gather(), wanted)
+        assert torch.equal(eager.submit(0, layer).gather().rows, wanted)
     assert 0 < eager.counters.hedges <= 4 + 0.02 * eager.counters.calls
     assert idle(eager)
 
 
 def test_a_large_batch_is_shared(world: World) -> None:
     servers = [world.server(name) for name in "abc"]
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     rows, weights = torch.randn(1000, WIDTH), torch.rand(1000)
     layer = Routed(rows, weights, [0, 0, 0, 1000], torch.arange(1000).view(-1, 1))
-    assert torch.equal(pool.submit(0, layer).gather(), rows * weights[:, None])
+    assert torch.equal(dispatcher.submit(0, layer).gather().rows, rows * weights[:, None])
     assert [server.calls for server in servers] == [1, 1, 1]
-    assert pool.counters.splits == 1
-    alone = world.pool(split=False)
-    assert torch.equal(alone.submit(0, layer).gather(), rows * weights[:, None])
+    assert dispatcher.counters.splits == 1
+    alone = world.dispatcher(split=False)
+    assert torch.equal(alone.submit(0, layer).gather().rows, rows * weights[:, None])
     assert sum(server.calls for server in servers) == 4
 
 
 def test_a_replica_whose_answers_cannot_be_used_is_quarantined(world: World) -> None:
     bad, good = world.server("a"), world.server("b")
     bad.spoil = True
-    pool = world.pool()
+    dispatcher = world.dispatcher()
     for _ in range(20):
-        (rows,) = send(pool, [call()]).gather()
+        (rows,) = send(dispatcher, [call()]).gather()
         assert torch.equal(rows, expected(call()))
     assert bad.calls == 1
     assert good.calls == 20
-    assert pool.counters.quarantines == 1
+    assert dispatcher.counters.quarantines == 1
     good.die()
     bad.spoil = False
-    (rows,) = send(pool, [call()]).gather()
+    (rows,) = send(dispatcher, [call()]).gather()
     assert torch.equal(rows, expected(call())), "better than nobody"
+
+
+@pytest.mark.parametrize("error", [ExpertFailed("no memory"), CallRefused("not held")], ids=["failed", "refused"])
+def test_an_error_that_is_answered_quarantines_nothing(world: World, error: TransportError) -> None:
+    world.server("a", error=error)
+    world.server("b")
+    dispatcher = world.dispatcher()
+    for _ in range(4):
+        (rows,) = send(dispatcher, [call()]).gather()
+        assert torch.equal(rows, expected(call()))
+    assert dispatcher.counters.quarantines == 0
+
+
+def test_a_busy_replica_is_asked_again(world: World) -> None:
+    server = world.server("a", error=ReplicaBusy("64 rows are queued"))
+    dispatcher = world.dispatcher()
+    timer = threading.Timer(0.2, lambda: setattr(server, "error", None))
+    timer.start()
+    (rows,) = send(dispatcher, [call()]).gather()
+    timer.join()
+    assert torch.equal(rows, expected(call()))
+    assert 2 < server.calls < 40, "again, but not in a tight loop"
+    assert dispatcher.counters.quarantines == 0
+    assert idle(dispatcher)
+
+
+def test_a_replica_that_stays_busy_ends_the_call_at_its_deadline(world: World) -> None:
+    world.server("a", error=ReplicaBusy("64 rows are queued"))
+    dispatcher = world.dispatcher(deadline_s=0.3)
+    with pytest.raises(ExpertUnavailable, match=r"no answer within 0.3 s.*64 rows are queued"):
+        send(dispatcher, [call()]).gather()
+    assert idle(dispatcher)
 
 
 THREE = (2, 3, 6)
@@ -687,27 +739,26 @@ def three_experts(width: int = WIDTH) -> tuple[Routed, torch.Tensor]:
 
 def test_renormalise_goes_on_with_the_other_experts_and_says_so(world: World) -> None:
     world.server("a", keys=frozenset({(0, 2), (0, 6)}))  # nobody has expert 3
-    pool = world.pool(on_loss="renormalise")
+    dispatcher = world.dispatcher(on_loss="renormalise")
     layer, _ = three_experts()
-    calls = pool.submit(0, layer)
-    rows = calls.gather()
-    assert calls.degraded is not None
-    assert calls.degraded.tolist() == [True, True, False, True]
+    gathered = dispatcher.submit(0, layer).gather()
+    assert gathered.degraded is not None
+    assert gathered.degraded.tolist() == [True, True, False, True]
     inputs = torch.empty(4, WIDTH)
     inputs[torch.arange(4)] = layer.rows[layer.row_of[:, 0]]
     # An expert here returns its rows times their weights: with weights that sum to 1, the sum is the rows themselves.
-    torch.testing.assert_close(combine(rows, layer.row_of), inputs)
-    assert idle(pool)
-    assert pool.counters.retries == 0
+    torch.testing.assert_close(combine(gathered.rows, layer.row_of), inputs)
+    assert idle(dispatcher)
+    assert dispatcher.counters.retries == 0
 
 
 def test_a_token_that_lost_all_its_experts_gets_nothing(world: World) -> None:
     world.server("a", keys=frozenset({(0, 2)}))
     layer, _ = three_experts()
-    calls = world.pool(on_loss="renormalise").submit(0, layer)
-    out = combine(calls.gather(), layer.row_of)
-    assert calls.degraded is not None
-    assert calls.degraded.all()
+    gathered = world.dispatcher(on_loss="renormalise").submit(0, layer).gather()
+    out = combine(gathered.rows, layer.row_of)
+    assert gathered.degraded is not None
+    assert gathered.degraded.all()
     assert out[1].eq(0).all()
     assert out[3].eq(0).all()
     assert out[0].ne(0).any()
@@ -715,16 +766,15 @@ def test_a_token_that_lost_all_its_experts_gets_nothing(world: World) -> None:
 
 def test_fail_does_not_wait(world: World) -> None:
     world.server("a", keys=frozenset({(0, 2), (0, 6)}))
-    pool = world.pool(on_loss="fail", deadline_s=30.0)
+    dispatcher = world.dispatcher(on_loss="fail", deadline_s=30.0)
     started = time.monotonic()
     with pytest.raises(ExpertUnavailable, match=r"expert 3 \(layer 0\) is unavailable: no live replica"):
-        pool.submit(0, three_experts()[0]).gather()
+        dispatcher.submit(0, three_experts()[0]).gather()
     assert time.monotonic() - started < 5
-    assert idle(pool)
+    assert idle(dispatcher)
 
 
 def test_nothing_is_degraded_while_all_are_there(world: World) -> None:
     world.server("a", keys=frozenset((0, e) for e in THREE))
-    calls = world.pool(on_loss="renormalise").submit(0, three_experts()[0])
-    calls.gather()
-    assert calls.degraded is None
+    gathered = world.dispatcher(on_loss="renormalise").submit(0, three_experts()[0]).gather()
+    assert gathered.degraded is None

@@ -1,0 +1,44 @@
+"""Between the routed rows of a layer and the rows of its calls: what is sent, and what is made of the replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_ray.experts.client.call import Call
+from moe_ray.model.moe import Gathered, Routed, renormalise
+from moe_ray.transport.base import CallBatch, Replies
+
+
+def batch_of(calls: Sequence[Call], routed: Routed, whole: bool = False) -> CallBatch:
+    """The batch that carries these calls of one layer; `whole`: they are all its calls, and nothing is copied."""
+    layer = calls[0].layer
+    experts = [call.expert for call in calls]
+    counts = [call.count for call in calls]
+    if whole:
+        return CallBatch(layer, experts, counts, routed.rows, routed.weights)
+    rows = [routed.rows[call.row_range] for call in calls]
+    weights = [routed.weights[call.row_range] for call in calls]
+    if len(calls) == 1:
+        return CallBatch(layer, experts, counts, rows[0], weights[0])
+    return CallBatch(layer, experts, counts, torch.cat(rows), torch.cat(weights))
+
+
+def assemble(calls: Sequence[Call], routed: Routed, first: Replies | None) -> Gathered:
+    """The rows of a layer whose calls are done or lost, [R, D] in row order; lost ones are renormalised away.
+
+    `first`: the replies of the layer's first scatter. Where each call was answered there, nothing is copied.
+    """
+    if first is not None and all(call.answer is not None and call.answer.replies is first for call in calls):
+        return Gathered(first.rows())
+    rows: list[torch.Tensor] = []
+    lost: list[slice] = []
+    for call in calls:
+        if call.answer is not None:
+            rows.append(call.answer.replies.rows_of(call.answer.index))
+        else:
+            rows.append(torch.zeros_like(routed.rows[call.row_range]))
+            lost.append(call.row_range)
+    whole = torch.cat(rows)
+    return renormalise(whole, routed, lost) if lost else Gathered(whole)
