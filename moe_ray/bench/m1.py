@@ -19,8 +19,7 @@ from moe_ray.hub import resolve_model
 if TYPE_CHECKING:
     import torch
 
-    from moe_ray.model.checkpoint import TensorSpec
-    from moe_ray.model.model_config import ModelConfig
+    from moe_ray.model.families import Weight
 
 RECIPE_VERSION = 1
 """Raise it when the code changes what the same parameters make; caches of other versions are made anew."""
@@ -99,43 +98,42 @@ def make_model(directory: Path, recipe: Recipe, progress: Progress) -> None:
 
     At most one shard is in memory. Same recipe, same bytes. Raises `CheckpointError` where the disk is too small.
     """
-    from moe_ray.convert.recipe import UpcycleConfig
-    from moe_ray.convert.upcycle import ShardWriter
-    from moe_ray.model.checkpoint import expert_specs, trunk_specs
+    from moe_ray.convert.shards import ShardWriter
     from moe_ray.model.model_config import ModelConfig
+    from moe_ray.model.weights import weights_of_model
 
     raw = config_json(recipe)
     config = ModelConfig.from_dict(raw)
-    specs = list(trunk_specs(config))
-    for layer, expert in itertools.product(range(config.num_hidden_layers), range(config.num_local_experts)):
-        specs += expert_specs(config, layer, expert)
-    total = sum(2 * spec.numel for spec in specs)
+    weights = list(weights_of_model(config))
+    total = sum(2 * weight.numel for weight in weights)
     directory.mkdir(parents=True)
     free = shutil.disk_usage(directory).free
     if free < total + DISK_MARGIN_BYTES:
         raise CheckpointError(f"the bench model needs {total / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
     done = 0
-    with ShardWriter(directory, UpcycleConfig(dtype="bfloat16", shard_bytes=recipe.shard_bytes)) as shards:
-        for spec in specs:
+    with ShardWriter(directory, "bfloat16", recipe.shard_bytes) as shards:
+        for weight in weights:
             progress("bench model", done, total)
-            shards.add(spec.name, random_tensor(spec, config, recipe))
-            done += 2 * spec.numel
+            shards.add(weight, random_tensor(weight, recipe))
+            done += 2 * weight.numel
     progress("bench model", total, total)
     _write(directory / "config.json", raw)
     _write(directory / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
     write_tokenizer(directory, recipe.vocab_size, recipe.max_position_embeddings)
 
 
-def random_tensor(spec: TensorSpec, config: ModelConfig, recipe: Recipe) -> torch.Tensor:
-    """The values of one tensor, from the seed and its name alone, so that the order of writing does not matter."""
+def random_tensor(weight: Weight, recipe: Recipe) -> torch.Tensor:
+    """The values of one weight, from the seed and its name alone, so that the order of writing does not matter."""
     import torch
 
-    if spec.shape == (config.hidden_size,):  # the norms
-        return torch.ones(spec.shape, dtype=torch.bfloat16)
-    digest = hashlib.sha256(f"{recipe.seed} {spec.name}".encode()).digest()
+    from moe_ray.convert.shards import place_of
+
+    if len(weight.shape) == 1:  # the norms
+        return torch.ones(weight.shape, dtype=torch.bfloat16)
+    digest = hashlib.sha256(f"{recipe.seed} {place_of(weight).named('weight')}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = recipe.embedding_std if spec.name == "model.embed_tokens.weight" else recipe.weight_std
-    return torch.randn(spec.shape, generator=generator).mul_(std).bfloat16()
+    std = recipe.embedding_std if weight.role == "embed" else recipe.weight_std
+    return torch.randn(weight.shape, generator=generator).mul_(std).bfloat16()
 
 
 def config_json(recipe: Recipe) -> dict[str, Any]:

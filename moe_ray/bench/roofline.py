@@ -21,9 +21,9 @@ from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
 from moe_ray.core import SamplingParams
 from moe_ray.errors import ConfigError
-from moe_ray.experts.planning.footprint import DTYPE_BYTES
-from moe_ray.model.checkpoint import expert_specs, trunk_specs
+from moe_ray.model.formats import dtype_bytes
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 from moe_ray.telemetry import cores
 
 if TYPE_CHECKING:
@@ -100,13 +100,13 @@ def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
 
 def work_of(model: ModelConfig, dtype: str) -> Work:
     """The bytes and operations of `model` held in `dtype`."""
-    size = DTYPE_BYTES[dtype]
-    specs = list(trunk_specs(model))
+    size = dtype_bytes(dtype)
+    trunk_weights = list(weights_of_trunk(model))
     embedding = model.vocab_size * model.hidden_size
-    expert = sum(spec.numel for spec in expert_specs(model, 0, 0))
-    trunk = sum(spec.numel for spec in specs)
+    expert = sum(weight.numel for weight in weights_of_expert(model, 0, 0))
+    trunk = sum(weight.numel for weight in trunk_weights)
     shared = trunk if model.tie_word_embeddings else trunk - embedding  # a tied embedding is read as the head
-    matrices = sum(spec.numel for spec in specs if len(spec.shape) == 2 and spec.name.startswith("model.layers."))
+    matrices = sum(weight.numel for weight in trunk_weights if len(weight.shape) == 2 and weight.layer is not None)
     return Work(
         shared_bytes=shared * size,
         expert_bytes=expert * size,

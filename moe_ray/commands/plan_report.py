@@ -16,10 +16,14 @@ from moe_ray.config import Config
 from moe_ray.config.number_sets import ALL, format_runs
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.balance import Proposal, Rows, parse_load, propose
-from moe_ray.experts.planning.footprint import DTYPE_BYTES, Network, Plan, key_parameters, make_plan, network_step
+from moe_ray.experts.planning.footprint import Network, Plan, key_parameters, make_plan, network_step
 from moe_ray.experts.planning.placement import holdings
-from moe_ray.model.checkpoint import INDEX, PICKLES, Checkpoint, expert_specs, trunk_specs
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.foreign import INDEX, PICKLES
+from moe_ray.model.formats import dtype_bytes
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.surplus import check_surplus, config_of_trunk
+from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 
 GIB, MIB = 2**30, 2**20
 
@@ -50,17 +54,19 @@ def planned(config: Config, directory: Path, without_weights: bool = False) -> P
     if config.transport == "local":
         spares, per_actor = (), 1
     placed = holdings(layers, experts, per_actor, spares)
-    plan = make_plan(model, dtype_name(config, model, config.model.device == "cuda"), placed)
     bytes_to_read: dict[str, int] = {}
     weights = any(any(directory.glob(pattern)) for pattern in ("*.safetensors", INDEX, *PICKLES))
     if weights or not without_weights:
         checkpoint = Checkpoint.open(directory)
-        bytes_to_read["Trunk"] = checkpoint.check(trunk_specs(model))
+        check_surplus(checkpoint)
+        model = config_of_trunk(checkpoint)
+        bytes_to_read["Trunk"] = checkpoint.check(weights_of_trunk(model))
         for held in placed:
             bytes_to_read[held.name] = checkpoint.check(
-                spec for layer, expert in sorted(held.keys) for spec in expert_specs(model, layer, expert)
+                weight for layer, expert in sorted(held.keys) for weight in weights_of_expert(model, layer, expert)
             )
         checkpoint.close()
+    plan = make_plan(model, dtype_name(config, model, config.model.device == "cuda"), placed)
     return Planned(config.served_name, directory, model, plan, bytes_to_read, per_actor)
 
 
@@ -279,7 +285,7 @@ class _Extra(TypedDict):
 
 def _extras(planned: Planned, balanced: Balanced) -> list[_Extra]:
     """Each further replica: the layers that it holds, by expert, and their bytes."""
-    of_layer = key_parameters(planned.model) * DTYPE_BYTES[planned.plan.dtype]
+    of_layer = key_parameters(planned.model) * dtype_bytes(planned.plan.dtype)
     found: list[_Extra] = []
     for keys in balanced.proposal.extras:
         layers: dict[str, list[int]] = {}

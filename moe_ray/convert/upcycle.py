@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from moe_ray.convert.calibrate import (
     DenseRun,
@@ -24,12 +22,20 @@ from moe_ray.convert.calibrate import (
 )
 from moe_ray.convert.dense import ATTENTION_TENSORS, DenseConfig, DenseModel, open_dense
 from moe_ray.convert.recipe import Progress, UpcycleConfig, directory_at_once, no_progress
+from moe_ray.convert.shards import ShardWriter, write_json
 from moe_ray.errors import CheckpointError
+from moe_ray.model.families import ExpertRole, Role, Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ROUTING_FILE = "upcycle.json"
+TRUNK_ROLES: dict[str, Role] = dict(
+    zip(ATTENTION_TENSORS, ("input_norm", "q", "k", "v", "out", "post_norm"), strict=True)
+)
+"""A dense layer's tensor → its role in the mixture of experts."""
+EXPERT_TENSORS: dict[ExpertRole, str] = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+"""In the order in which an expert's random numbers are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +69,11 @@ def upcycle(
         tokenizer = model.tokenizer()
         save_tokenizer(tokenizer, model.config, work)
         report = _write_weights(model, tokenizer, work, config, progress)
-        _write_json(work / "config.json", mixtral_config(model.config, config))
+        write_json(work / "config.json", mixtral_config(model.config, config))
         special = {name: getattr(model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {name: token for name, token in special.items() if token is not None}
-        _write_json(work / "generation_config.json", generation | dict(config.generation))
-        _write_json(work / ROUTING_FILE, {"config": asdict(config), **asdict(report)})
+        write_json(work / "generation_config.json", generation | dict(config.generation))
+        write_json(work / ROUTING_FILE, {"config": asdict(config), **asdict(report)})
     return report
 
 
@@ -79,55 +85,63 @@ def _write_weights(
     routing = []
     clusters: torch.Tensor | None = None
     generator = _generator(config.seed, "router")
-    with torch.inference_mode(), ShardWriter(work, config) as shards, ThreadPoolExecutor(max_workers=2) as pool:
+    with (
+        torch.inference_mode(),
+        ShardWriter(work, config.dtype, config.shard_bytes) as shards,
+        ThreadPoolExecutor(max_workers=2) as pool,
+    ):
         embedding = model.tensor("model.embed_tokens.weight")
         run = DenseRun(model.config, documents, embedding)
-        shards.add("model.embed_tokens.weight", embedding)
+        shards.add(_weight("embed", embedding), embedding)
         del embedding
         for layer in range(layers):
             progress("upcycle", layer, layers)
-            prefix = f"model.layers.{layer}."
             weights = dense_layer(model, layer)
-            for name in ATTENTION_TENSORS:
-                shards.add(f"{prefix}{name}.weight", weights[name])
+            for name, role in TRUNK_ROLES.items():
+                shards.add(_weight(role, weights[name], layer), weights[name])
             states = run.attend(weights)
             gate, clusters = fit_gate(
                 states, run.lengths, config.num_experts, config.confidence, generator, previous=clusters
             )
-            gate = gate.to(shards.dtype)
+            gate = gate.to(getattr(torch, config.dtype))
             routing.append(measure_routing(states, gate.float(), documents, config.top_k))
-            shards.add(f"{prefix}block_sparse_moe.gate.weight", gate)
+            shards.add(_weight("router", gate, layer), gate)
             for expert, made in enumerate(
                 pool.map(partial(make_expert, weights, config, layer), range(config.num_experts))
             ):
-                for name, tensor in made.items():
-                    shards.add(f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight", tensor)
+                for role, tensor in made.items():
+                    shards.add(_weight(role, tensor, layer, expert), tensor)
             if layer + 1 < layers:
                 run.feed_forward(states, weights)
-        shards.add("model.norm.weight", model.tensor("model.norm.weight"))
-        shards.add("lm_head.weight", model.tensor("lm_head.weight"))
+        norm, head = model.tensor("model.norm.weight"), model.tensor("lm_head.weight")
+        shards.add(_weight("norm", norm), norm)
+        shards.add(_weight("head", head), head)
         progress("upcycle", layers, layers)
     return UpcycleReport(shards.parameters, shards.count, shards.total_bytes, tuple(routing))
+
+
+def _weight(role: Role, values: torch.Tensor, layer: int | None = None, expert: int | None = None) -> Weight:
+    return Weight(role, tuple(values.shape), layer, expert)
 
 
 @torch.inference_mode()
 def make_expert(
     weights: dict[str, torch.Tensor], config: UpcycleConfig, layer: int, expert: int
-) -> dict[str, torch.Tensor]:
-    """One expert (`w1` gate, `w3` up [F, D], `w2` down [D, F]) from the dense MLP, in the target dtype.
+) -> dict[ExpertRole, torch.Tensor]:
+    """One expert (gate and up [F, D], down [D, F]) from the dense MLP, in the target dtype.
 
     Its neurons stand in an order of their own: the function is the dense MLP's, yet no two experts' tensors are alike,
-    so that a w2 that meets another expert's w1 gives garbage. Noise then makes each expert a function of its own.
+    so that a down that meets another expert's gate gives garbage. Noise then makes each expert a function of its own.
     """
     generator = _generator(config.seed, f"{layer}/{expert}")
-    dense = {"w1": weights["mlp.gate_proj"], "w3": weights["mlp.up_proj"], "w2": weights["mlp.down_proj"]}
-    order = torch.randperm(len(dense["w1"]), generator=generator)
-    made = {}
-    for name, weight in dense.items():
-        shuffled = weight[:, order] if name == "w2" else weight[order]
+    order = torch.randperm(len(weights["mlp.gate_proj"]), generator=generator)
+    made: dict[ExpertRole, torch.Tensor] = {}
+    for role, name in EXPERT_TENSORS.items():
+        weight = weights[name]
+        shuffled = weight[:, order] if role == "down" else weight[order]
         if config.noise:
             shuffled += torch.randn(weight.shape, generator=generator).mul_(config.noise * float(weight.std()))
-        made[name] = shuffled.to(getattr(torch, config.dtype)).contiguous()
+        made[role] = shuffled.to(getattr(torch, config.dtype)).contiguous()
     return made
 
 
@@ -135,57 +149,6 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
     """A generator of its own for each purpose, so that threads and the order of work do not matter."""
     digest = hashlib.sha256(f"moe_ray upcycle/{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-class ShardWriter:
-    """Collects tensors in order and writes a safetensors shard whenever one is full; the index on a clean exit."""
-
-    def __init__(self, directory: Path, config: UpcycleConfig) -> None:
-        self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.parameters = self.total_bytes = self.count = 0
-        self._directory, self._limit = directory, config.shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
-        self._held_bytes = 0
-        self._shard_of: dict[str, int] = {}
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        tensor = tensor.to(self.dtype).contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self._limit:
-            self._flush()
-        self._held[name] = tensor
-        self._held_bytes += size
-        self._shard_of[name] = self.count
-        self.parameters += tensor.numel()
-        self.total_bytes += size
-
-    def _flush(self) -> None:
-        path = self._directory / f"{self.count}.partial"
-        try:
-            save_file(self._held, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot write {path}: {error}") from error
-        self.count += 1
-        self._held, self._held_bytes = {}, 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
-        self._flush()
-        names = [f"model-{shard + 1:05d}-of-{self.count:05d}.safetensors" for shard in range(self.count)]
-        for shard, name in enumerate(names):
-            path = (self._directory / f"{shard}.partial").rename(self._directory / name)
-            path.chmod(0o644)  # safetensors creates files that only their owner can read
-        _write_json(
-            self._directory / "model.safetensors.index.json",
-            {
-                "metadata": {"total_parameters": self.parameters, "total_size": self.total_bytes},
-                "weight_map": {tensor: names[shard] for tensor, shard in self._shard_of.items()},
-            },
-        )
 
 
 def mixtral_config(dense: DenseConfig, config: UpcycleConfig) -> dict[str, Any]:
@@ -222,8 +185,4 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, dense: DenseConfig, direc
     saved["model_max_length"] = dense.max_position_embeddings
     if tokenizer.chat_template:
         saved["chat_template"] = tokenizer.chat_template
-    _write_json(path, saved)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(path, saved)

@@ -1,75 +1,35 @@
-"""Reads a Mixtral-format safetensors checkpoint by name, so that every process reads only its own tensors."""
+"""Reads the weights of a safetensors checkpoint, so that every process reads only its own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_ray.errors import CheckpointError
+from moe_ray.model.families import Layout, Weight
+from moe_ray.model.foreign import INDEX, SINGLE, is_shard
+from moe_ray.model.formats import FORMATS, STORED_DTYPES, Entry, Place, ShapeMismatch, StoredWeight, TensorPart
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.safetensors_file import NotWhole, read_bytes, read_header
+from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-INDEX: Final = "model.safetensors.index.json"
-SINGLE: Final = "model.safetensors"
-PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-DTYPE_BYTES: Final = {"F32": 4, "BF16": 2, "F16": 2}
 SAMPLED_ROWS: Final = 8
 """Of each matrix, for its fingerprint."""
+ALIGNMENT: Final = 64
+"""Of what is read, in bytes: a cache line, as torch's own memory."""
+OTHER_SUFFIXES: Final = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors"}
+"""A tensor of this name where `weight` is missing → whose it is."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read) of one process."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor that the model needs: its name and the shape it must have."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
-
-
-def trunk_specs(config: ModelConfig) -> Iterator[TensorSpec]:
-    """The tensors of the trunk: embeddings, attention, norms, router gates and head."""
-    c = config
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    yield TensorSpec("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
-    for layer in range(c.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        yield TensorSpec(prefix + "input_layernorm.weight", (c.hidden_size,))
-        yield TensorSpec(prefix + "self_attn.q_proj.weight", (q, c.hidden_size))
-        yield TensorSpec(prefix + "self_attn.k_proj.weight", (kv, c.hidden_size))
-        yield TensorSpec(prefix + "self_attn.v_proj.weight", (kv, c.hidden_size))
-        yield TensorSpec(prefix + "self_attn.o_proj.weight", (c.hidden_size, q))
-        yield TensorSpec(prefix + "post_attention_layernorm.weight", (c.hidden_size,))
-        yield TensorSpec(prefix + "block_sparse_moe.gate.weight", (c.num_local_experts, c.hidden_size))
-    yield TensorSpec("model.norm.weight", (c.hidden_size,))
-    if not c.tie_word_embeddings:
-        yield TensorSpec("lm_head.weight", (c.vocab_size, c.hidden_size))
-
-
-def expert_specs(config: ModelConfig, layer: int, expert: int) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """w1 (gate), w3 (up) and w2 (down) of one expert in one layer."""
-    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-    inner, outer = config.intermediate_size, config.hidden_size
-    return (
-        TensorSpec(prefix + "w1.weight", (inner, outer)),
-        TensorSpec(prefix + "w3.weight", (inner, outer)),
-        TensorSpec(prefix + "w2.weight", (outer, inner)),
-    )
 
 
 @dataclass(slots=True)
@@ -78,12 +38,13 @@ class Checkpoint:
 
     directory: Path
     config: ModelConfig
+    layout: Layout
+    """How its tensors are named."""
     files: dict[str, str]
     """Tensor name → file name."""
     bytes_read: int = 0
-    _handles: dict[tuple[str, str], object] = field(default_factory=dict)
-    _starts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """File name → tensor name → offset of its bytes."""
+    _headers: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    """File name → its header, of the files that were needed."""
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
@@ -91,130 +52,177 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: not a directory")
         config = ModelConfig.load(directory)
+        headers: dict[str, dict[str, Entry]] = {}
         if (directory / INDEX).exists():
             files = _read_index(directory / INDEX)  # files are opened when a tensor of theirs is wanted, not before
         elif (directory / SINGLE).exists():
-            checkpoint = Checkpoint(directory, config, {})
-            files = dict.fromkeys(checkpoint._keys(SINGLE), SINGLE)
+            headers[SINGLE] = _header(directory / SINGLE)
+            files = dict.fromkeys(headers[SINGLE], SINGLE)
         else:
-            raise CheckpointError(_nothing_found(directory))
-        return Checkpoint(directory, config, files)
+            raise CheckpointError(f"{directory}: neither {INDEX} nor {SINGLE} found")
+        return Checkpoint(directory, config, _layout_of(config, files), files, _headers=headers)
 
-    def check(self, specs: Iterator[TensorSpec]) -> int:
-        """Check that every tensor of `specs` exists with its shape and a float dtype; return their bytes on disk.
+    def check(self, weights: Iterable[Weight]) -> int:
+        """Check that every weight exists with its shape, in a known format; return their bytes on disk.
 
         Reads the files' headers only. Raises `CheckpointError` naming file and tensor.
         """
-        return sum(spec.numel * DTYPE_BYTES[self._dtype(spec)] for spec in specs)
+        return sum(self.find(weight).nbytes for weight in weights)
 
-    def read(self, spec: TensorSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return one tensor in memory of its own (never a view of the file). Raises `CheckpointError`."""
-        from safetensors import SafetensorError
-
-        stored = self._dtype(spec, "pt")
-        try:
-            tensor = self._handle(self.files[spec.name], "pt").get_tensor(spec.name)  # type: ignore[attr-defined]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
-        self.bytes_read += spec.numel * DTYPE_BYTES[stored]
-        return tensor.to(device=device, dtype=dtype, copy=True)  # type: ignore[no-any-return]
-
-    def read_bfloat16(self, spec: TensorSpec) -> np.ndarray:
-        """Return one tensor as bfloat16 (of ml_dtypes), rounded to even. Needs no torch. Raises `CheckpointError`."""
-        import ml_dtypes
-        import numpy as np
-
-        stored = self._dtype(spec)
-        array = np.empty(spec.shape, {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[stored])
-        try:
-            # Not by `get_tensor`, which waits for the disk with the interpreter's lock held: who loads serves, too.
-            with open(self.directory / self.files[spec.name], "rb", buffering=0) as file:
-                file.seek(self._start_of(spec))
-                left = array.reshape(-1).view(np.uint8).data
-                while left and (count := file.readinto(left)):
-                    left = left[count:]
-        except OSError as error:
-            raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
-        if left:
-            raise CheckpointError(f"{self._where(spec)}: the file ended {len(left)} bytes early")
-        self.bytes_read += array.nbytes
-        return array.astype(ml_dtypes.bfloat16, copy=False)
-
-    def fingerprint(self, specs: Iterable[TensorSpec]) -> bytes:
-        """A digest of matrices by their dtype, shape and `SAMPLED_ROWS` rows of each, spread from first to last.
-
-        Equal for copies of one checkpoint wherever they lie; another training's differ in it. Reads those rows only,
-        which `bytes_read` does not count. Raises `CheckpointError`.
-        """
-        import ml_dtypes  # noqa: F401 - tells numpy, and so safetensors, what bfloat16 is
-        from safetensors import SafetensorError
-
-        digest = hashlib.blake2b(digest_size=16)
-        for spec in specs:
-            digest.update(f"{self._dtype(spec)} {spec.shape}".encode())
-            last = spec.shape[0] - 1
+    def find(self, weight: Weight) -> StoredWeight:
+        """Where and in which format one weight is stored. Reads headers only. Raises `CheckpointError`."""
+        if weight.role == "embed" and self.config.tie_word_embeddings and not self.holds(weight):
+            weight = head_weight(self.config)  # a tied pair may be stored under either name
+        place = self.place(weight)
+        for row in FORMATS.values():
             try:
-                rows = self._handle(self.files[spec.name], "np").get_slice(spec.name)  # type: ignore[attr-defined]
-                for row in sorted({last * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
-                    digest.update(rows[row : row + 1].tobytes())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self._where(spec)}: cannot be read ({error})") from None
+                if (stored := row.find(place, weight.shape, self._entry)) is not None:
+                    return stored
+            except ShapeMismatch as error:
+                raise CheckpointError(f"{self._where(error.name)}: {error}") from None
+        raise self._not_found(place)
+
+    def read(self, weight: Weight, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return one weight in memory of its own (never a view of the file). Raises `CheckpointError`."""
+        import torch
+
+        values = self._take(weight)
+        if values.dtype.name == "bfloat16":  # which torch does not take from numpy
+            tensor = torch.from_numpy(values.view("int16")).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(values)
+        return tensor.to(device=device, dtype=dtype)
+
+    def read_bfloat16(self, weight: Weight) -> np.ndarray:
+        """Return one weight as bfloat16 (of ml_dtypes), rounded to even. Needs no torch. Raises `CheckpointError`."""
+        import ml_dtypes
+
+        return self._take(weight).astype(ml_dtypes.bfloat16, copy=False)
+
+    def fingerprint(self, weights: Iterable[Weight]) -> bytes:
+        """A digest of weights by their format, shape and `SAMPLED_ROWS` rows of each, spread from first to last.
+
+        Equal for copies of one checkpoint wherever and in which layout they lie; another training's differ in it.
+        Reads those rows only, which `bytes_read` does not count. Raises `CheckpointError`.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for weight in weights:
+            stored = self.find(weight)
+            digest.update(f"{stored.format} {stored.shape}".encode())
+            for part in stored.parts:
+                rows = part.shape[0]
+                row_bytes = part.nbytes // rows
+                for row in sorted({(rows - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
+                    sample = replace(part, nbytes=row_bytes, offset=part.offset + row * row_bytes)
+                    digest.update(self._bytes(sample).data)
         return digest.digest()
 
+    def equal(self, one: Weight, other: Weight) -> bool:
+        """Whether two weights of one shape have the same values. Not counted as read. Raises `CheckpointError`."""
+        import numpy as np
+
+        return np.array_equal(self._values(self.find(one)), self._values(self.find(other)))
+
+    def place(self, weight: Weight) -> Place:
+        """Where the checkpoint's layout keeps a weight, whether it is there or not."""
+        return self.layout.place(weight, self.config.num_local_experts)
+
+    def holds(self, weight: Weight) -> bool:
+        """Whether some format's tensors of this weight are there, by their names."""
+        return any(all(name in self.files for name in row.names(self.place(weight))) for row in FORMATS.values())
+
     def close(self) -> None:
-        """Unmap the files."""
-        self._handles.clear()
+        """Forget the files' headers."""
+        self._headers.clear()
 
-    def _start_of(self, spec: TensorSpec) -> int:
-        """Where a tensor's bytes begin in its file; the file's header was checked."""
-        name = self.files[spec.name]
-        if name not in self._starts:
-            with open(self.directory / name, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            self._starts[name] = {tensor: 8 + size + entry["data_offsets"][0] for tensor, entry in header.items()}
-        return self._starts[name][spec.name]
+    def _take(self, weight: Weight) -> np.ndarray:
+        """One weight's values, counted in `bytes_read`."""
+        stored = self.find(weight)
+        values = self._values(stored)
+        self.bytes_read += stored.nbytes
+        return values
 
-    def _dtype(self, spec: TensorSpec, framework: str = "np") -> str:
-        """Check the tensor's header; return its dtype on disk."""
-        from safetensors import SafetensorError
+    def _values(self, stored: StoredWeight) -> np.ndarray:
+        """One weight's values, in the float dtype that its format decodes to."""
+        arrays = [self._bytes(part).view(_numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
+        return FORMATS[stored.format].decode(arrays, stored.shape)
 
-        if spec.name not in self.files:
-            raise CheckpointError(f"{self.directory}: tensor {spec.name} is missing from the checkpoint")
-        if not (self.directory / self.files[spec.name]).is_file():
-            raise CheckpointError(f"{self._where(spec)}: the file is named in {INDEX} but missing")
+    def _bytes(self, part: TensorPart) -> np.ndarray:
+        """The bytes of a part of a tensor, aligned memory of its own."""
+        import numpy as np
+
+        room = np.empty(part.nbytes + ALIGNMENT, np.uint8)
+        skip = -room.ctypes.data % ALIGNMENT
+        array = room[skip : skip + part.nbytes]
+        entry = self._entry(part.name)
+        assert entry is not None
         try:
-            file = self._handle(self.files[spec.name], framework, self._where(spec))
-            header = file.get_slice(spec.name)  # type: ignore[attr-defined]
-        except SafetensorError:
-            raise CheckpointError(f"{self._where(spec)}: named in {INDEX} but not in the file") from None
-        shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
-        if shape != spec.shape:
-            raise CheckpointError(f"{self._where(spec)}: shape {list(shape)}, config.json implies {list(spec.shape)}")
-        if dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{self._where(spec)}: dtype {dtype}, supported: {', '.join(DTYPE_BYTES)}")
-        return dtype
+            missing = read_bytes(self.directory / self.files[part.name], entry.start + part.offset, array.data)
+        except OSError as error:
+            raise CheckpointError(f"{self._where(part.name)}: cannot be read ({error})") from None
+        if missing:
+            raise CheckpointError(f"{self._where(part.name)}: the file ended {missing} bytes early")
+        return array
 
-    def _where(self, spec: TensorSpec) -> str:
-        return f"{self.directory / self.files[spec.name]}: tensor {spec.name}"
+    def _entry(self, name: str) -> Entry | None:
+        """The header of one tensor; None: there is none of this name. Raises `CheckpointError` on a damaged file."""
+        if name not in self.files:
+            return None
+        file = self.files[name]
+        if file not in self._headers:
+            if not (self.directory / file).is_file():
+                raise CheckpointError(f"{self._where(name)}: the file is named in {INDEX} but missing")
+            self._headers[file] = _header(self.directory / file, f": tensor {name}")
+        if name not in self._headers[file]:
+            raise CheckpointError(f"{self._where(name)}: named in {INDEX} but not in the file")
+        return self._headers[file][name]
 
-    def _keys(self, file: str) -> list[str]:
-        return list(self._handle(file, "np").keys())  # type: ignore[attr-defined]
+    def _not_found(self, place: Place) -> CheckpointError:
+        name = place.named("weight")
+        entry = self._entry(name)
+        if entry is not None:
+            supported = ", ".join(stored for stored, dtype in STORED_DTYPES.items() if dtype in FORMATS)
+            return CheckpointError(f"{self._where(name)}: dtype {entry.dtype}, supported: {supported}")
+        for suffix, whose in OTHER_SUFFIXES.items():
+            if place.named(suffix) in self.files:
+                return CheckpointError(
+                    f"{self._where(place.named(suffix))}: a {whose} checkpoint; quantised checkpoints are not "
+                    f"supported, use float weights"
+                )
+        return CheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
 
-    def _handle(self, file: str, framework: str, where: str | None = None) -> object:
-        from safetensors import SafetensorError, safe_open
+    def _where(self, name: str) -> str:
+        return f"{self.directory / self.files[name]}: tensor {name}"
 
-        key = (file, framework)
-        if key not in self._handles:
-            try:
-                self._handles[key] = safe_open(str(self.directory / file), framework=framework, device="cpu")
-            except (SafetensorError, OSError) as error:
-                where = where or str(self.directory / file)
-                raise CheckpointError(
-                    f"{where}: not a whole safetensors file ({error}); download or copy it again"
-                ) from None
-        return self._handles[key]
+
+def _layout_of(config: ModelConfig, files: Collection[str]) -> Layout:
+    """The layout of the family that names most of these tensors; the first one where they tell nothing."""
+    first_layer = [weight for weight in weights_of_trunk(config) if not weight.layer]
+    for expert in range(config.num_local_experts):
+        first_layer += weights_of_expert(config, 0, expert)
+
+    def named(layout: Layout) -> int:
+        places = [layout.place(weight, config.num_local_experts) for weight in first_layer]
+        return sum(any(name in files for row in FORMATS.values() for name in row.names(place)) for place in places)
+
+    return max(config.family.layouts, key=named)
+
+
+def _numpy_dtype(stored: str) -> np.dtype[Any]:
+    import ml_dtypes  # noqa: F401 - tells numpy what bfloat16 is
+    import numpy as np
+
+    return np.dtype(STORED_DTYPES[stored])
+
+
+def _header(path: Path, wanted: str = "") -> dict[str, Entry]:
+    """A file's header; `wanted` says in errors which tensor it was opened for. Raises `CheckpointError`."""
+    try:
+        return read_header(path)
+    except (NotWhole, OSError) as error:
+        raise CheckpointError(
+            f"{path}{wanted}: not a whole safetensors file ({error}); download or copy it again"
+        ) from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -225,16 +233,6 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in files.items()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
     for name in set(files.values()):
-        if not name.endswith(".safetensors") or "/" in name or "\\" in name:
+        if not is_shard(name):
             raise CheckpointError(f"{path}: weight_map names {name!r}; only *.safetensors files beside it are read")
     return files
-
-
-def _nothing_found(directory: Path) -> str:
-    pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
-    if pickles:
-        return (
-            f"{directory / pickles[0]}: pickle checkpoints can run code when read and are refused; convert it to "
-            f"safetensors (transformers: model.save_pretrained)"
-        )
-    return f"{directory}: neither {INDEX} nor {SINGLE} found"

@@ -1,4 +1,4 @@
-"""Makes the networks of one replica's keys, one by one: of the checkpoint's tensors, or of another replica's bytes."""
+"""Makes the networks of one replica's keys, one by one: of the checkpoint's weights, or of another replica's bytes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from moe_ray.core import ExpertKey
-from moe_ray.model.checkpoint import Checkpoint, Progress, expert_specs
+from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
+from moe_ray.model.weights import weights_of_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +26,20 @@ class ExpertReader:
     def __init__(
         self, checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
     ) -> None:
-        """Check every tensor of `keys`, reading none. `progress` is told of each key made. Raises `CheckpointError`."""
+        """Check every weight of `keys`, reading none. `progress` is told of each key made. Raises `CheckpointError`."""
         config = checkpoint.config
         self._checkpoint, self._how, self._progress = checkpoint, how, progress
-        self._specs = {key: expert_specs(config, *key) for key in sorted(keys)}
-        self._stored = {key: checkpoint.check(iter(specs)) for key, specs in self._specs.items()}
+        self._weights = {key: weights_of_expert(config, *key) for key in sorted(keys)}
+        self._stored = {key: checkpoint.check(weights) for key, weights in self._weights.items()}
         self._kernels = how.kernels if NativeFFN.supports(config, how) else None
         self._done = 0
-        self.keys = tuple(self._specs)
+        self.keys = tuple(self._weights)
         """Ascending."""
         layout = self._kernels.packing if self._kernels is not None else "w1 over w3, w2"
         self.format = f"{layout}, {how.dtype}, {config.hidden_size} x {config.intermediate_size}"
-        """What the bytes of a key's weights are in memory: between replicas of one format they may travel."""
+        """What the bytes of a key's weights are in memory: the order of its matrices or the packing of its kernels, the
+        dtype, and hidden x intermediate size. Replicas with equal ones may take each other's bytes as they are; it is
+        compared, never parsed, and says nothing of the format on disk."""
 
     @property
     def bytes_read(self) -> int:
@@ -44,23 +47,23 @@ class ExpertReader:
         return self._checkpoint.bytes_read
 
     def read(self, key: ExpertKey) -> FFN:
-        """Make one key of the checkpoint's tensors. Raises `CheckpointError`."""
+        """Make one key of the checkpoint's weights. Raises `CheckpointError`."""
         ffn: FFN
         if self._kernels is not None:
-            w1, w3, w2 = map(self._checkpoint.read_bfloat16, self._specs[key])
+            w1, w3, w2 = map(self._checkpoint.read_bfloat16, self._weights[key])
             ffn = NativeFFN(w1, w3, w2, self._kernels)
         else:
             from moe_ray.model.compute.torch.expert import TorchFFN
 
             dtype, device = self._how.torch_dtype, self._how.torch_device
-            gate, up, down = (self._checkpoint.read(spec, dtype, device) for spec in self._specs[key])
+            gate, up, down = (self._checkpoint.read(weight, dtype, device) for weight in self._weights[key])
             ffn = TorchFFN(gate, up, down, self._checkpoint.config.hidden_act)
         self._made(key)
         return ffn
 
     def blank(self, key: ExpertKey) -> Blank:
         """Memory for one key's weights, to be filled from elsewhere."""
-        inner, hidden = self._specs[key][0].shape
+        inner, hidden = self._weights[key][0].shape
         if self._kernels is not None:
             kernels = self._kernels
             gate_up, down = kernels.packed(inner, hidden, 2), kernels.packed(hidden, inner)
@@ -87,10 +90,10 @@ class ExpertReader:
 
     def fingerprint(self, key: ExpertKey) -> bytes:
         """Names the weights of one key in this checkpoint by samples of their values. Raises `CheckpointError`."""
-        return self._checkpoint.fingerprint(self._specs[key])
+        return self._checkpoint.fingerprint(self._weights[key])
 
     def close(self) -> None:
-        """Unmap the checkpoint's files."""
+        """Close the checkpoint."""
         self._checkpoint.close()
 
     def _made(self, key: ExpertKey) -> None:
@@ -102,6 +105,6 @@ class ExpertReader:
 def read_experts(
     checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
 ) -> ExpertFFN:
-    """Read just the tensors of `keys`. Raises `CheckpointError`."""
+    """Read just the weights of `keys`. Raises `CheckpointError`."""
     reader = ExpertReader(checkpoint, keys, how, progress)
     return ExpertFFN({key: reader.read(key) for key in reader.keys})

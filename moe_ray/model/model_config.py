@@ -1,4 +1,4 @@
-"""The shape of a Mixtral-format model, read from `config.json` (Hugging Face's names throughout)."""
+"""The shape of a model, read from `config.json` (Hugging Face's names throughout)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_ray.errors import CheckpointError
+from moe_ray.model.families import FAMILIES, Family, Router
+from moe_ray.model.foreign import quantization_of, refuse_foreign
 
 HIDDEN_ACTS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -18,8 +20,10 @@ ROPE_TYPES: Final = ("default", "linear", "yarn", "llama3")
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape and constants of one Mixtral-format model."""
+    """Shape and constants of one model."""
 
+    family: Family
+    router: Router
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -47,8 +51,10 @@ class ModelConfig:
 
     @staticmethod
     def load(directory: Path) -> ModelConfig:
-        """Read `directory/config.json`. Raises `CheckpointError` naming the file and the key."""
+        """Read `directory/config.json`. Raises `CheckpointError` naming the file and the key, or what is there else."""
         path = directory / "config.json"
+        if directory.is_dir():
+            refuse_foreign(directory)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -64,29 +70,37 @@ class ModelConfig:
         """Build from a parsed config.json. Raises `CheckpointError` naming `source` and the key."""
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: expected a JSON object, found {type(raw).__name__}")
-        if raw.get("model_type") != "mixtral":
-            raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}, only 'mixtral' is supported")
-        if quantization := raw.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        family = FAMILIES.get(str(raw.get("model_type")))
+        if family is None:
+            raise CheckpointError(
+                f"{source}: model_type is {raw.get('model_type')!r}, supported: {', '.join(map(repr, FAMILIES))}"
+            )
+        if method := quantization_of(raw):
             raise CheckpointError(f"{source}: quantised checkpoints ({method}) are not supported, use float weights")
-        read = _Reader(raw, source)
+        read, keys = _Reader(raw, source), family.config
         hidden, heads = read.positive_int("hidden_size"), read.positive_int("num_attention_heads")
-        kv_heads = read.positive_int("num_key_value_heads", heads if "num_key_value_heads" in raw else 8)
-        experts, top_k = read.positive_int("num_local_experts", 8), read.positive_int("num_experts_per_tok", 2)
-        rope_type, rope_theta = _rope(raw, source)
+        # A null means as many as query heads; an absent key means the family's default.
+        kv_heads = read.positive_int(
+            "num_key_value_heads", heads if "num_key_value_heads" in raw else keys.num_key_value_heads
+        )
+        experts = read.positive_int(keys.num_experts, keys.num_experts_default)
+        top_k = read.positive_int("num_experts_per_tok", keys.num_experts_per_tok)
+        rope_type, rope_theta = _rope(raw, source, keys.rope_theta)
         config = ModelConfig(
+            family=family,
+            router=family.router,
             vocab_size=read.positive_int("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=read.positive_int("intermediate_size"),
+            intermediate_size=read.positive_int(keys.intermediate_size),
             num_hidden_layers=read.positive_int("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=read.positive_int("head_dim", hidden // heads),
             num_local_experts=experts,
             num_experts_per_tok=top_k,
-            max_position_embeddings=read.positive_int("max_position_embeddings", 131072),
-            rms_norm_eps=read.positive_float("rms_norm_eps", 1e-5),
-            hidden_act=read.one_of("hidden_act", HIDDEN_ACTS, "silu"),
+            max_position_embeddings=read.positive_int("max_position_embeddings", keys.max_position_embeddings),
+            rms_norm_eps=read.positive_float("rms_norm_eps", keys.rms_norm_eps),
+            hidden_act=read.one_of("hidden_act", HIDDEN_ACTS, keys.hidden_act),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             sliding_window=read.positive_int("sliding_window") if raw.get("sliding_window") else None,
             rope_type=rope_type,
@@ -97,7 +111,7 @@ class ModelConfig:
         if heads % kv_heads:
             raise CheckpointError(f"{source}: num_attention_heads {heads} is not a multiple of {kv_heads} kv heads")
         if top_k > experts:
-            raise CheckpointError(f"{source}: num_experts_per_tok {top_k} exceeds num_local_experts {experts}")
+            raise CheckpointError(f"{source}: num_experts_per_tok {top_k} exceeds {keys.num_experts} {experts}")
         if config.head_dim % 2:
             raise CheckpointError(f"{source}: head_dim {config.head_dim} must be even for rotary embeddings")
         return config
@@ -131,7 +145,7 @@ class _Reader:
         return str(value)
 
 
-def _rope(raw: Mapping[str, Any], source: str) -> tuple[str, float]:
+def _rope(raw: Mapping[str, Any], source: str, default_theta: float) -> tuple[str, float]:
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling at the top level.
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
@@ -140,4 +154,4 @@ def _rope(raw: Mapping[str, Any], source: str) -> tuple[str, float]:
     if kind not in ROPE_TYPES:
         raise CheckpointError(f"{source}: rope_type {kind!r} is not supported, supported: {', '.join(ROPE_TYPES)}")
     holder = scaling if scaling.get("rope_theta") is not None else raw
-    return str(kind), _Reader(holder, source).positive_float("rope_theta", 1e6)
+    return str(kind), _Reader(holder, source).positive_float("rope_theta", default_theta)

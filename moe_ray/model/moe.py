@@ -1,4 +1,4 @@
-"""Routing: which experts a token goes to, the calls that carry it there, and the sum that brings it home."""
+"""Routing: which experts a token goes to, the calls that carry its row to them, and the sum of what they return."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from moe_ray.core import ExpertCall
+from moe_ray.model.families import Router
 
 
 @dataclass(slots=True)
 class Routed:
-    """Token rows in the order of their experts, and the way back."""
+    """Token rows in the order of their experts, and where each token's rows are."""
 
     rows: torch.Tensor  # [T * K, D] expert by expert, tokens ascending within one
     weights: torch.Tensor  # [T * K] float32 routing weight of each row
@@ -48,19 +49,23 @@ class Experts(Protocol):
     """Where expert calls go. A trunk layer is given one and never knows where its experts live."""
 
     def submit(self, layer: int, routed: Routed) -> PendingCalls:
-        """Send the rows of one layer to their experts, without waiting for results."""
+        """Send the rows of one layer to their experts, without waiting for results.
+
+        An expert's rows may go to several of its replicas, in one call each, and a call may be sent again.
+        """
         ...
 
 
-def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's experts [T, K] (ascending) and their weights [T, K] float32.
 
-    Softmax over all experts in float32, the top k renormalised to sum 1 (Mixtral, arXiv:2401.04088 section 2.1, as
-    transformers computes it). hidden [T, D], gate [E, D].
+    Softmax over all experts in float32, then the top k, as transformers computes it; renormalised, they sum to 1
+    (Mixtral, arXiv:2401.04088 section 2.1). hidden [T, D], gate [E, D].
     """
     probabilities = F.linear(hidden, gate).softmax(dim=-1, dtype=torch.float32)
     weights, experts = probabilities.topk(top_k, dim=-1)
-    weights = weights / weights.sum(dim=-1, keepdim=True)
+    if router.renormalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
     # Ascending expert order makes `combine` add in expert order, as a loop over experts would.
     experts, order = experts.sort(dim=-1)
     return experts, weights.gather(-1, order)
@@ -88,7 +93,7 @@ def experts_of(routed: Routed) -> np.ndarray:
 
 
 def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:
-    """At most one call per expert, experts ascending."""
+    """One call for each expert that has rows, experts ascending."""
     calls, start = [], 0
     for expert, count in enumerate(routed.counts):
         if count:

@@ -13,7 +13,9 @@ from moe_ray.bench.http_load import text_prompts
 from moe_ray.bench.m1 import Recipe, bench_model, make_model, random_tensor, resolve_bench_model, vocabulary
 from moe_ray.config import load_config
 from moe_ray.errors import CheckpointError
-from moe_ray.model.checkpoint import Checkpoint, TensorSpec, expert_specs, trunk_specs
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.families import Weight
+from moe_ray.model.weights import weights_of_expert, weights_of_model
 from moe_ray.text.tokenizer import Tokenizer
 
 TINY = Recipe(
@@ -40,28 +42,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_tensor_is_there_in_several_shards(tiny: Path) -> None:
     checkpoint = Checkpoint.open(tiny)
-    specs = list(trunk_specs(checkpoint.config))
-    specs += [
-        spec for layer in range(2) for expert in range(8) for spec in expert_specs(checkpoint.config, layer, expert)
-    ]
-    assert checkpoint.check(iter(specs)) == sum(2 * spec.numel for spec in specs)
-    assert {spec.name for spec in specs} == set(checkpoint.files)
+    weights = list(weights_of_model(checkpoint.config))
+    assert checkpoint.check(weights) == sum(2 * weight.numel for weight in weights)
+    assert {checkpoint.place(weight).named("weight") for weight in weights} == set(checkpoint.files)
     assert len(set(checkpoint.files.values())) == 3
     assert checkpoint.config.dtype == "bfloat16"
-    embedding = checkpoint.read(TensorSpec("model.embed_tokens.weight", (32_000, 32)), torch.float32)
+    embedding = checkpoint.read(Weight("embed", (32_000, 32)), torch.float32)
     assert embedding.std().item() == pytest.approx(1.0, rel=0.01)
-    head = checkpoint.read(TensorSpec("lm_head.weight", (32_000, 32)), torch.float32)
+    head = checkpoint.read(Weight("head", (32_000, 32)), torch.float32)
     assert head.std().item() == pytest.approx(0.03, rel=0.01)
-    assert checkpoint.read(TensorSpec("model.norm.weight", (32,)), torch.float32).unique().tolist() == [1.0]
+    assert checkpoint.read(Weight("norm", (32,)), torch.float32).unique().tolist() == [1.0]
     checkpoint.close()
 
 
 def test_a_tensor_depends_on_seed_and_name_alone(tiny: Path) -> None:
     checkpoint = Checkpoint.open(tiny)
-    w1, w3, _ = expert_specs(checkpoint.config, 1, 5)
-    again = random_tensor(w1, checkpoint.config, TINY)
+    w1, w3, _ = weights_of_expert(checkpoint.config, 1, 5)
+    again = random_tensor(w1, TINY)
     assert torch.equal(checkpoint.read(w1, torch.bfloat16), again)
-    assert not torch.equal(random_tensor(w3, checkpoint.config, TINY), again)
+    assert not torch.equal(random_tensor(w3, TINY), again)
     checkpoint.close()
 
 

@@ -21,6 +21,7 @@ from moe_ray.llm import LLM
 from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.families import Router
 from moe_ray.model.trunk import Trunk
 
 torch.set_num_threads(1)
@@ -221,7 +222,7 @@ def test_nobody_asks_and_nothing_is_looked_at(trunk: Trunk, monkeypatch: pytest.
 def test_experts_of_is_the_inverse_of_grouping() -> None:
     torch.manual_seed(1)
     for experts, top_k in ((8, 2), (5, 5), (300, 4), (16, 1)):
-        chosen, weights = moe.route(torch.randn(30, 12), torch.randn(experts, 12), top_k)
+        chosen, weights = moe.route(torch.randn(30, 12), torch.randn(experts, 12), top_k, Router(renormalise=True))
         routed = moe.group(torch.randn(30, 12), chosen, weights, experts)
         np.testing.assert_array_equal(moe.experts_of(routed), chosen.numpy())
 

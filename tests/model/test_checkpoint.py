@@ -14,11 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_pool
-from moe_ray.model.checkpoint import INDEX, SINGLE, Checkpoint, TensorSpec, expert_specs, trunk_specs
+from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert_reader import read_experts
+from moe_ray.model.families import Weight
+from moe_ray.model.foreign import INDEX, SINGLE
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.safetensors_file import read_header
 from moe_ray.model.trunk import Trunk
+from moe_ray.model.weights import weights_of_expert, weights_of_model, weights_of_trunk
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS = 4, 8
@@ -51,9 +55,8 @@ def _owner(name: str) -> str:
     return f"expert{name.split('.experts.')[1].split('.')[0]}" if ".experts." in name else "trunk"
 
 
-def all_specs(config: ModelConfig) -> list[TensorSpec]:
-    keys = [(layer, expert) for layer in range(config.num_hidden_layers) for expert in range(config.num_local_experts)]
-    return [*trunk_specs(config), *(spec for key in keys for spec in expert_specs(config, *key))]
+def name_of(checkpoint: Checkpoint, weight: Weight) -> str:
+    return checkpoint.place(weight).named("weight")
 
 
 def change(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -73,24 +76,26 @@ def refused(action: Callable[[], Any], *names: str) -> str:
 
 def check_all(directory: Path) -> int:
     checkpoint = Checkpoint.open(directory)
-    return checkpoint.check(iter(all_specs(checkpoint.config)))
+    return checkpoint.check(weights_of_model(checkpoint.config))
 
 
-def test_the_specs_are_exactly_what_transformers_writes(random_model: Path) -> None:
+def test_the_weights_are_exactly_what_transformers_writes(random_model: Path) -> None:
     stored = {name: tuple(tensor.shape) for name, tensor in load_file(random_model / SINGLE).items()}
-    assert {spec.name: spec.shape for spec in all_specs(ModelConfig.load(random_model))} == stored
+    checkpoint = Checkpoint.open(random_model)
+    needed = weights_of_model(checkpoint.config)
+    assert {name_of(checkpoint, weight): weight.shape for weight in needed} == stored
     assert check_all(random_model) == sum(4 * torch.Size(shape).numel() for shape in stored.values())
 
 
 def test_read_gives_the_tensor_in_memory_of_its_own(whole: Path) -> None:
     checkpoint = Checkpoint.open(whole)
-    (spec,) = [s for s in trunk_specs(checkpoint.config) if s.name == EMBED]
+    (weight,) = [w for w in weights_of_trunk(checkpoint.config) if w.role == "embed"]
     stored = load_file(whole / SINGLE)[EMBED]
     for dtype in (torch.float32, torch.bfloat16):
-        read = checkpoint.read(spec, dtype)
+        read = checkpoint.read(weight, dtype)
         assert torch.equal(read, stored.to(dtype))
         read.zero_()
-    assert torch.equal(checkpoint.read(spec, torch.float32), stored)
+    assert torch.equal(checkpoint.read(weight, torch.float32), stored)
     assert checkpoint.bytes_read == 3 * stored.nbytes
 
 
@@ -123,23 +128,23 @@ def test_an_expert_does_not_need_the_shards_of_others(sharded: Path, damage: str
     checkpoint = Checkpoint.open(sharded)
     ffn = read_experts(checkpoint, {(layer, 3) for layer in range(LAYERS)}, Numerics("float32", "cpu"))
     assert checkpoint.bytes_read == ffn.nbytes == LAYERS * 3 * 4 * 64 * 112
-    specs = expert_specs(checkpoint.config, 0, 2)
-    refused(lambda: checkpoint.check(iter(specs)), "expert2.safetensors")
+    weights = weights_of_expert(checkpoint.config, 0, 2)
+    refused(lambda: checkpoint.check(weights), "expert2.safetensors")
 
 
 def test_a_sharded_checkpoint_reads_as_the_whole_one(sharded: Path, random_model: Path) -> None:
     one, other = Checkpoint.open(sharded), Checkpoint.open(random_model)
-    for spec in all_specs(one.config):
-        assert torch.equal(one.read(spec, torch.float32), other.read(spec, torch.float32))
+    for weight in weights_of_model(one.config):
+        assert torch.equal(one.read(weight, torch.float32), other.read(weight, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bfloat16_without_torch_is_torchs(whole: Path, dtype: torch.dtype) -> None:
     change(whole, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
     checkpoint = Checkpoint.open(whole)
-    for spec in expert_specs(checkpoint.config, 2, 3):
-        read, start = checkpoint.read(spec, torch.bfloat16), checkpoint.bytes_read
-        again = torch.from_numpy(checkpoint.read_bfloat16(spec).view("int16")).view(torch.bfloat16)
+    for weight in weights_of_expert(checkpoint.config, 2, 3):
+        read, start = checkpoint.read(weight, torch.bfloat16), checkpoint.bytes_read
+        again = torch.from_numpy(checkpoint.read_bfloat16(weight).view("int16")).view(torch.bfloat16)
         assert torch.equal(again, read)
         assert checkpoint.bytes_read - start == start, "each way counts what it took"
         checkpoint.bytes_read = 0
@@ -149,7 +154,7 @@ def test_a_fingerprint_is_that_of_the_values(sharded: Path, random_model: Path, 
     def prints(directory: Path) -> dict[tuple[int, int], bytes]:
         checkpoint = Checkpoint.open(directory)
         found = {
-            (layer, expert): checkpoint.fingerprint(expert_specs(checkpoint.config, layer, expert))
+            (layer, expert): checkpoint.fingerprint(weights_of_expert(checkpoint.config, layer, expert))
             for layer in range(LAYERS)
             for expert in range(EXPERTS)
         }
@@ -166,14 +171,14 @@ def test_a_fingerprint_is_that_of_the_values(sharded: Path, random_model: Path, 
 
 def test_a_file_that_becomes_shorter_while_it_is_read(whole: Path) -> None:
     checkpoint = Checkpoint.open(whole)
-    specs = expert_specs(checkpoint.config, 3, 7)
-    checkpoint.check(iter(specs))
-    data = (whole / SINGLE).read_bytes()
-    first = min(specs, key=checkpoint._start_of)
+    weights = weights_of_expert(checkpoint.config, 3, 7)
+    checkpoint.check(weights)
+    header = read_header(whole / SINGLE)
+    first = min(weights, key=lambda weight: header[name_of(checkpoint, weight)].start)
+    name = name_of(checkpoint, first)
     with open(whole / SINGLE, "r+b") as file:
-        file.truncate(checkpoint._start_of(first) + 100)
-    refused(lambda: checkpoint.read_bfloat16(first), SINGLE, first.name, "bytes early")
-    (whole / SINGLE).write_bytes(data)
+        file.truncate(header[name].start + 100)
+    refused(lambda: checkpoint.read_bfloat16(first), SINGLE, name, "bytes early")
 
 
 def test_missing_tensor(whole: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_ray.experts.planning.placement import Holding, holdings
-from moe_ray.model.checkpoint import expert_specs, trunk_specs
+from moe_ray.model.formats import FORMATS, dtype_bytes
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WEIGHT_BYTES = 4
 """Of a routing weight, which goes out with its row."""
 CALL_BYTES = 96
@@ -114,7 +114,7 @@ def network_step(model: ModelConfig, dtype: str, network: Network, tokens: int, 
     assumed. Carriers that compute headers, or need more than one round trip for a call, take longer.
     """
     layers, experts, chosen = model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
-    row = model.hidden_size * DTYPE_BYTES[dtype]
+    row = model.hidden_size * dtype_bytes(dtype)
     rows = remote * tokens * chosen
     headers = CALL_BYTES * remote * experts * (1 - (1 - chosen / experts) ** tokens)
     out, back = layers * (rows * (row + WEIGHT_BYTES) + headers), layers * (rows * row + headers)
@@ -124,18 +124,20 @@ def network_step(model: ModelConfig, dtype: str, network: Network, tokens: int, 
 
 def make_plan(model: ModelConfig, dtype: str, placed: Sequence[Holding] | None = None) -> Plan:
     """Plan `model` in `dtype`: one trunk, and the actors of `placed`; default: one per expert over all layers."""
-    size = DTYPE_BYTES[dtype]
-    trunk = sum(spec.numel for spec in trunk_specs(model))
+    held_as = FORMATS[dtype]
+    trunk = list(weights_of_trunk(model))
     key = key_parameters(model)
+    key_bytes = sum(held_as.nbytes(weight.shape) for weight in weights_of_expert(model, 0, 0))
     if placed is None:
         placed = holdings(model.num_hidden_layers, model.num_local_experts)
-    actors = [ActorPlan("Trunk", trunk, trunk * size)]
+    trunk_bytes = sum(held_as.nbytes(weight.shape) for weight in trunk)
+    actors = [ActorPlan("Trunk", sum(weight.numel for weight in trunk), trunk_bytes)]
     for held in placed:
-        parameters = key * len(held.keys)
-        actors.append(ActorPlan(held.name, parameters, parameters * size, held.spare is not None))
-    return Plan(dtype, tuple(actors), model.kv_elements_per_token * size, model.max_position_embeddings)
+        count = len(held.keys)
+        actors.append(ActorPlan(held.name, key * count, key_bytes * count, held.spare is not None))
+    return Plan(dtype, tuple(actors), model.kv_elements_per_token * dtype_bytes(dtype), model.max_position_embeddings)
 
 
 def key_parameters(model: ModelConfig) -> int:
     """Parameters of one expert in one layer."""
-    return sum(spec.numel for spec in expert_specs(model, 0, 0))
+    return sum(weight.numel for weight in weights_of_expert(model, 0, 0))

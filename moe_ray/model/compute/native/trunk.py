@@ -56,6 +56,7 @@ class NativeTrunk:
         return (
             weights.dtype == torch.bfloat16
             and weights.device.type == "cpu"
+            and c.router.renormalise
             and c.hidden_size % LANES == 0
             and kernels.supports_attention(c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         )

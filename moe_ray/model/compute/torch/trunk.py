@@ -53,7 +53,7 @@ class TorchPass:
         )
         self._hidden = self._hidden + F.linear(attended.flatten(1), w.out)
         rows = rms_norm(self._hidden, w.post_norm, c.rms_norm_eps)
-        chosen, weights = moe.route(rows, w.gate, c.num_experts_per_tok)
+        chosen, weights = moe.route(rows, w.gate, c.num_experts_per_tok, c.router)
         return moe.group(rows, chosen, weights, c.num_local_experts)
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:

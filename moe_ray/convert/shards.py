@@ -1,0 +1,83 @@
+"""Writes a checkpoint's weights as safetensors shards with an index, in the names that Mixtral's converters write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from moe_ray.errors import CheckpointError
+from moe_ray.model.families import Layout, Weight
+from moe_ray.model.families.mixtral import MIXTRAL
+from moe_ray.model.foreign import INDEX
+from moe_ray.model.formats import FORMATS, Place
+
+LAYOUT: Final[Layout] = MIXTRAL.layouts[0]
+
+
+def place_of(weight: Weight) -> Place:
+    """Where a weight is written. No tensor of this layout stacks experts, so it does not matter how many there are."""
+    return LAYOUT.place(weight, 0)
+
+
+class ShardWriter:
+    """Collects tensors in order and writes a safetensors shard whenever one is full; the index on a clean exit."""
+
+    def __init__(self, directory: Path, weight_format: str, shard_bytes: int) -> None:
+        """`weight_format`: a row of `FORMATS`. `shard_bytes`: of tensors in one file, where one is not larger."""
+        self.parameters = self.total_bytes = self.count = 0
+        self._format = FORMATS[weight_format]
+        self._directory = directory
+        self._limit = shard_bytes
+        self._held: dict[str, torch.Tensor] = {}
+        self._held_bytes = 0
+        self._shard_of: dict[str, int] = {}
+
+    def add(self, weight: Weight, values: torch.Tensor) -> None:
+        """Pack one weight and take its tensors. Raises `CheckpointError` when a full shard cannot be written."""
+        for name, tensor in self._format.pack(place_of(weight), values).items():
+            if self._held and self._held_bytes + tensor.nbytes > self._limit:
+                self._flush()
+            self._held[name] = tensor
+            self._held_bytes += tensor.nbytes
+            self._shard_of[name] = self.count
+            self.total_bytes += tensor.nbytes
+        self.parameters += weight.numel
+
+    def _flush(self) -> None:
+        path = self._directory / f"{self.count}.partial"
+        try:
+            save_file(self._held, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {error}") from error
+        self.count += 1
+        self._held = {}
+        self._held_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        self._flush()
+        names = [f"model-{shard + 1:05d}-of-{self.count:05d}.safetensors" for shard in range(self.count)]
+        for shard, name in enumerate(names):
+            path = (self._directory / f"{shard}.partial").rename(self._directory / name)
+            path.chmod(0o644)  # safetensors creates files that only their owner can read
+        write_json(
+            self._directory / INDEX,
+            {
+                "metadata": {"total_parameters": self.parameters, "total_size": self.total_bytes},
+                "weight_map": {tensor: names[shard] for tensor, shard in self._shard_of.items()},
+            },
+        )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,135 @@
+"""Names what a directory holds where it is not what `Checkpoint` reads, by the names of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Final
+
+from moe_ray.errors import CheckpointError
+
+CONFIG: Final = "config.json"
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config", "quantization")
+"""Of config.json: transformers', an old llm-compressor's, MLX's."""
+
+Contents = Callable[[str], Mapping[str, Any]]
+"""A JSON file's object by the file's name; {} where it cannot be had."""
+
+_CONVERT: Final = "convert it to safetensors with config.json (transformers: model.save_pretrained)"
+
+
+def what_it_is(names: Collection[str], contents: Contents) -> str | None:
+    """What a directory of these files (not those of its folders) is, if it is something else; None: nothing known.
+
+    A sentence without the directory's name. What is read has `CONFIG`, and `INDEX` or `SINGLE`.
+    """
+    here = set(names)
+    loads = CONFIG in here and (INDEX in here or SINGLE in here)
+    if ADAPTER_CONFIG in here:
+        return _adapter(contents(ADAPTER_CONFIG), loads)
+    for marker in ("quantize_config.json", "quant_config.json"):
+        if marker in here and quantization_of(contents(CONFIG)) is None:
+            return _quantised(marker, contents(marker))
+    if loads:
+        return None
+    for pattern, sentence in _OTHERS:
+        found = sorted(name for name in here if fnmatch(name, pattern))
+        if found and not _reads_anyway(pattern, here):
+            return sentence.format(found[0])
+    return None
+
+
+def is_shard(name: str) -> bool:
+    """Whether an index may name this file: a safetensors file beside it."""
+    return name.endswith(".safetensors") and "/" not in name and "\\" not in name
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raise `CheckpointError` that says what `directory` holds, where that is known not to be read."""
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    found = what_it_is(names, lambda name: _read_json(directory / name))
+    if found is not None:
+        raise CheckpointError(f"{directory}: {found}")
+
+
+def refuse_foreign_file(path: Path) -> None:
+    """The same for a file where a directory is expected."""
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: a GGUF file; {_GGUF}")
+    raise CheckpointError(f"{path}: a file; a model is a directory with {CONFIG} and safetensors files")
+
+
+_GGUF: Final = (
+    "GGUF is not loaded: use the model's safetensors files (a dense Llama is converted by `moe-ray convert upcycle`)"
+)
+_OTHERS: Final = (  # (a file's pattern, what a directory with it is), the surest first
+    (
+        "params.json",
+        "{}: Mistral's own layout (params.json with consolidated files); use the model's Hugging Face files, "
+        "config.json and model*.safetensors",
+    ),
+    (
+        "consolidated*.safetensors",
+        "{}: Mistral's own layout; use the model's Hugging Face files, config.json and model*.safetensors",
+    ),
+    ("*.gguf", "{}: a GGUF file; " + _GGUF),
+    ("gptq_model*.safetensors", "{}: a GPTQ checkpoint; quantised checkpoints are not supported, use float weights"),
+    *((pattern, "{}: pickle checkpoints can run code when read and are refused; " + _CONVERT) for pattern in PICKLES),
+    ("*.h5", "{}: TensorFlow weights; " + _CONVERT),
+    ("*.msgpack", "{}: Flax weights; " + _CONVERT),
+    ("*.onnx", "{}: an ONNX model; use the weights it was made of"),
+)
+
+
+def _reads_anyway(pattern: str, here: set[str]) -> bool:
+    """A params.json alone says nothing: other programs' files have that name, too."""
+    return pattern == "params.json" and not any(fnmatch(name, "consolidated*") for name in here)
+
+
+def _adapter(settings: Mapping[str, Any], beside_base: bool) -> str:
+    base = settings.get("base_model_name_or_path")
+    kind = f"a {settings.get('peft_type', 'LORA')} adapter" + (f" of {base}" if base else "")
+    if beside_base:
+        return (
+            f"{ADAPTER_CONFIG}: {kind} lies beside the weights and would not be applied: merge it into them (peft: "
+            f"merge_and_unload), or move it elsewhere"
+        )
+    return f"{ADAPTER_CONFIG}: {kind}, not a model: merge it into its base model (peft: merge_and_unload)"
+
+
+def _quantised(marker: str, settings: Mapping[str, Any]) -> str:
+    bits = settings.get("bits") or settings.get("w_bit")
+    kind = "an AWQ" if "w_bit" in settings or settings.get("quant_method") == "awq" else "a GPTQ"
+    size = f" ({bits} bits)" if bits else ""
+    return f"{marker}: {kind} checkpoint{size}; quantised checkpoints are not supported, use float weights"
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """How config.json says that the weights are quantised; None: not."""
+    for key in QUANTIZATION_KEYS:
+        settings = config.get(key)
+        if isinstance(settings, dict) and settings:
+            if method := settings.get("quant_method"):
+                return str(method)
+            if key == "quantization":
+                return f"MLX, {settings.get('bits', '?')} bits"
+            bits = [bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")]
+            return f"bitsandbytes, {bits[0]} bits" if bits else key
+        if settings:
+            return str(settings)
+    return None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

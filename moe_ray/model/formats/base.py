@@ -1,0 +1,123 @@
+"""What a weight format is: which tensors of a checkpoint hold one weight, their bytes, and how values come out of them.
+
+A format knows neither families nor devices. It is told where a family keeps a weight (`Place`), says which bytes of
+which tensors that is (`StoredWeight`), and turns them into values. Whoever has kernels for a format takes the arrays
+as they are stored; everybody else takes what `decode` makes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one weight is kept: in tensors of its own, or as one of the equal parts of a stacked tensor.
+
+    A stacked tensor is [experts, parts * rows, columns]: expert e's part p is one run of rows.
+    """
+
+    stem: str
+    """The tensors' name without the format's suffix, e.g. "model.layers.0.self_attn.q_proj"."""
+    experts: int | None = None
+    """Of the stacked tensor; None: the weight has tensors of its own."""
+    parts: int = 1
+    index: int = 0
+    """Which of the `experts * parts` parts the weight is."""
+
+    def named(self, suffix: str) -> str:
+        """The name of one of its tensors. A stacked tensor is a parameter of its own and has no ".weight"."""
+        if self.experts is None:
+            return f"{self.stem}.{suffix}"
+        return self.stem if suffix == "weight" else f"{self.stem}_{suffix}"
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the whole tensor that holds a part of this shape."""
+        if self.experts is None:
+            return shape
+        return (self.experts, self.parts * shape[0], *shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a file's header says of one tensor."""
+
+    dtype: str
+    """In safetensors' words: "F32", "BF16", "I8", …"""
+    shape: tuple[int, ...]
+    start: int
+    """Offset of its first byte in the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPart:
+    """Consecutive bytes of one tensor, and what they are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int = 0
+    """Bytes of the tensor that lie before them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One weight as a checkpoint holds it, whatever the format: its name in `FORMATS`, shape, and bytes."""
+
+    format: str
+    shape: tuple[int, ...]
+    parts: tuple[TensorPart, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return sum(part.nbytes for part in self.parts)
+
+
+Lookup = Callable[[str], Entry | None]
+"""What a checkpoint says of a tensor; None: it has none of this name."""
+
+
+class WeightFormat(Protocol):
+    """One way to store weights. Stateless; a row of `formats.FORMATS`."""
+
+    @property
+    def name(self) -> str:
+        """In configuration, plans and messages."""
+        ...
+
+    def names(self, place: Place) -> tuple[str, ...]:
+        """The tensors that hold the weight of this place."""
+        ...
+
+    def find(self, place: Place, shape: tuple[int, ...], lookup: Lookup) -> StoredWeight | None:
+        """The weight of this place and shape, if it is stored in this format; else None. Raises `ShapeMismatch`."""
+        ...
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight of this shape, in a checkpoint and in memory."""
+        ...
+
+    def decode(self, arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """The values of a weight from its arrays, in the order of `names`: float32, or float16 or bfloat16."""
+        ...
+
+    def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors to write for a weight with a place of its own. `find` and `decode` give its values back."""
+        ...
+
+
+class ShapeMismatch(Exception):
+    """A tensor has another shape than the model's configuration implies. Raised and caught inside `model/`."""
+
+    def __init__(self, name: str, found: tuple[int, ...], implied: tuple[int, ...]) -> None:
+        super().__init__(f"shape {list(found)}, config.json implies {list(implied)}")
+        self.name = name

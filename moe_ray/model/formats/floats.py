@@ -1,0 +1,55 @@
+"""Weights as plain floats: one tensor each, `weight`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from moe_ray.model.formats.base import Lookup, Place, ShapeMismatch, StoredWeight, TensorPart
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SUFFIX: Final = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFormat:
+    """`WeightFormat` of one float dtype."""
+
+    name: str
+    """torch's and numpy's (with ml_dtypes) name of the dtype."""
+    stored: str
+    """safetensors' name of it."""
+    item_bytes: int
+
+    def names(self, place: Place) -> tuple[str, ...]:
+        return (place.named(SUFFIX),)
+
+    def find(self, place: Place, shape: tuple[int, ...], lookup: Lookup) -> StoredWeight | None:
+        (name,) = self.names(place)
+        entry = lookup(name)
+        if entry is None or entry.dtype != self.stored:
+            return None
+        whole = place.whole(shape)
+        if entry.shape != whole:
+            raise ShapeMismatch(name, entry.shape, whole)
+        nbytes = self.nbytes(shape)
+        return StoredWeight(
+            self.name, shape, (TensorPart(name, self.stored, shape, nbytes, offset=place.index * nbytes),)
+        )
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.item_bytes
+
+    def decode(self, arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        (values,) = arrays
+        return values.reshape(shape)
+
+    def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {place.named(SUFFIX): values.to(getattr(torch, self.name)).contiguous()}

@@ -1,0 +1,66 @@
+"""One safetensors file: its header, and any bytes of its tensors, read without a map of the file.
+
+The format: [header length, 8 bytes little-endian][header, JSON][the tensors' bytes]
+(github.com/huggingface/safetensors). Reading does not hold the interpreter's lock while the disk works, as a page
+fault in a map would: replicas serve while they load.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+from moe_ray.model.formats import Entry
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The bound that safetensors itself keeps."""
+
+
+ITEM_BYTES: Final = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class NotWhole(Exception):
+    """A file is no safetensors file or a part of one. Raised and caught inside `model/`."""
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Tensor name → what the header says of it, checked against the file's size. Raises `NotWhole`, `OSError`."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise NotWhole(f"{size} bytes, less than its header says it has")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(fields, 8 + length) for name, fields in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotWhole(f"unreadable header: {error!r}") from None
+    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
+    if end > size:
+        raise NotWhole(f"{size} bytes, its header says {end}")
+    return entries
+
+
+def read_bytes(path: Path, start: int, into: memoryview) -> int:
+    """Fill `into` with the file's bytes from `start`; how many are missing at the file's end. Raises `OSError`."""
+    left = into
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(left)):
+            left = left[count:]
+    return len(left)
+
+
+def _entry(fields: dict[str, Any], data_start: int) -> Entry:
+    begin, end = fields["data_offsets"]
+    shape = tuple(fields["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)) or end < begin:
+        raise ValueError(f"data_offsets {[begin, end]} of shape {list(shape)}")
+    dtype = fields["dtype"]
+    if dtype in ITEM_BYTES and end - begin != ITEM_BYTES[dtype] * math.prod(shape):
+        raise ValueError(f"{end - begin} bytes for {dtype} of shape {list(shape)}")
+    return Entry(str(fields["dtype"]), shape, data_start + begin, end - begin)

@@ -1,0 +1,68 @@
+"""What a checkpoint holds beside what its config.json asks for: a head of its own, biases, tensors of another model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from fnmatch import fnmatch
+from typing import Final
+
+from moe_ray.errors import CheckpointError
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.families import Weight
+from moe_ray.model.formats import FORMATS
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.weights import head_weight, weights_of_model
+
+logger = logging.getLogger(__name__)
+
+NAMED: Final = 5
+"""How many unused tensors a warning names."""
+
+
+def config_of_trunk(checkpoint: Checkpoint) -> ModelConfig:
+    """The checkpoint's config, untied where config.json ties a head to the embedding that differs from it.
+
+    transformers loads such a checkpoint untied as well, with a warning: config.json says that the two are one matrix,
+    and the file holds two. Reads both matrices; a process with experts only need not. Raises `CheckpointError`.
+    """
+    config = checkpoint.config
+    head = head_weight(config)
+    embed = Weight("embed", head.shape)
+    if not config.tie_word_embeddings or not checkpoint.holds(head) or not checkpoint.holds(embed):
+        return config
+    if checkpoint.equal(embed, head):
+        return config
+    logger.warning(
+        "%s: config.json has tie_word_embeddings, but %s is another matrix than %s: both are used, as transformers "
+        "does; set tie_word_embeddings to false",
+        *(checkpoint.directory, checkpoint.place(head).named("weight"), checkpoint.place(embed).named("weight")),
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def check_surplus(checkpoint: Checkpoint) -> None:
+    """Refuse biases that the model's family does not have, and warn of other tensors that nothing computes with.
+
+    By their names alone. Raises `CheckpointError` for a bias: the model was trained with it.
+    """
+    config = checkpoint.config
+    wanted = [*weights_of_model(config), head_weight(config)]
+    used = {name for weight in wanted for row in FORMATS.values() for name in row.names(checkpoint.place(weight))}
+    surplus = sorted(
+        name
+        for name in checkpoint.files
+        if name not in used and not any(fnmatch(name, pattern) for pattern in config.family.unused)
+    )
+    biases = [name for name in surplus if name.endswith("bias")]
+    if biases:
+        raise CheckpointError(
+            f"{checkpoint.directory / checkpoint.files[biases[0]]}: tensor {biases[0]}: a bias, which a "
+            f"{config.family.model_type} model does not have ({len(biases)} such tensors): it would be left out"
+        )
+    if surplus:
+        more = f" and {len(surplus) - NAMED} more" if len(surplus) > NAMED else ""
+        logger.warning(
+            "%s: nothing computes with %s%s: a %s model of this config.json has no such tensors",
+            *(checkpoint.directory, ", ".join(surplus[:NAMED]), more, config.family.model_type),
+        )
