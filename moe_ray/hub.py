@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from moe_ray.config import DEMO_MODEL, Config
 from moe_ray.errors import CheckpointError
+from moe_ray.model.foreign import INDEX, SINGLE, is_shard, refuse_foreign_file, what_it_is
 
 if TYPE_CHECKING:
     from moe_ray.convert.demo import Progress
 
-WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SMALL_FILES: Final = ("*.json", "*.jinja", "tokenizer.model*", "merges.txt")
+"""What is read beside weights: configuration, tokenizer, templates. Of the repository's root: folders are not read."""
+IN_FOLDERS: Final = "*/*"
+_REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_model(config: Config, progress: Progress | None = None) -> Path:
@@ -29,6 +36,8 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory.resolve()
+    if directory.is_file():
+        refuse_foreign_file(directory)
     if not _REPO_ID.fullmatch(name):
         raise CheckpointError(
             f"model {name!r}: neither a directory, nor a Hugging Face repo id (owner/name), nor `demo`"
@@ -36,14 +45,62 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     return _download(name, config.model.revision)
 
 
+def small_files(names: Collection[str]) -> list[str]:
+    """Those of a repository's files that are read beside weights."""
+    return sorted(name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in SMALL_FILES))
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The weights that are read of a repository whose small files are in `directory`: by its index, or the one file.
+
+    Other files with the same weights in another form (consolidated.safetensors, variants, copies in folders) are not.
+    An index that cannot be read is left to `Checkpoint`, which says what is wrong with it.
+    """
+    try:
+        files = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    except FileNotFoundError:
+        return [SINGLE]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted({name for name in files if isinstance(name, str) and is_shard(name)})
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(WANTED)))
+        directory = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(SMALL_FILES), ignore_patterns=[IN_FOLDERS]
+            )
+        )
+        # A snapshot's directory is named by its commit: the weights are of that one, wherever the branch is by now.
+        weights = [glob.escape(name) for name in weight_files(directory)]
+        snapshot_download(repo_id, revision=directory.name, allow_patterns=weights)
     except LocalEntryNotFoundError as error:
         raise CheckpointError(f"model {repo_id!r}: not in the local cache, and the Hub cannot be reached") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"model {repo_id!r}: download failed ({first_line})") from error
+    if not any((directory / name).exists() for name in (INDEX, SINGLE)):
+        _refuse_foreign_repo(repo_id, directory.name)
+    return directory
+
+
+def _refuse_foreign_repo(repo_id: str, commit: str) -> None:
+    """Raise `CheckpointError` that says what a repository without weights for us holds, where its files tell."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def nothing(name: str) -> Mapping[str, object]:
+        return {}
+
+    try:
+        names = [name for name in HfApi().list_repo_files(repo_id, revision=commit) if "/" not in name]
+    except (HfHubHTTPError, httpx.HTTPError, OSError):
+        return  # whoever opens the directory says what is missing in it
+    found = what_it_is(names, nothing)
+    if found is not None:
+        raise CheckpointError(f"model {repo_id!r}: {found}")

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "transport": {*BASE, "pb", "native"},
     "model": {*BASE, "config", "native"},
     "convert": {*BASE, "model"},
-    "hub": {*BASE, "config", "convert"},
+    "hub": {*BASE, "config", "convert", "model"},
     "experts": {*MODEL, "transport"},
     "engine": {*MODEL, "config"},
     "trunk": {*MODEL, "__init__", "pb", "config", "engine", "experts", "transport"},

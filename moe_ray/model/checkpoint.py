@@ -7,12 +7,21 @@ import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import Layout, Weight
 from moe_ray.model.foreign import INDEX, SINGLE, is_shard
-from moe_ray.model.formats import FORMATS, STORED_DTYPES, Entry, Place, ShapeMismatch, StoredWeight, TensorPart
+from moe_ray.model.formats import (
+    FORMATS,
+    STORED_DTYPES,
+    Entry,
+    Place,
+    ShapeMismatch,
+    StoredWeight,
+    TensorPart,
+    numpy_dtype,
+)
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import NotWhole, read_bytes, read_header
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
@@ -45,6 +54,7 @@ class Checkpoint:
     bytes_read: int = 0
     _headers: dict[str, dict[str, Entry]] = field(default_factory=dict)
     """File name → its header, of the files that were needed."""
+    _opened_files: dict[str, BinaryIO] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path) -> Checkpoint:
@@ -132,7 +142,10 @@ class Checkpoint:
         return any(all(name in self.files for name in row.names(self.place(weight))) for row in FORMATS.values())
 
     def close(self) -> None:
-        """Forget the files' headers."""
+        """Close the files, and forget their headers. What is wanted later opens them again."""
+        for file in self._opened_files.values():
+            file.close()
+        self._opened_files.clear()
         self._headers.clear()
 
     def _take(self, weight: Weight) -> np.ndarray:
@@ -144,7 +157,7 @@ class Checkpoint:
 
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""
-        arrays = [self._bytes(part).view(_numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
+        arrays = [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
         return FORMATS[stored.format].decode(arrays, stored.shape)
 
     def _bytes(self, part: TensorPart) -> np.ndarray:
@@ -157,12 +170,17 @@ class Checkpoint:
         entry = self._entry(part.name)
         assert entry is not None
         try:
-            missing = read_bytes(self.directory / self.files[part.name], entry.start + part.offset, array.data)
+            missing = read_bytes(self._opened(self.files[part.name]), entry.start + part.offset, array.data)
         except OSError as error:
             raise CheckpointError(f"{self._where(part.name)}: cannot be read ({error})") from None
         if missing:
             raise CheckpointError(f"{self._where(part.name)}: the file ended {missing} bytes early")
         return array
+
+    def _opened(self, file: str) -> BinaryIO:
+        if file not in self._opened_files:
+            self._opened_files[file] = open(self.directory / file, "rb", buffering=0)  # noqa: SIM115 - until `close`
+        return self._opened_files[file]
 
     def _entry(self, name: str) -> Entry | None:
         """The header of one tensor; None: there is none of this name. Raises `CheckpointError` on a damaged file."""
@@ -206,13 +224,6 @@ def _layout_of(config: ModelConfig, files: Collection[str]) -> Layout:
         return sum(any(name in files for row in FORMATS.values() for name in row.names(place)) for place in places)
 
     return max(config.family.layouts, key=named)
-
-
-def _numpy_dtype(stored: str) -> np.dtype[Any]:
-    import ml_dtypes  # noqa: F401 - tells numpy what bfloat16 is
-    import numpy as np
-
-    return np.dtype(STORED_DTYPES[stored])
 
 
 def _header(path: Path, wanted: str = "") -> dict[str, Entry]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from moe_ray.model.formats import Entry
 
@@ -45,14 +46,12 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_bytes(path: Path, start: int, into: memoryview) -> int:
+def read_bytes(file: BinaryIO, start: int, into: memoryview) -> int:
     """Fill `into` with the file's bytes from `start`; how many are missing at the file's end. Raises `OSError`."""
-    left = into
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while left and (count := file.readinto(left)):
-            left = left[count:]
-    return len(left)
+    done = 0
+    while done < len(into) and (count := os.preadv(file.fileno(), [into[done:]], start + done)):
+        done += count
+    return len(into) - done
 
 
 def _entry(fields: dict[str, Any], data_start: int) -> Entry:

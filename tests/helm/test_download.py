@@ -65,6 +65,53 @@ def test_downloading_a_model(hub: str, tmp_path: Path) -> None:
     assert Hub.asked == []
 
 
+def test_only_what_is_read_comes_down(hub: str, tmp_path: Path) -> None:
+    """The weights twice, copies in folders, other programs' files: what the index names is fetched, once."""
+    shards = {"model-1-of-2.safetensors": b"one" * 999, "model-2-of-2.safetensors": b"two" * 999}
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    wanted = {
+        "config.json": b"{}",
+        "tokenizer.model": b"pieces",
+        "chat_template.jinja": b"{{ messages }}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **shards,
+    }
+    Hub.files = {
+        **wanted,
+        "model.safetensors": b"all in one",
+        "consolidated.safetensors": b"again" * 999,
+        "model.fp16.safetensors": b"a variant",
+        "original/consolidated-00001-of-00001.safetensors": b"again",
+        "onnx/config.json": b"{}",
+        "model.Q4_K_M.gguf": b"GGUF",
+        "pytorch_model.bin": b"pickle",
+    }
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    fetched = {str(path.relative_to(tmp_path / "mixtral")) for path in (tmp_path / "mixtral").rglob("*")}
+    assert {name for name in fetched if not name.startswith(".")} == set(wanted)
+    assert {path.rpartition("/resolve/")[2].split("/", 1)[1] for path in Hub.asked if "/resolve/" in path} == set(
+        wanted
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"mixtral.Q4_K_M.gguf": b"GGUF"}, "a GGUF file"),
+        ({"params.json": b"{}", "consolidated.safetensors": b"w"}, "Mistral's own layout"),
+        ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, "pickle checkpoints"),
+        ({"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {}}'}, "model.safetensors.index.json"),
+    ],
+)
+def test_a_repository_without_weights_for_us(hub: str, tmp_path: Path, files: dict[str, bytes], said: str) -> None:
+    Hub.files = files
+    done = download(hub, tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not [path for path in Hub.asked if "/resolve/" in path and not path.endswith(".json")], "nothing large"
+
+
 def test_a_revision_is_resolved_to_its_commit(hub: str, tmp_path: Path) -> None:
     done = download(hub, tmp_path, REVISION="v2", WANTED="owner/mixtral@v2")
     assert done.returncode == 0, done.stderr
@@ -89,13 +136,17 @@ def test_half_a_download_is_not_taken_for_all_of_it(hub: str, tmp_path: Path, br
 
 def test_a_file_of_another_size_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("download")
-    files = [type("File", (), {"rfilename": "config.json", "size": 2})()]
+    sizes = {"config.json": 2, "model.safetensors": 3}
+    files = [type("File", (), {"rfilename": name, "size": size})() for name, size in sizes.items()]
     info = type("Info", (), {"sha": MAIN, "siblings": files})()
     monkeypatch.setattr(module, "HfApi", lambda: type("Api", (), {"model_info": lambda *_, **__: info})())
     monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: None)
     with pytest.raises(SystemExit, match=r"config.json: is not the file of 2 bytes"):
         module.download("owner/mixtral", None, tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"model.safetensors: is not the file of 3 bytes"):
+        module.download("owner/mixtral", None, tmp_path)
+    (tmp_path / "model.safetensors").write_text("abc")
     assert module.download("owner/mixtral", None, tmp_path) == MAIN
 
 

@@ -8,6 +8,7 @@ What is there already is neither fetched nor converted again. A directory with t
 """
 
 import contextlib
+import glob
 import os
 import sys
 import threading
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import filter_repo_objects
 
-from moe_ray.hub import WANTED as PATTERNS
+from moe_ray.hub import small_files, weight_files
+from moe_ray.model.foreign import INDEX, what_it_is
 
 MARK = ".moe-ray-complete"
 REPORT_S = float(os.environ.get("REPORT_S") or 15)
@@ -48,22 +49,30 @@ def report(directory: Path, sizes: dict[str, int], done: threading.Event) -> Non
         print(f"{have / GIB:.2f} of {whole / GIB:.2f} GiB ({have / max(whole, 1):.1%})", flush=True)
 
 
+def fetch(repo: str, commit: str, directory: Path, names: list[str]) -> None:
+    """These files and no others, where they are not there yet."""
+    snapshot_download(repo, revision=commit, local_dir=directory, allow_patterns=[glob.escape(name) for name in names])
+
+
 def download(repo: str, revision: str | None, directory: Path) -> str:
     """Fetch the files that serving needs; the commit that `revision` is now. Ends the process if one is not whole."""
     # This raises where the Hub cannot be asked; the client's download may then call a part of the files all of them.
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     commit = str(info.sha)
     every = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    sizes = {name: every[name] for name in filter_repo_objects(every, allow_patterns=list(PATTERNS))}
-    if not sizes:
-        sys.exit(f"{repo} at {commit}: has none of {', '.join(PATTERNS)}")
-    print(f"downloading {repo} at {commit} to {directory}: {sum(sizes.values()) / GIB:.2f} GiB", flush=True)
+    small = small_files(every)
     directory.mkdir(parents=True, exist_ok=True)
+    fetch(repo, commit, directory, small)
+    weights = weight_files(directory)
+    if absent := [name for name in weights if name not in every] or ([] if weights else [INDEX]):
+        sys.exit(f"{repo} at {commit}: has no {absent[0]}; {what_it_is(every, lambda name: {}) or 'it is not read'}")
+    sizes = {name: every[name] for name in (*small, *weights)}
+    print(f"downloading {repo} at {commit} to {directory}: {sum(sizes.values()) / GIB:.2f} GiB", flush=True)
     done = threading.Event()
     reporter = threading.Thread(target=report, args=(directory, sizes, done), daemon=True)
     reporter.start()
     try:
-        snapshot_download(repo, revision=commit, local_dir=directory, allow_patterns=list(PATTERNS))
+        fetch(repo, commit, directory, weights)
     finally:
         done.set()
         reporter.join()

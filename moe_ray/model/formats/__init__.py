@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_ray.model.formats.base import Entry, Place, ShapeMismatch, StoredWeight, TensorPart, WeightFormat
 from moe_ray.model.formats.floats import FloatFormat
 
-__all__ = ["FORMATS", "Entry", "Place", "ShapeMismatch", "StoredWeight", "TensorPart", "WeightFormat", "dtype_bytes"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "FORMATS",
+    "STORED_DTYPES",
+    "Entry",
+    "Place",
+    "ShapeMismatch",
+    "StoredWeight",
+    "TensorPart",
+    "WeightFormat",
+    "dtype_bytes",
+    "numpy_dtype",
+]
 
 _FLOATS: Final = (
     FloatFormat("float32", "F32", 4),
@@ -27,6 +41,14 @@ STORED_DTYPES: Final = {
     "F8_E4M3": "float8_e4m3fn",
 }
 """safetensors' dtype → numpy's (with ml_dtypes): what arrays can be made of."""
+
+
+def numpy_dtype(stored: str) -> np.dtype[Any]:
+    """numpy's dtype of what safetensors calls `stored`."""
+    import ml_dtypes  # noqa: F401 - tells numpy what bfloat16 is
+    import numpy as np
+
+    return np.dtype(STORED_DTYPES[stored])
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -1,0 +1,140 @@
+"""Directories that are not what is read: each error says what the directory holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_ray.errors import CheckpointError
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.foreign import SINGLE, refuse_foreign_file
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.weights import weights_of_model
+
+LORA = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
+GPTQ = {"bits": 4, "group_size": 128, "desc_act": True}
+AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+WEIGHTS, CONFIG = b"weights", {"model_type": "mixtral"}
+
+
+def directory(path: Path, **files: Any) -> Path:
+    """Files by name, `__` for a dot: bytes as they are, objects as JSON."""
+    for name, content in files.items():
+        (path / name.replace("__", ".")).write_bytes(
+            content if isinstance(content, bytes) else json.dumps(content).encode()
+        )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"adapter_config__json": LORA, "adapter_model__safetensors": WEIGHTS}, "a LORA adapter of owner/base, not a"),
+        ({"adapter_config__json": LORA, "adapter_model__bin": WEIGHTS, "config__json": CONFIG}, "a LORA adapter of"),
+        ({"adapter_config__json": b"{", "adapter_model__safetensors": WEIGHTS}, "a LORA adapter, not a model"),
+        (
+            {"adapter_config__json": LORA, "model__safetensors": WEIGHTS, "config__json": CONFIG},
+            "lies beside the weights and would not be applied",
+        ),
+        (
+            {"adapter_config__json": LORA, "model__safetensors__index__json": {}, "config__json": CONFIG},
+            "lies beside the weights and would not be applied",
+        ),
+        ({"mixtral__Q4_K_M__gguf": WEIGHTS}, "mixtral.Q4_K_M.gguf: a GGUF file"),
+        ({"mixtral__gguf": WEIGHTS, "config__json": CONFIG, "README__md": b""}, "a GGUF file"),
+        (
+            {"params__json": {"dim": 4096}, "consolidated__safetensors": WEIGHTS, "tekken__json": {}},
+            "Mistral's own layout",
+        ),
+        ({"params__json": {"dim": 4096}, "consolidated__00__pth": WEIGHTS}, "Mistral's own layout"),
+        ({"consolidated__safetensors": WEIGHTS, "config__json": CONFIG}, "Mistral's own layout"),
+        (
+            {"quantize_config__json": GPTQ, "gptq_model-4bit-128g__safetensors": WEIGHTS, "config__json": CONFIG},
+            "quantize_config.json: a GPTQ checkpoint (4 bits)",
+        ),
+        (
+            {"quantize_config__json": GPTQ, "model__safetensors": WEIGHTS, "config__json": CONFIG},
+            "quantize_config.json: a GPTQ checkpoint (4 bits)",
+        ),
+        ({"gptq_model-4bit-128g__safetensors": WEIGHTS, "config__json": CONFIG}, "a GPTQ checkpoint"),
+        (
+            {"quant_config__json": AWQ, "model__safetensors": WEIGHTS, "config__json": CONFIG},
+            "quant_config.json: an AWQ checkpoint (4 bits)",
+        ),
+        ({"pytorch_model__bin": WEIGHTS, "config__json": CONFIG}, "pytorch_model.bin: pickle checkpoints"),
+        ({"tf_model__h5": WEIGHTS, "config__json": CONFIG}, "TensorFlow weights"),
+        ({"flax_model__msgpack": WEIGHTS, "config__json": CONFIG}, "Flax weights"),
+        ({"model__onnx": WEIGHTS, "config__json": CONFIG}, "an ONNX model"),
+    ],
+)
+def test_a_directory_says_what_it_is(tmp_path: Path, files: dict[str, Any], named: str) -> None:
+    directory(tmp_path, **files)
+    for refused in (ModelConfig.load, Checkpoint.open):
+        with pytest.raises(CheckpointError) as caught:
+            refused(tmp_path)
+        assert named in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "named"),
+    [
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "(awq)"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "(gptq)"),
+        ("quantization_config", {"quant_method": "fp8"}, "(fp8)"),
+        ("quantization_config", {"load_in_4bit": True, "load_in_8bit": False}, "(bitsandbytes, 4 bits)"),
+        ("quantization_config", {"load_in_8bit": True}, "(bitsandbytes, 8 bits)"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "(compressed-tensors)"),
+        ("quantization", {"group_size": 64, "bits": 4}, "(MLX, 4 bits)"),
+    ],
+)
+def test_config_json_says_how_it_is_quantised(
+    random_model: Path, key: str, settings: dict[str, Any], named: str
+) -> None:
+    raw = json.loads((random_model / "config.json").read_text())
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dict({**raw, key: settings})
+    assert f"quantised checkpoints {named} are not supported" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "named"), [("qweight", "a GPTQ or AWQ checkpoint"), ("weight_packed", "a compressed-tensors checkpoint")]
+)
+def test_quantised_tensors_that_no_file_speaks_of(random_model: Path, tmp_path: Path, suffix: str, named: str) -> None:
+    stem = "model.layers.1.block_sparse_moe.experts.3.w1."
+    tensors = load_file(random_model / SINGLE)
+    del tensors[stem + "weight"]
+    tensors[stem + suffix] = torch.zeros(8, 8, dtype=torch.int32)
+    save_file(tensors, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_bytes((random_model / "config.json").read_bytes())
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match=named):
+        checkpoint.check(weights_of_model(checkpoint.config))
+
+
+def test_what_lies_beside_a_whole_checkpoint_does_no_harm(random_model: Path, tmp_path: Path) -> None:
+    for name in ("config.json", SINGLE):
+        (tmp_path / name).write_bytes((random_model / name).read_bytes())
+    beside = dict.fromkeys(
+        ("consolidated__safetensors", "model__Q4__gguf", "pytorch_model__bin", "model__onnx", "tf_model__h5"), WEIGHTS
+    )
+    directory(tmp_path, params__json={"dim": 64}, **beside)
+    assert Checkpoint.open(tmp_path).config.hidden_size == 64
+
+
+def test_nothing_known_is_said_as_before(tmp_path: Path) -> None:
+    directory(tmp_path, params__json={"learning_rate": 0.1})
+    with pytest.raises(CheckpointError, match=r"config.json: not found"):
+        ModelConfig.load(tmp_path)
+
+
+def test_a_file_where_a_directory_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a GGUF file"):
+        refuse_foreign_file(tmp_path / "mixtral.gguf")
+    with pytest.raises(CheckpointError, match="a model is a directory"):
+        refuse_foreign_file(tmp_path / "model.safetensors")

@@ -1,0 +1,174 @@
+"""What `--model owner/name` brings down, against a server that speaks the Hub's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from moe_ray.config import load_config
+from moe_ray.errors import CheckpointError
+from moe_ray.hub import resolve_model, small_files, weight_files
+
+COMMIT = "0" * 40
+WEIGHTS = b"weights" * 1000
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """One repository, and what was fetched of it."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    fetched: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.answer(False)
+
+    def do_GET(self) -> None:
+        self.answer(True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        content = b""
+        if "/tree/" in path:
+            listed = [{"type": "file", "path": f, "size": len(d), "oid": "1" * 40} for f, d in self.files.items()]
+            content = json.dumps(listed).encode()
+        elif path.startswith("/api/models/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            content = json.dumps({"id": "owner/mixtral", "sha": COMMIT, "siblings": siblings}).encode()
+        elif "/resolve/" in path:
+            name = path.split("/resolve/")[1].split("/", 1)[1]
+            content = self.files.get(name, b"")
+            if body:
+                self.fetched.append(name)
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(path.encode()).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment in which the Hub is this test's own."""
+    Hub.files = {}
+    Hub.fetched.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    server.shutdown()
+    server.server_close()
+
+
+def resolve(environment: dict[str, str], name: str = "owner/mixtral") -> subprocess.CompletedProcess[str]:
+    """`resolve_model` in a process of its own: the Hub's client reads its environment once."""
+    code = (
+        "import sys\nfrom moe_ray.config import load_config\nfrom moe_ray.errors import CheckpointError\n"
+        "from moe_ray.hub import resolve_model\n"
+        "try: print(resolve_model(load_config(flags={'model': {'path': sys.argv[1]}})))\n"
+        "except CheckpointError as error: sys.exit(str(error))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_only_what_is_read_comes_down(hub: dict[str, str]) -> None:
+    wanted = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": WEIGHTS, "tekken.json": b"{}"}
+    Hub.files = {
+        **wanted,
+        "consolidated.safetensors": WEIGHTS,
+        "model.fp16.safetensors": WEIGHTS,
+        "original/consolidated-00001-of-00001.safetensors": WEIGHTS,
+        "original/config.json": b"{}",
+        "onnx/config.json": b"{}",
+        "mixtral.Q4_K_M.gguf": WEIGHTS,
+        "pytorch_model.bin": WEIGHTS,
+        "README.md": b"text",
+    }
+    done = resolve(hub)
+    assert done.returncode == 0, done.stderr
+    directory = Path(done.stdout.strip())
+    assert {path.name for path in directory.rglob("*")} == set(wanted) == set(Hub.fetched)
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    Hub.fetched.clear()
+    assert resolve(hub).stdout == done.stdout
+    assert Hub.fetched == []
+    offline = resolve({**hub, "HF_HUB_OFFLINE": "1"})
+    assert offline.stdout == done.stdout, offline.stderr
+
+
+def test_the_index_says_which_weights_are_read(hub: dict[str, str]) -> None:
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors", "c": "../x.safetensors"}}
+    Hub.files = {
+        "config.json": b"{}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "model-1-of-2.safetensors": WEIGHTS,
+        "model-2-of-2.safetensors": WEIGHTS,
+        "model-3-of-2.safetensors": WEIGHTS,
+        "model.safetensors": WEIGHTS,
+    }
+    assert resolve(hub).returncode == 0
+    weights = sorted(name for name in Hub.fetched if name.endswith(".safetensors"))
+    assert weights == ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"README.md": b"text", "mixtral.Q4_K_M.gguf": WEIGHTS}, "mixtral.Q4_K_M.gguf: a GGUF file"),
+        ({"params.json": b"{}", "consolidated.safetensors": WEIGHTS}, "Mistral's own layout"),
+        ({"config.json": b"{}", "pytorch_model.bin": WEIGHTS}, "pickle checkpoints"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}, "a LORA adapter"),
+    ],
+)
+def test_a_repository_says_what_it_is_and_its_weights_stay_there(
+    hub: dict[str, str], files: dict[str, bytes], said: str
+) -> None:
+    Hub.files = files
+    done = resolve(hub)
+    assert done.returncode == 1
+    assert "model 'owner/mixtral'" in done.stderr
+    assert said in done.stderr
+    assert all(name.endswith(".json") for name in Hub.fetched)
+
+
+def test_an_unknown_name_and_files(tmp_path: Path) -> None:
+    for path, said in (("no such model", "neither a directory"), (str(tmp_path / "absent/a/b"), "neither a directory")):
+        with pytest.raises(CheckpointError, match=said):
+            resolve_model(load_config(flags={"model": {"path": path}}))
+    gguf = tmp_path / "mixtral.gguf"
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="a GGUF file"):
+        resolve_model(load_config(flags={"model": {"path": str(gguf)}}))
+
+
+def test_small_files_are_those_of_the_root() -> None:
+    names = ["config.json", "a/config.json", "tokenizer.model.v3", "merges.txt", "README.md", "x.safetensors"]
+    assert small_files(names) == ["config.json", "merges.txt", "tokenizer.model.v3"]
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "w.bin"}}'])
+def test_an_index_that_cannot_be_read_brings_nothing_down(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert weight_files(tmp_path) == []
