@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from moe_ray.core import Sequence
 
-# What a step costs, in readings of one expert's weights, for Mixtral's 8 experts of which each token takes 2.
-NUM_EXPERTS, EXPERTS_PER_TOKEN = 8, 2
+# What a step costs, in readings of one expert's weights.
 STEP_COST = 1.0
-"""The shared weights (0.3 of an expert) and the round trips of a step, whatever its tokens."""
-TOKEN_COST = 0.1
-"""The arithmetic of one token: a twentieth of a reading for each of its experts, between a CPU's share and a GPU's."""
+"""The shared weights (0.3 of one of Mixtral's experts) and the round trips of a step, whatever its tokens."""
+ARITHMETIC_COST = 0.05
+"""The arithmetic of one token in one of its experts, between a CPU's share and a GPU's."""
 
 FIRST_ACCEPTANCE = 0.7
 """Of a sequence that nothing is known of: worth two or three drafts alone, and none after two misses."""
@@ -39,33 +38,45 @@ def num_accepted(draft: Seq[int], sampled: Seq[int]) -> int:
     return count
 
 
-def step_cost(tokens: int) -> float:
-    """Time of a step of so many tokens, in readings of one expert.
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What steps of one model cost, and so how many drafts are worth verifying.
 
-    n tokens touch 8 * (1 - (6/8)^n) experts: 2, 3.5, 4.6, 5.5, 6.1 for n = 1 .. 5. This holds for experts behind one
-    memory; where each has a card of its own the readings overlap, and drafts pay sooner than is reckoned here.
+    >>> StepCosts(num_experts=8, experts_per_token=2).draft_length(acceptance=0.9, most=4, tokens=1)
+    4
     """
-    touched = NUM_EXPERTS * (1 - (1 - EXPERTS_PER_TOKEN / NUM_EXPERTS) ** tokens)
-    return STEP_COST + touched + TOKEN_COST * tokens
 
+    num_experts: int
+    experts_per_token: int
 
-def draft_length(acceptance: float, most: int, tokens: int) -> int:
-    """The number of drafts, 0 .. most, with which a step that already holds `tokens` yields most tokens per time.
+    def of(self, tokens: int) -> float:
+        """Time of a step of so many tokens, in readings of one expert.
 
-    `acceptance` is the chance that a draft is right if those before it were, so k drafts yield
-    acceptance + ... + acceptance^k tokens (Leviathan et al., section 3.5). Alone (tokens = 1), one draft costs half a
-    step, four cost one and a half: below an acceptance of about 0.5 none pays. Beside 15 other decodes nearly all
-    experts are read anyway and 0.2 is enough; beside a long prefill the arithmetic counts, and it takes 0.9.
-    """
-    best, best_rate = 0, tokens / step_cost(tokens)
-    likely, gained = 1.0, 0.0
-    for count in range(1, most + 1):
-        likely *= acceptance
-        gained += likely
-        rate = (tokens + gained) / step_cost(tokens + count)
-        if rate > best_rate:
-            best, best_rate = count, rate
-    return best
+        n tokens, each of which takes K of E experts, touch E * (1 - (1 - K/E)^n) of them under uniform routing: of
+        Mixtral's 8 experts, 2 a token, 2, 3.5, 4.6, 5.5, 6.1 for n = 1 .. 5. This holds for experts behind one memory;
+        where each has a card of its own the readings overlap, and drafts pay sooner than is reckoned here.
+        """
+        touched = self.num_experts * (1 - (1 - self.experts_per_token / self.num_experts) ** tokens)
+        return STEP_COST + touched + ARITHMETIC_COST * self.experts_per_token * tokens
+
+    def draft_length(self, acceptance: float, most: int, tokens: int) -> int:
+        """The number of drafts, 0 .. most, with which a step that already holds `tokens` yields most tokens per time.
+
+        `acceptance` is the chance that a draft is right if those before it were, so k drafts yield
+        acceptance + ... + acceptance^k tokens (Leviathan et al., section 3.5). For Mixtral, alone (tokens = 1), one
+        draft costs half a step, four cost one and a half: below an acceptance of about 0.5 none pays. Beside 15 other
+        decodes nearly all experts are read anyway and 0.2 is enough; beside a long prefill the arithmetic counts, and
+        it takes 0.9.
+        """
+        best, best_rate = 0, tokens / self.of(tokens)
+        likely, gained = 1.0, 0.0
+        for count in range(1, most + 1):
+            likely *= acceptance
+            gained += likely
+            rate = (tokens + gained) / self.of(tokens + count)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
 
 
 class NgramIndex:
@@ -114,8 +125,11 @@ class _Known:
 class Drafter:
     """The indexes of all live sequences, and how well guessing went for each."""
 
-    def __init__(self, shortest: int, longest: int) -> None:
-        self._shortest, self._longest = shortest, longest
+    def __init__(self, shortest: int, longest: int, costs: StepCosts) -> None:
+        """Look up n-grams of `shortest` to `longest` tokens."""
+        self._shortest = shortest
+        self._longest = longest
+        self._costs = costs
         self._known: dict[Sequence, _Known] = {}
 
     def extend(self, seq: Sequence, most: int) -> int:
@@ -128,7 +142,7 @@ class Drafter:
     def propose(self, seq: Sequence, most: int, tokens: int) -> list[int]:
         """Drafts worth verifying, at most so many, in a step that holds `tokens` already. `extend` first."""
         known = self._known[seq]
-        count = draft_length(known.acceptance, most, tokens)
+        count = self._costs.draft_length(known.acceptance, most, tokens)
         return known.index.propose(seq.token_ids, count) if count else []
 
     def learn(self, seq: Sequence, sampled: Seq[int]) -> None:

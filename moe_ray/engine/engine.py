@@ -12,6 +12,7 @@ import torch
 from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
 from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.blocks import BlockAllocator
+from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
@@ -48,7 +49,10 @@ class Engine:
         self._trunk = trunk
         self._cache = KVCache(trunk.config, options.num_blocks, options.block_size, trunk.dtype, trunk.device)
         self._allocator = BlockAllocator(options.num_blocks, options.block_size)
-        self._scheduler = Scheduler(options.limits, self._allocator, options.eos_token_ids, options.max_model_len)
+        costs = StepCosts(trunk.config.num_local_experts, trunk.config.num_experts_per_tok)
+        self._scheduler = Scheduler(
+            options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs
+        )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moe_ray.core import Batch, FinishReason, Sequence, Status
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
-from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, num_accepted
+from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, StepCosts, num_accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,12 @@ class Scheduler:
     """Owns every live sequence and its blocks; first come, first served. One thread."""
 
     def __init__(
-        self, limits: SchedulerLimits, allocator: BlockAllocator, eos_token_ids: frozenset[int], max_model_len: int
+        self,
+        limits: SchedulerLimits,
+        allocator: BlockAllocator,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        costs: StepCosts,
     ) -> None:
         self.limits, self.allocator = limits, allocator
         self._eos, self._max_model_len = eos_token_ids, max_model_len
@@ -55,7 +60,7 @@ class Scheduler:
         self.prefix_hit_tokens = 0
         self.draft_tokens = self.accepted_draft_tokens = 0
         speculates = limits.num_speculative_tokens > 0
-        self._drafter = Drafter(limits.prompt_lookup_min, limits.prompt_lookup_max) if speculates else None
+        self._drafter = Drafter(limits.prompt_lookup_min, limits.prompt_lookup_max, costs) if speculates else None
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the model and the cache."""

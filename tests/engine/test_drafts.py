@@ -9,7 +9,9 @@ import time
 import pytest
 
 from moe_ray.core import Request, SamplingParams, Sequence
-from moe_ray.engine.drafts import Drafter, NgramIndex, draft_length, num_accepted, step_cost
+from moe_ray.engine.drafts import Drafter, NgramIndex, StepCosts, num_accepted
+
+MIXTRAL = StepCosts(num_experts=8, experts_per_token=2)
 
 
 def search(tokens: list[int], shortest: int, longest: int, count: int) -> list[int]:
@@ -91,20 +93,30 @@ def test_num_accepted_against_all_short_cases() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 16, 64, 512])
 def test_more_is_drafted_the_more_is_accepted(tokens: int) -> None:
-    lengths = [draft_length(a / 50, 8, tokens) for a in range(51)]
+    lengths = [MIXTRAL.draft_length(a / 50, 8, tokens) for a in range(51)]
     assert lengths == sorted(lengths)
     assert (lengths[0], lengths[-1]) == (0, 8)
-    assert draft_length(1.0, 0, tokens) == 0
+    assert MIXTRAL.draft_length(1.0, 0, tokens) == 0
 
 
 def test_the_arithmetic_of_a_lone_sequence() -> None:
     """A draft reads 1.5 experts more than the 2 of one token: it must come true about every other time."""
-    assert step_cost(2) - step_cost(1) == pytest.approx(1.5 + 0.1)
-    assert draft_length(0.45, 4, 1) == 0
-    assert 1 <= draft_length(0.6, 4, 1) <= 2
-    assert draft_length(0.9, 4, 1) == 4
-    assert draft_length(0.3, 4, 16) > 0, "beside others nearly all experts are read anyway"
-    assert draft_length(0.7, 4, 512) == 0, "beside a long prefill a draft displaces work that is certain"
+    assert MIXTRAL.of(2) - MIXTRAL.of(1) == pytest.approx(1.5 + 0.1)
+    assert MIXTRAL.draft_length(0.45, 4, 1) == 0
+    assert 1 <= MIXTRAL.draft_length(0.6, 4, 1) <= 2
+    assert MIXTRAL.draft_length(0.9, 4, 1) == 4
+    assert MIXTRAL.draft_length(0.3, 4, 16) > 0, "beside others nearly all experts are read anyway"
+    assert MIXTRAL.draft_length(0.7, 4, 512) == 0, "beside a long prefill a draft displaces work that is certain"
+
+
+def test_other_numbers_of_experts_are_other_costs() -> None:
+    assert MIXTRAL.of(3) == pytest.approx(1 + 8 * (1 - 0.75**3) + 0.3)
+    dense = StepCosts(num_experts=1, experts_per_token=1)
+    assert dense.of(5) - dense.of(1) == pytest.approx(4 * 0.05), "one expert is read once, whatever the tokens"
+    assert dense.draft_length(0.2, 4, 1) > 0, "where no further expert is read a draft costs its arithmetic alone"
+    many = StepCosts(num_experts=128, experts_per_token=8)
+    assert many.of(2) - many.of(1) == pytest.approx(8 * (1 - 8 / 128) + 8 * 0.05)
+    assert many.draft_length(0.8, 4, 1) == 0, "nearly all experts of a draft are further ones"
 
 
 def run(drafter: Drafter, seq: Sequence, upcoming: list[int]) -> list[int]:
@@ -121,7 +133,7 @@ def run(drafter: Drafter, seq: Sequence, upcoming: list[int]) -> list[int]:
 def test_drafting_ends_where_it_fails_and_begins_again_where_it_would_succeed() -> None:
     rng = random.Random(0)
     prompt = [rng.randrange(2) for _ in range(200)]  # every bigram is known, and what follows is a coin toss
-    drafter = Drafter(2, 4)
+    drafter = Drafter(2, 4, MIXTRAL)
     seq = Sequence(Request("r", tuple(prompt), SamplingParams()), list(prompt))
     drafter.extend(seq, 10**6)
     wrong = []

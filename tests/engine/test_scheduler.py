@@ -18,9 +18,11 @@ import pytest
 
 from moe_ray.core import Batch, FinishReason, Request, SamplingParams, Sequence, Status
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
+from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits, split
 
 VOCAB = 7
+COSTS = StepCosts(num_experts=8, experts_per_token=2)
 EOS = frozenset({0})
 
 
@@ -267,7 +269,7 @@ def run_workload(seed: int, drafts: bool = False) -> Counter[str]:
             prompt_lookup_min=shortest,
             prompt_lookup_max=rng.randint(shortest, 4),
         )
-    harness = Harness(Scheduler(limits, BlockAllocator(blocks, size), EOS, max_model_len), max_model_len)
+    harness = Harness(Scheduler(limits, BlockAllocator(blocks, size), EOS, max_model_len, COSTS), max_model_len)
     first = [1, 6, 6, 6] if drafts else [1, 2]
     requests = [random_request(rng, i, max_model_len, first) for i in range(rng.randint(1, 25))]
     aborts = {i for i in range(len(requests)) if rng.random() < 0.15}
@@ -314,7 +316,7 @@ def plain(request_id: str, prompt: list[int], max_tokens: int) -> Request:
 
 def engine(blocks: int, size: int, max_model_len: int, **limits: int | bool) -> Harness:
     allocator = BlockAllocator(blocks, size)
-    return Harness(Scheduler(SchedulerLimits(**limits), allocator, EOS, max_model_len), max_model_len)
+    return Harness(Scheduler(SchedulerLimits(**limits), allocator, EOS, max_model_len, COSTS), max_model_len)
 
 
 def test_a_long_prefill_does_not_hold_up_decodes() -> None:

@@ -120,9 +120,8 @@ def test_quantised_tensors_that_no_file_speaks_of(random_model: Path, tmp_path: 
 def test_what_lies_beside_a_whole_checkpoint_does_no_harm(random_model: Path, tmp_path: Path) -> None:
     for name in ("config.json", SINGLE):
         (tmp_path / name).write_bytes((random_model / name).read_bytes())
-    beside = dict.fromkeys(
-        ("consolidated__safetensors", "model__Q4__gguf", "pytorch_model__bin", "model__onnx", "tf_model__h5"), WEIGHTS
-    )
+    others = ("consolidated__safetensors", "model__Q4__gguf", "pytorch_model__bin", "model__onnx", "tf_model__h5")
+    beside = dict.fromkeys(others, WEIGHTS)
     directory(tmp_path, params__json={"dim": 64}, **beside)
     assert Checkpoint.open(tmp_path).config.hidden_size == 64
 
