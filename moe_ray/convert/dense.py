@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from moe_ray.errors import CheckpointError
+from moe_ray.model.foreign import quantization_of, refuse_foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -78,6 +79,7 @@ def open_dense(path: Path) -> DenseModel:
     if path.is_file() and path.suffix == ".gguf":
         return GgufModel(path)
     if (path / "config.json").is_file():
+        refuse_foreign(path)
         return SafetensorsModel(path)
     raise CheckpointError(f"{path} is neither a .gguf file nor a directory with a config.json")
 
@@ -229,6 +231,8 @@ class SafetensorsModel:
         raw: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
         if raw.get("model_type") not in ("llama", "mistral"):
             raise CheckpointError(f"{path} has model_type {raw.get('model_type')!r}; allowed: 'llama', 'mistral'")
+        if method := quantization_of(raw):
+            raise CheckpointError(f"{path} is quantised ({method}); only float weights can be upcycled")
         if raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"{path} has biases or another activation than silu, which Mixtral does not have")
         # transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling

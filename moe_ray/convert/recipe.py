@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """The `Progress` of a caller who does not look."""
+    """Report to no one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,8 +63,9 @@ def upcycle(
     """
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already")
-    progress("read", 0, 0)
+    progress("read", 0, 1)
     model = open_dense(source)
+    progress("read", 1, 1)
     with directory_at_once(target) as work:
         tokenizer = model.tokenizer()
         save_tokenizer(tokenizer, model.config, work)

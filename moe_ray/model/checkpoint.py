@@ -14,16 +14,14 @@ from moe_ray.model.families import Layout, Weight
 from moe_ray.model.foreign import INDEX, SINGLE, is_shard
 from moe_ray.model.formats import (
     FORMATS,
-    STORED_DTYPES,
     Entry,
     Place,
     ShapeMismatch,
     StoredWeight,
     TensorPart,
-    numpy_dtype,
 )
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.safetensors_file import NotWhole, read_bytes, read_header
+from moe_ray.model.safetensors_file import DTYPES, NotWhole, numpy_dtype, read_bytes, read_header
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
 
 if TYPE_CHECKING:
@@ -199,7 +197,7 @@ class Checkpoint:
         name = place.named("weight")
         entry = self._entry(name)
         if entry is not None:
-            supported = ", ".join(stored for stored, dtype in STORED_DTYPES.items() if dtype in FORMATS)
+            supported = ", ".join(stored for stored, (dtype, _) in DTYPES.items() if dtype in FORMATS)
             return CheckpointError(f"{self._where(name)}: dtype {entry.dtype}, supported: {supported}")
         for suffix, whose in OTHER_SUFFIXES.items():
             if place.named(suffix) in self.files:

@@ -11,15 +11,32 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from moe_ray.model.formats import Entry
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The bound that safetensors itself keeps."""
 
 
-ITEM_BYTES: Final = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPES: Final[dict[str, tuple[str, int]]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+"""The format's name of a dtype → numpy's (with ml_dtypes), and the bytes of an element."""
 
 
 class NotWhole(Exception):
@@ -54,12 +71,20 @@ def read_bytes(file: BinaryIO, start: int, into: memoryview) -> int:
     return len(into) - done
 
 
+def numpy_dtype(stored: str) -> np.dtype[Any]:
+    """numpy's dtype of what the format calls `stored`."""
+    import ml_dtypes  # noqa: F401 - tells numpy what bfloat16 is
+    import numpy as np
+
+    return np.dtype(DTYPES[stored][0])
+
+
 def _entry(fields: dict[str, Any], data_start: int) -> Entry:
     begin, end = fields["data_offsets"]
     shape = tuple(fields["shape"])
     if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)) or end < begin:
         raise ValueError(f"data_offsets {[begin, end]} of shape {list(shape)}")
     dtype = fields["dtype"]
-    if dtype in ITEM_BYTES and end - begin != ITEM_BYTES[dtype] * math.prod(shape):
+    if dtype in DTYPES and end - begin != DTYPES[dtype][1] * math.prod(shape):
         raise ValueError(f"{end - begin} bytes for {dtype} of shape {list(shape)}")
     return Entry(str(fields["dtype"]), shape, data_start + begin, end - begin)

@@ -218,6 +218,7 @@ def test_checkpoint_is_complete_and_sharded(dense_dir: Path, tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|s|>user\nhi"
     assert progress[-1] == ("upcycle", 2, 2)
+    assert all(total > 0 for _, _, total in progress), "a bar would show 0 / 0"
     for layer in report.routing:
         assert 0.45 < layer.confidence < 0.55
         assert all(sum(shares) == pytest.approx(1.0, abs=1e-3) for shares in layer.shares.values())

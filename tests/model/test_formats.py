@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ray.model.formats import FORMATS, STORED_DTYPES, Entry, Place, ShapeMismatch, dtype_bytes, numpy_dtype
+from moe_ray.model.formats import FORMATS, Entry, Place, ShapeMismatch, dtype_bytes
+from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
 
 SHAPE = (6, 32)
 
 
 def stored_as(tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
     """What a file's header would say of tensors that are written one after the other."""
-    codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
+    codes = {dtype: code for code, (dtype, _) in DTYPES.items()}
     entries, at = {}, 0
     for name, tensor in tensors.items():
         code = codes[str(tensor.dtype).removeprefix("torch.")]

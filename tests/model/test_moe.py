@@ -24,7 +24,7 @@ class Doubling:
         return Gathered(torch.cat([expert(call.expert, call.rows, call.weights) for call in self.calls]))
 
     def abandon(self) -> None:
-        """Nothing is under way."""
+        """Nothing is in flight."""
 
 
 def expert(index: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

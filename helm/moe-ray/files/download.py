@@ -100,7 +100,8 @@ def upcycle(source: Path, directory: Path, options: str) -> None:
     print(f"upcycling {source} to {directory}: {options}", flush=True)
 
     def say(stage: str, done: int, total: int) -> None:
-        print(f"{stage}: {done} of {total} layers" if total else stage, flush=True)
+        unit = " layers" if stage == "upcycle" else ""
+        print(f"{stage}: {done} of {total}{unit}" if total else stage, flush=True)
 
     # Without a mark whatever is there is of a try that was cut short; the directory is replaced at once, by a rename.
     run_upcycle(source, directory, config, say, overwrite=True)

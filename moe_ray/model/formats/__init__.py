@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from moe_ray.model.formats.base import Entry, Place, ShapeMismatch, StoredWeight, TensorPart, WeightFormat
 from moe_ray.model.formats.floats import FloatFormat
 
-if TYPE_CHECKING:
-    import numpy as np
-
 __all__ = [
     "FORMATS",
-    "STORED_DTYPES",
     "Entry",
     "Place",
     "ShapeMismatch",
@@ -20,7 +16,6 @@ __all__ = [
     "TensorPart",
     "WeightFormat",
     "dtype_bytes",
-    "numpy_dtype",
 ]
 
 _FLOATS: Final = (
@@ -30,25 +25,6 @@ _FLOATS: Final = (
 )
 FORMATS: Final[dict[str, WeightFormat]] = {row.name: row for row in _FLOATS}
 """By name. A weight is of the first format that finds it."""
-
-STORED_DTYPES: Final = {
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "I8": "int8",
-    "U8": "uint8",
-    "I32": "int32",
-    "F8_E4M3": "float8_e4m3fn",
-}
-"""safetensors' dtype → numpy's (with ml_dtypes): what arrays can be made of."""
-
-
-def numpy_dtype(stored: str) -> np.dtype[Any]:
-    """numpy's dtype of what safetensors calls `stored`."""
-    import ml_dtypes  # noqa: F401 - tells numpy what bfloat16 is
-    import numpy as np
-
-    return np.dtype(STORED_DTYPES[stored])
 
 
 def dtype_bytes(dtype: str) -> int:

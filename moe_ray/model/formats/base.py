@@ -1,8 +1,8 @@
 """What a weight format is: which tensors of a checkpoint hold one weight, their bytes, and how values come out of them.
 
 A format knows neither families nor devices. It is told where a family keeps a weight (`Place`), says which bytes of
-which tensors that is (`StoredWeight`), and turns them into values. Whoever has kernels for a format takes the arrays
-as they are stored; everybody else takes what `decode` makes of them.
+which tensors that is (`StoredWeight`), and turns them into values. A backend with kernels for a format takes the
+arrays as they are stored; the reference takes what `decode` makes of them.
 """
 
 from __future__ import annotations
