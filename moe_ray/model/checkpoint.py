@@ -107,6 +107,13 @@ class Checkpoint:
 
         return self._take(weight).astype(ml_dtypes.bfloat16, copy=False)
 
+    def arrays(self, stored: StoredWeight) -> list[np.ndarray]:
+        """The arrays of a weight as they are stored, for a backend that computes on its format.
+
+        In memory of their own; not counted as read. Raises `CheckpointError`.
+        """
+        return [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
+
     def fingerprint(self, weights: Iterable[Weight]) -> bytes:
         """A digest of weights by their format, shape and `SAMPLED_ROWS` rows of each, spread from first to last.
 
@@ -155,8 +162,7 @@ class Checkpoint:
 
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""
-        arrays = [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
-        return FORMATS[stored.format].decode(arrays, stored.shape)
+        return FORMATS[stored.format].decode(self.arrays(stored), stored.shape)
 
     def _bytes(self, part: TensorPart) -> np.ndarray:
         """The bytes of a part of a tensor, aligned memory of its own."""

@@ -57,12 +57,12 @@ def check_surplus(checkpoint: Checkpoint) -> None:
     biases = [name for name in surplus if name.endswith("bias")]
     if biases:
         raise CheckpointError(
-            f"{checkpoint.directory / checkpoint.files[biases[0]]}: tensor {biases[0]}: a bias, which a "
-            f"{config.family.model_type} model does not have ({len(biases)} such tensors): it would be left out"
+            f"{checkpoint.directory / checkpoint.files[biases[0]]}: tensor {biases[0]}: a bias, and a "
+            f"{config.family.model_type} model has none: it would be left out ({len(biases)} of them in all)"
         )
     if surplus:
         more = f" and {len(surplus) - NAMED} more" if len(surplus) > NAMED else ""
         logger.warning(
-            "%s: nothing computes with %s%s: a %s model of this config.json has no such tensors",
+            "%s: these tensors are not used: %s%s; a %s model of this config.json has none of them",
             *(checkpoint.directory, ", ".join(surplus[:NAMED]), more, config.family.model_type),
         )
