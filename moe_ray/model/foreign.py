@@ -53,7 +53,10 @@ def is_shard(name: str) -> bool:
 
 def refuse_foreign(directory: Path) -> None:
     """Raise `CheckpointError` that says what `directory` holds, where that is known not to be read."""
-    names = [path.name for path in directory.iterdir() if path.is_file()]
+    try:
+        names = [path.name for path in directory.iterdir() if path.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error.strerror})") from None
     found = what_it_is(names, lambda name: _read_json(directory / name))
     if found is not None:
         raise CheckpointError(f"{directory}: {found}")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.foreign import SINGLE
 from moe_ray.model.formats import FORMATS, Entry, Place, ShapeMismatch, StoredWeight, TensorPart, dtype_bytes
-from moe_ray.model.formats.base import Lookup
+from moe_ray.model.formats.weight_format import Lookup
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
 from moe_ray.model.surplus import check_surplus

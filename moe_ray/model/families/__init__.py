@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.base import ConfigKeys, ExpertRole, Family, Layout, Role, Router, Weight
+from moe_ray.model.families.family import ConfigKeys, ExpertRole, Family, Layout, Role, Router, Weight
 from moe_ray.model.families.mixtral import MIXTRAL
 
 __all__ = ["FAMILIES", "ConfigKeys", "ExpertRole", "Family", "Layout", "Role", "Router", "Weight"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.base import ConfigKeys, Family, Layout, Role, Router
+from moe_ray.model.families.family import ConfigKeys, Family, Layout, Role, Router
 
 
 def _layout(model: str, block: str, stacked: bool) -> Layout:

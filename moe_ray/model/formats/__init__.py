@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.formats.base import Entry, Place, ShapeMismatch, StoredWeight, TensorPart, WeightFormat
 from moe_ray.model.formats.floats import FloatFormat
+from moe_ray.model.formats.weight_format import Entry, Place, ShapeMismatch, StoredWeight, TensorPart, WeightFormat
 
 __all__ = [
     "FORMATS",

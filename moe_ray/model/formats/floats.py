@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.model.formats.base import Lookup, Place, ShapeMismatch, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import Lookup, Place, ShapeMismatch, StoredWeight, TensorPart
 
 if TYPE_CHECKING:
     import numpy as np
