@@ -16,7 +16,8 @@ from moe_ray.engine.routed_experts import RoutedRows
 from moe_ray.experts.local import local_pool
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from moe_ray.text.detokenizer import IncrementalDetokenizer
+from moe_ray.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

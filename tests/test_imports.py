@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "pb": set(),
     "config": {"errors", "core"},
     "native": {"errors"},
-    "text": BASE,
+    "text": {*BASE, "model"},  # the checkpoint's files beside the weights: its end tokens
     "transport": {*BASE, "pb", "native"},
     "model": {*BASE, "config", "native"},
     "convert": {*BASE, "model"},
@@ -80,6 +80,8 @@ FILE_NEVER = {  # files that work without a package their room may have
     "experts/planning/placement.py": {"torch", "numpy"},
     "experts/server/weight_loader.py": {"torch"},
     "experts/server/load_counters.py": {"torch", "numpy"},
+    "model/end_tokens.py": {"torch", "transformers", "numpy"},
+    "model/json_files.py": {"torch", "transformers", "numpy"},
     "transport/grpc.py": {"ray"},
     "transport/local.py": {"ray", "grpc"},
     "transport/socket.py": {"ray", "grpc"},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
@@ -13,10 +11,11 @@ from moe_ray.config import Config
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.kv_cache import num_blocks_for
 from moe_ray.engine.scheduler import SchedulerLimits
-from moe_ray.errors import CheckpointError, ConfigError
+from moe_ray.errors import ConfigError
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.backend import numerics
 from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.end_tokens import end_token_ids
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.moe import Experts
 from moe_ray.model.trunk import Trunk
@@ -58,19 +57,6 @@ def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
     return asked
 
 
-def eos_token_ids(directory: Path, model: ModelConfig) -> frozenset[int]:
-    """End-of-sequence ids from generation_config.json and config.json, those that the vocabulary has."""
-    found: set[int] = set()
-    path = directory / "generation_config.json"
-    try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    for value in (generation.get("eos_token_id"), model.raw.get("eos_token_id")):
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(token for token in found if 0 <= token < model.vocab_size)
-
-
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
@@ -99,6 +85,6 @@ def build_engine(
         ),
         max_model_len=max_model_len(config, model, blocks),
         micro_batches=None if config.engine.micro_batches == "auto" else config.engine.micro_batches,
-        eos_token_ids=eos_token_ids(checkpoint.directory, model),
+        eos_token_ids=end_token_ids(checkpoint.directory, model.vocab_size),
     )
     return Engine(trunk, options)

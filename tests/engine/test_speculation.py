@@ -24,7 +24,8 @@ from moe_ray.llm import LLM, RequestOutput
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.trunk import Trunk
-from moe_ray.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from moe_ray.text.detokenizer import IncrementalDetokenizer
+from moe_ray.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 VOCAB, EOS = 96, 2

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_ray.core import Request, TokenEvent, TokenLogprobs
 from moe_ray.engine.routed_experts import RoutedRows
-from moe_ray.text.tokenizer import IncrementalDetokenizer
+from moe_ray.text.detokenizer import IncrementalDetokenizer
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,8 @@ from moe_ray.api.openai.errors import error_body
 from moe_ray.api.openai.protocol import Body, ChatRequest
 from moe_ray.core import Request, TokenEvent, TokenLogprobs
 from moe_ray.errors import EngineError, MoeRayError
-from moe_ray.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from moe_ray.text.detokenizer import IncrementalDetokenizer
+from moe_ray.text.tokenizer import Tokenizer
 
 Events = AsyncIterator[tuple[int, TokenEvent]]
 
