@@ -32,7 +32,7 @@ def load_tokenizer(vocabulary: Path) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **options)
     except ImportError as exc:
-        package = "mistral-common" if vocabulary.name == "tekken.json" else str(exc)
+        package = "mistral-common (pip install mistral-common)" if vocabulary.name == "tekken.json" else str(exc)
         raise CheckpointError(f"{vocabulary} can only be read with a package that is missing: {package}") from exc
     except Exception as exc:  # tokenizers raises bare Exception
         raise CheckpointError(f"the tokenizer {vocabulary} and the files beside it cannot be read: {exc}") from exc

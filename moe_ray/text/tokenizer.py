@@ -16,6 +16,12 @@ from moe_ray.text.loading import load_tokenizer
 from moe_ray.text.messages import Message
 from moe_ray.text.sampling_defaults import sampling_defaults
 
+# Vocabularies that are not read, and what to do with them.
+_OTHER_FILES = {
+    "tokenizer.model.*": "copy it to tokenizer.model",
+    "tekken_*.json": "copy it to tekken.json",
+    "vocab.json": "load it in transformers and save it again, which writes tokenizer.json",
+}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -26,7 +32,7 @@ class Tokenizer:
         directory = Path(checkpoint)
         vocabulary = tokenizer_file(directory)
         if vocabulary is None:
-            raise CheckpointError(f"no tokenizer in {directory}: tokenizer.json (or tokenizer.model) is missing")
+            raise CheckpointError(_nothing_found(directory))
         self._hf = load_tokenizer(vocabulary)
         self._backend = self._hf.backend_tokenizer
         # Rust raises "Already borrowed" if one thread changes these while another encodes: set once, here.
@@ -112,3 +118,11 @@ class Tokenizer:
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [b for b in range(256) if b not in printable]
         return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _nothing_found(directory: Path) -> str:
+    message = f"no tokenizer in {directory}: tokenizer.json (or tokenizer.model) is missing"
+    for pattern, advice in _OTHER_FILES.items():
+        if found := next(directory.glob(pattern), None):
+            return f"{message}, nor is there a tekken.json; {found.name} is there: {advice}"
+    return message

@@ -227,3 +227,10 @@ def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None
     with pytest.raises(CheckpointError) as error:
         Tokenizer(tmp_path)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "tekken_240911.json", "vocab.json"])
+def test_a_vocabulary_of_another_name_is_told_what_to_do(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json \(or tokenizer\.model\) is missing.*{name} is there"):
+        Tokenizer(tmp_path)
