@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from moe_ray.errors import InvalidRequest
+from moe_ray.sampling import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,82 +15,6 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 ExpertKey = tuple[int, int]  # (layer, expert)
-
-MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the tokens of one sequence are chosen. Names and defaults are the field's (OpenAI, vLLM, transformers).
-
-    Raises `InvalidRequest` naming the field on a value outside its range.
-    """
-
-    max_tokens: int | None = 16
-    """Most tokens to generate; None: up to the model's context length."""
-    min_tokens: int = 0
-    """End-of-sequence and stop token ids are masked until this many tokens exist."""
-    temperature: float = 1.0
-    """0 is greedy decoding."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 or -1: all."""
-    top_p: float = 1.0
-    """Keep the smallest set of most likely tokens whose probability reaches p."""
-    min_p: float = 0.0
-    """Keep tokens at least this fraction as likely as the most likely one."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019)."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token in the output."""
-    frequency_penalty: float = 0.0
-    """Subtracted once per occurrence from the logit of each token in the output."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Token id → value added to its logit."""
-    seed: int | None = None
-    """Same seed, prompt and parameters: same tokens. None: drawn once when the request is accepted."""
-    stop: tuple[str, ...] = ()
-    """Generation ends before the first of these strings (cut out of the text)."""
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    """None: none; k: log-probability of the chosen token and of the k most likely."""
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    return_routed_experts: bool = False
-    """Tell which experts each computed token went to. The whole prompt is computed then, whatever is cached."""
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"`{name}` must be {rule}, got {getattr(self, name)!r}", name)
-
-        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
-        require(self.min_tokens >= 0, "min_tokens", "at least 0")
-        if self.max_tokens is not None:
-            require(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
-        require(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
-        require(self.top_k >= -1, "top_k", "-1 or 0 (off) or at least 1")
-        require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
-        require(0.0 < self.repetition_penalty < 1e4, "repetition_penalty", "above 0")
-        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
-        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
-        require(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "between 0 and 2**63 - 1")
-        require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}"
-        )
-        require(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values in -100..100")
-        require(
-            len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
-            "stop",
-            f"at most {MAX_STOP_STRINGS} strings, none of them empty",
-        )
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +88,7 @@ class Status(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request inside the engine. Owned by the scheduler: nobody else writes to it."""
+    """A request inside the engine. Scheduler, engine and routed_experts write to it, on the engine's thread only."""
 
     request: Request
     token_ids: list[int]

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final, overload
 
+import numpy as np
+
+from moe_ray.api.job import sampling_seed
+from moe_ray.api.output import ChoiceOutput
 from moe_ray.config import load_config
-from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
 from moe_ray.engine.build import build_engine
-from moe_ray.engine.routed_experts import RoutedRows
+from moe_ray.errors import InvalidRequest
 from moe_ray.experts.local import local_pool
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.text.detokenizer import IncrementalDetokenizer
 from moe_ray.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Prompt = str | Sequence[int]
-Message = dict[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or one of them in vLLM's dictionaries: {"prompt": …}, {"prompt_token_ids": …}."""
+Message = Mapping[str, Any]
+_PROMPT_KEYS: Final = ("prompt_token_ids", "prompt")
+"""Of a prompt's dictionary; the first that is there counts, as for vLLM."""
 
 
 @dataclass(slots=True)
@@ -99,108 +103,160 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts (texts or token ids), all in one continuous batch; outputs in the order of the prompts.
+        """Complete any number of prompts in one continuous batch; outputs in the order of the prompts.
 
-        `on_step` is called with (finished, total) after each step. Raises `InvalidRequest` before anything runs, and
-        whatever error ended a sequence.
+        One prompt may stand without a list, one `SamplingParams` for all prompts. `on_step` is called with (finished,
+        total) whenever a prompt is finished. Raises `InvalidRequest` before anything runs, and whatever error ended a
+        sequence.
         """
-        many = _as_prompts(prompts)
-        params = _as_params(sampling, len(many))
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
-        outputs = [RequestOutput(prompt) for prompt in ids]
-        routed = [RoutedRows() if each.return_routed_experts else None for each in params]
+        choices = self._choices(_as_prompts(prompts), sampling_params)
         finished = 0
-        for index, event, delta in self._run(ids, params):
-            output = outputs[index]
-            output.text += delta
-            output.token_ids += event.token_ids
-            output.logprobs += event.logprobs
-            output.num_cached_tokens = event.num_cached_tokens
-            output.finish_reason = event.finish_reason
-            known = routed[index]
-            if known is not None and event.routed_experts is not None:
-                known.take(event.routed_experts)
-            if known is not None and event.finish_reason is not None:
-                output.routed_experts = known.rows(0, len(output.prompt_token_ids) + len(output.token_ids) - 1)
-            if event.finish_reason is not None:
+        for index, _ in self._run(choices):
+            if choices[index].finish_reason is not None:
                 finished += 1
                 if on_step is not None:
-                    on_step(finished, len(outputs))
-        return outputs
+                    on_step(finished, len(choices))
+        return [_output(choice) for choice in choices]
 
-    def chat(self, messages: Sequence[Message], sampling: SamplingParams | None = None) -> RequestOutput:
-        """Answer one conversation through the model's chat template."""
-        return self.generate([self.tokenizer.apply_chat_template(list(messages))], sampling)[0]
+    @overload
+    def chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None) -> RequestOutput: ...
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[str]:
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer one conversation (a list of messages), or each of a list of conversations, by the chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        prompts = [self.tokenizer.apply_chat_template(list(conversation)) for conversation in conversations]
+        outputs = self.generate(prompts, sampling_params)
+        return outputs[0] if one else outputs
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt, yielding text as it comes."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        for _, _, delta in self._run([ids], _as_params(sampling, 1)):
+        prompts = _as_prompts(prompt)
+        if len(prompts) != 1:
+            raise InvalidRequest(f"`prompt` must be one prompt, got {len(prompts)}", "prompt")
+        for _, delta in self._run(self._choices(prompts, sampling_params)):
             if delta:
                 yield delta
 
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[tuple[int, TokenEvent, str]]:
-        """Yield (prompt index, event, text delta); a stop string turns the event into the sequence's last one."""
+    def _choices(
+        self, prompts: Sequence[str | list[int]], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[ChoiceOutput]:
+        choices = []
+        for prompt, params in zip(prompts, _as_params(sampling_params, len(prompts)), strict=True):
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            request = Request(f"llm-{next(self._ids)}", tuple(ids), params)
+            if params.max_tokens != 0:
+                self._engine.check(request)
+            choices.append(ChoiceOutput(self.tokenizer, request))
+        return choices
+
+    def _run(self, choices: Sequence[ChoiceOutput]) -> Iterator[tuple[int, str]]:
+        """Generate until every choice is finished; yield (index, text that is certain now) for each of their steps."""
+        waiting = deque(enumerate(choices))
         index_of: dict[str, int] = {}
-        detokenizers = []
         try:
-            for i, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
-                request = Request(f"llm-{next(self._ids)}", tuple(ids), sampling)
-                self._engine.submit(request)
-                index_of[request.request_id] = i
-                detokenizers.append(IncrementalDetokenizer(self.tokenizer, ids, sampling))
-            while index_of:
+            while waiting or index_of:
+                while waiting and self._engine.overload() is None:
+                    index, choice = waiting.popleft()
+                    if choice.request.sampling.max_tokens == 0:
+                        yield index, choice.finish_empty().text
+                        continue
+                    self._engine.submit(choice.request)
+                    index_of[choice.request.request_id] = index
                 for event in self._engine.step():
-                    i = index_of[event.request_id]
-                    if event.error is not None:
-                        raise event.error
-                    delta, event = _decode(detokenizers[i], event)
-                    if event.finish_reason is not None:
+                    index = index_of[event.request_id]
+                    delta = choices[index].take(event)
+                    if delta.finish_reason is not None:
                         del index_of[event.request_id]
-                        self._engine.abort(event.request_id)
-                    yield i, event, delta
+                        self._engine.abort(event.request_id)  # a stop string: the engine would go on
+                    yield index, delta.text
         finally:
             for request_id in index_of:
                 self._engine.abort(request_id)
 
 
-def _decode(detokenizer: IncrementalDetokenizer, event: TokenEvent) -> tuple[str, TokenEvent]:
-    """The text that is now certain, and the event, cut behind the token that completed a stop string."""
-    visible = event.token_ids if event.stop_token_id is None else event.token_ids[:-1]
-    delta = ""
-    for used, token_id in enumerate(visible, start=1):
-        delta += detokenizer.push([token_id])
-        if detokenizer.stopped_on is not None:
-            token_ids, logprobs = event.token_ids[:used], event.logprobs[:used]
-            return delta, replace(
-                event, token_ids=token_ids, logprobs=logprobs, finish_reason="stop", stop_token_id=None
-            )
-    if event.finish_reason is not None:
-        delta += detokenizer.finish()
-    return delta, event
+def _output(choice: ChoiceOutput) -> RequestOutput:
+    return RequestOutput(
+        prompt_token_ids=list(choice.request.prompt_token_ids),
+        text="".join(choice.text),
+        token_ids=choice.token_ids,
+        finish_reason=choice.finish_reason,
+        logprobs=choice.logprobs,
+        num_cached_tokens=choice.num_cached,
+        routed_experts=choice.routed_experts() if choice.request.sampling.return_routed_experts else None,
+    )
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if items and isinstance(items[0], int):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+    """The prompts as texts or token ids. Raises `InvalidRequest` for anything that is neither."""
+    if isinstance(prompts, str | Mapping) or _is_ids(prompts):
+        return [_as_prompt(prompts)]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
+        raise _no_prompt(prompts)
+    return [_as_prompt(prompt) for prompt in prompts]
 
 
-def _as_params(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if sampling is None or isinstance(sampling, SamplingParams):
-        given = [sampling or SamplingParams()] * count
+def _as_prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        given = {key: value for key, value in prompt.items() if value is not None}
+        if unknown := sorted(map(str, given.keys() - set(_PROMPT_KEYS))):
+            raise InvalidRequest(f"a prompt's `{unknown[0]}` is not supported", unknown[0])
+        for key in _PROMPT_KEYS:
+            if key in given and isinstance(given[key], str) == (key == "prompt"):
+                return _as_prompt(given[key])
+        raise _no_prompt(prompt)
+    if not _is_ids(prompt):
+        raise _no_prompt(prompt)
+    return [operator.index(token_id) for token_id in prompt]
+
+
+def _is_ids(prompt: Any) -> bool:
+    """A list, tuple or array of whole numbers, not empty."""
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, str | bytes) or len(prompt) == 0:
+        return False
+    return all(type(each) is int or _is_scalar(each) for each in prompt)
+
+
+def _is_scalar(value: Any) -> bool:
+    """A whole number of numpy or torch; arrays are not, though they may have the method, too."""
+    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
+
+
+def _no_prompt(given: object) -> InvalidRequest:
+    shown = repr(given)[:80]
+    return InvalidRequest(
+        f'a prompt is a text, a list of token ids, {{"prompt": …}} or {{"prompt_token_ids": …}}, got {shown}', "prompt"
+    )
+
+
+def _as_params(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """One for each prompt, all with a seed of their own. Raises `InvalidRequest` where they do not fit the prompts."""
+    if given is None or isinstance(given, SamplingParams):
+        params = [given or SamplingParams()] * count
     else:
-        given = list(sampling)
-        if len(given) != count:
-            raise ValueError(f"{len(given)} sampling parameters for {count} prompts")
-    return [p if p.seed is not None else replace(p, seed=secrets.randbits(63)) for p in given]
+        params = list(given)
+    if not all(isinstance(each, SamplingParams) for each in params):
+        raise InvalidRequest("`sampling_params` must be a SamplingParams or a list of them", "sampling_params")
+    if len(params) != count:
+        raise InvalidRequest(f"{len(params)} sampling parameters for {count} prompts", "sampling_params")
+    return [replace(each, seed=sampling_seed(each)) for each in params]
 
 
 def _ignore(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""

@@ -61,6 +61,17 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def readable_model(random_model: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Mixtral with the demo model's tokenizer, of which it has the first 512 ids."""
+    directory = tmp_path_factory.mktemp("readable") / "model"
+    shutil.copytree(random_model, directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, directory / name)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return directory
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session, on loopback only."""
     import ray

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from moe_ray.api.sse import SseReader
 from moe_ray.errors import ConfigError, NotReady
 
 if TYPE_CHECKING:
@@ -133,30 +134,45 @@ async def complete(client: httpx.AsyncClient, target: Target, prompt: Prompt) ->
 
 async def _read_stream(response: httpx.Response, sample: Sample, wanted: int) -> str | None:
     """Fill `sample` from the events of a stream; return what is wrong with it, or None."""
-    finish_reason, counted = None, False
-    async for line in response.aiter_lines():
-        if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
-            continue
+    reader, stream = SseReader(), _StreamState()
+    async for piece in response.aiter_bytes():
         arrived = time.perf_counter()
-        try:
-            event = json.loads(data)
-            if event.get("error"):
-                return _message(data.encode())
-            if usage := event.get("usage"):
-                sample.tokens, sample.prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens")
-                counted = True
-            for choice in event.get("choices") or ():
-                finish_reason = choice.get("finish_reason") or finish_reason
-                # Closing events are empty; but a stream whose only token is a special one has nothing else to time.
-                if choice.get("text") or (finish_reason and not sample.arrivals):
-                    sample.arrivals.append(arrived)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return _cut(f"not an event of a completion: {data}")
-    if not counted:  # a server without usage: it says at least whether it ran to the limit
-        sample.tokens = wanted if finish_reason == "length" else len(sample.arrivals)
+        for data in reader.feed(piece):
+            if data == "[DONE]":
+                continue
+            try:
+                if error := _take_event(sample, stream, data, arrived):
+                    return error
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return _cut(f"not an event of a completion: {data}")
+    if not stream.counted:  # a server without usage: it says at least whether it ran to the limit
+        sample.tokens = wanted if stream.finish_reason == "length" else len(sample.arrivals)
     if sample.tokens != wanted:
-        return f"{sample.tokens} of {wanted} tokens, finish_reason {finish_reason!r}"
+        return f"{sample.tokens} of {wanted} tokens, finish_reason {stream.finish_reason!r}"
     return None if sample.arrivals else "a stream without text"
+
+
+@dataclass(slots=True)
+class _StreamState:
+    finish_reason: str | None = None
+    counted: bool = False
+    """The server told its usage."""
+
+
+def _take_event(sample: Sample, stream: _StreamState, data: str, arrived: float) -> str | None:
+    """Account for one event; return the error that it tells of. Raises where it is no event of a completion."""
+    event = json.loads(data)
+    if event.get("error"):
+        return _message(data.encode())
+    if usage := event.get("usage"):
+        sample.tokens, sample.prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens")
+        stream.counted = True
+    for choice in event.get("choices") or ():
+        stream.finish_reason = choice.get("finish_reason") or stream.finish_reason
+        # Closing events are empty; but a stream whose only token is a special one has nothing else to time.
+        if choice.get("text") or (stream.finish_reason and not sample.arrivals):
+            sample.arrivals.append(arrived)
+    return None
 
 
 def id_prompts(count: int, tokens: int, vocab_size: int, seed: str) -> Iterator[list[int]]:

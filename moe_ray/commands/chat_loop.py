@@ -6,11 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import httpx
 from rich.console import Console
 
+from moe_ray.api.sse import SseReader
 from moe_ray.errors import MoeRayError, NotReady
 
 HELP = "/help, /reset (forget the conversation), /quit (or Ctrl-D); Ctrl-C stops an answer"
@@ -71,10 +73,11 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
         if response.status_code != 200:
             raise NotReady(_message(response.read(), response.status_code))
-        for line in response.iter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
+        reader = SseReader()
+        for data in chain.from_iterable(map(reader.feed, response.iter_bytes())):
+            if data == "[DONE]":
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
+            chunk = json.loads(data)
             if "error" in chunk:
                 raise NotReady(chunk["error"]["message"])
             for choice in chunk["choices"]:

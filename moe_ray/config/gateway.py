@@ -15,8 +15,15 @@ class GatewaySection(Section):
     max_ongoing_requests: int = Field(default=512, ge=1)
     """Requests in flight per gateway; beyond that Serve answers 503."""
     retry_after_s: int = Field(default=1, ge=1)
+    """Told in the Retry-After header of 429 and 503."""
+    headers_within_s: float = Field(default=1.0, ge=0)
+    """A stream whose first token takes longer sends its headers then; what fails later is an event in the stream."""
+    keep_alive_s: float = Field(default=5.0, gt=0)
+    """A stream that has been silent for so long sends a comment."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
-    """Requests must show one of them as a bearer token; none: whoever reaches the port is served."""
+    """Requests must show one of them as a bearer token; none: every request is served."""
 
     @field_validator("api_keys")
     @classmethod

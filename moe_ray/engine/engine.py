@@ -67,9 +67,18 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `InvalidRequest` if it cannot be served, `Overloaded` if the queue is full."""
-        vocab, total = self._trunk.config.vocab_size, len(request.prompt_token_ids) + len(request.output_token_ids)
+        self.check(request)
         if request.request_id in self._live:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use")
+        if (overload := self.overload()) is not None:
+            raise overload
+        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids])
+        self._live[request.request_id] = seq
+        self._scheduler.add(seq)
+
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` if a request could not be served by an idle engine. Callable from any thread."""
+        vocab, total = self._trunk.config.vocab_size, len(request.prompt_token_ids) + len(request.output_token_ids)
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
         if total >= self.options.max_model_len:
@@ -89,11 +98,13 @@ class Engine:
         ):
             if ids and (min(ids) < 0 or max(ids) >= vocab):
                 raise InvalidRequest(f"token ids of `{param}` must be between 0 and {vocab - 1}", param)
-        if len(self._scheduler.waiting) >= self.options.limits.max_waiting:
-            raise Overloaded(f"{self.options.limits.max_waiting} requests are waiting already; try again later")
-        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids])
-        self._live[request.request_id] = seq
-        self._scheduler.add(seq)
+
+    def overload(self, coming: int = 0) -> Overloaded | None:
+        """Why no further request can wait, behind `coming` ones that are to be submitted. Callable from any thread."""
+        most = self.options.limits.max_waiting
+        if len(self._scheduler.waiting) + coming < most:
+            return None
+        return Overloaded(f"{most} requests are waiting already; try again later")
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks; False if it is not live. No event follows."""

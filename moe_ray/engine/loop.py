@@ -41,14 +41,22 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request; its events, errors included, go to `sink` (on this thread once the engine has ended)."""
+        """Queue a request; its events, errors included, go to `sink`.
+
+        What can be refused at once is, on this thread: a step of the engine may last for seconds.
+        """
+        refused: MoeRayError | None = None
+        try:
+            self._engine.check(request)
+        except MoeRayError as error:
+            refused = error
         with self._condition:
-            ended = self._ended
-            if ended is None:
+            refused = self._ended or refused or self._engine.overload(len(self._inbox.submits))
+            if refused is None:
                 self._inbox.submits.append((request, sink))
                 self._condition.notify()
-        if ended is not None:
-            sink([TokenEvent(request.request_id, error=ended)])
+        if refused is not None:
+            sink([TokenEvent(request.request_id, error=refused)])
 
     def abort(self, request_id: str) -> None:
         """Drop a request; no event follows once the engine has seen this."""

@@ -30,8 +30,10 @@ class Sampled:
 def uniform(seed: int, position: int) -> float:
     """Return a number in [0, 1) that depends on (seed, position) alone.
 
-    SplitMix64 (Steele, Lea & Flood 2014), its counter advanced by `position`, finalised twice.
+    SplitMix64 (Steele, Lea & Flood 2014), its counter advanced by `position`, finalised twice. A negative seed counts
+    as its two's complement in 64 bits.
     """
+    seed &= _MASK
     return (_mix(_mix((seed + 0x9E3779B97F4A7C15 * (position + 1)) & _MASK) ^ seed) >> 11) * 2.0**-53
 
 
@@ -162,6 +164,7 @@ def _truncate(
     total = torch.where(top_k < vocab, mass.sum(-1, keepdim=True), 1.0)
     keep &= (mass.cumsum(-1) - mass < top_p * total) | (top_p >= 1.0)
     keep &= probabilities >= min_p * probabilities[:, :1]
+    keep[:, 0] = True  # also with top_p 0
     # A top_k beyond `size` needs all its tokens for `total`; without top_k the last one looked at must be cut off.
     enough = (top_k <= size) | ((top_k == vocab) & ~keep[:, -1:])
     return ids, torch.where(keep, probabilities, 0.0), enough[:, 0]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
 
 import grpc.aio
 
 from moe_ray.core import Request, TokenEvent, TrunkInfo
 from moe_ray.errors import MoeRayError, NotReady
+from moe_ray.gateway.session import Live, Session
 from moe_ray.gateway.trunk_choice import choose, extend_keys
 from moe_ray.gateway.trunk_link import TrunkLink
 from moe_ray.pb import moe_ray_pb2 as pb
@@ -24,67 +25,6 @@ logger = logging.getLogger(__name__)
 
 DiscoverTrunks = Callable[[], Awaitable[Sequence[TrunkInfo]]]
 """Asks which trunks there are. Raises `NotReady` when it cannot be known now."""
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A sequence whose client is still there."""
-
-    index: int
-    request: Request
-    events: asyncio.Queue[tuple[int, TokenEvent]]
-    tokens: list[int] = field(default_factory=list)
-    """Output so far: what another trunk must be told to go on from here."""
-    trunk: TrunkLink | None = None
-    keys: list[bytes] = field(default_factory=list)
-    """Of its first full blocks, in the block size of its trunk."""
-    unanswered: int = 0
-    """Its share of its trunk's `unanswered_tokens`."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Prompt and output so far."""
-        return (*self.request.prompt_token_ids, *self.request.output_token_ids, *self.tokens)
-
-    @property
-    def most_tokens(self) -> float:
-        """Its length in the end, at most."""
-        most = self.request.sampling.max_tokens
-        return math.inf if most is None else len(self.request.prompt_token_ids) + most
-
-    def put(self, event: TokenEvent) -> None:
-        self.events.put_nowait((self.index, event))
-
-
-class Session:
-    """The sequences of one HTTP request, as one stream of (choice index, event). Close it when its client is gone."""
-
-    def __init__(self, sessions: Sessions, requests: Sequence[tuple[int, Request]]) -> None:
-        self._sessions = sessions
-        self._events: asyncio.Queue[tuple[int, TokenEvent]] = asyncio.Queue()
-        self._live = {index: _Live(index, request, self._events) for index, request in requests}
-        sessions.add(list(self._live.values()))
-
-    async def events(self) -> AsyncIterator[tuple[int, TokenEvent]]:
-        """Yield events until every sequence has ended or was stopped. A lost trunk shows only as a pause."""
-        while self._live:
-            index, event = await self._events.get()
-            if index not in self._live:
-                continue  # stopped a moment ago
-            if event.last:
-                self._sessions.remove(self._live.pop(index))
-            yield index, event
-
-    def stop(self, index: int) -> None:
-        """End one sequence early; its blocks are freed and no more of its events are yielded. Idempotent."""
-        live = self._live.pop(index, None)
-        if live is not None:
-            self._sessions.remove(live)
-
-    def close(self) -> None:
-        """End every sequence. Idempotent."""
-        for index in list(self._live):
-            self.stop(index)
 
 
 class Sessions:
@@ -97,11 +37,13 @@ class Sessions:
         self._discover, self._options = discover, options
         self._deadline_s, self._refresh_s = deadline_s, refresh_s
         self._links: dict[str, tuple[TrunkLink, asyncio.Task[None]]] = {}
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._draw = random.Random()
         self._changed = asyncio.Event()
         self._look = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._link_faults: dict[str, str] = {}
+        """Trunk → why it could not be linked, as it was logged."""
 
     def start(self) -> None:
         """Begin to look for trunks."""
@@ -111,12 +53,12 @@ class Sessions:
         """Start generating (choice index, request) pairs."""
         return Session(self, requests)
 
-    def add(self, lives: Sequence[_Live]) -> None:
+    def add(self, lives: Sequence[Live]) -> None:
         """Take in sequences and send them to trunks, those with the same prompt to the same one."""
         self._live.update((live.request.request_id, live) for live in lives)
         self._place(lives)
 
-    def remove(self, live: _Live) -> None:
+    def remove(self, live: Live) -> None:
         """Forget a sequence; if its trunk still works on it, tell it to stop."""
         self._live.pop(live.request.request_id, None)
         if live.trunk is not None:
@@ -141,7 +83,7 @@ class Sessions:
             await self._wait_change(deadline)
         return max(self.trunks, key=lambda trunk: trunk.max_model_len)
 
-    def _place(self, lives: Sequence[_Live]) -> None:
+    def _place(self, lives: Sequence[Live]) -> None:
         """Send requests to the trunks that suit them best; without a trunk, wait for one in the background."""
         links = [link for link, task in self._links.values() if not task.done()]
         links = [link for link in links if not link.view.draining] or links
@@ -149,7 +91,7 @@ class Sessions:
         if not links:
             self._spawn(self._place_later(lives))
             return
-        same: dict[tuple[int, ...], list[_Live]] = {}
+        same: dict[tuple[int, ...], list[Live]] = {}
         for live in lives:
             same.setdefault(live.request.prompt_token_ids, []).append(live)
         for together in same.values():
@@ -164,7 +106,7 @@ class Sessions:
                 live.keys = list(keys[link.view.block_size])
                 self._send(live, link, known)
 
-    def _send(self, live: _Live, link: TrunkLink, known_tokens: int) -> None:
+    def _send(self, live: Live, link: TrunkLink, known_tokens: int) -> None:
         token_ids, view = live.token_ids, link.view
         live.trunk, live.unanswered = link, len(token_ids) - known_tokens
         view.live += 1
@@ -172,25 +114,25 @@ class Sessions:
         self._note_keys(live)
         link.submit(replace(live.request, output_token_ids=token_ids[len(live.request.prompt_token_ids) :]))
 
-    def _note_keys(self, live: _Live) -> None:
+    def _note_keys(self, live: Live) -> None:
         """Remember that its trunk computes the blocks of a sequence."""
         assert live.trunk is not None
         extend_keys(live.keys, live.token_ids, live.trunk.view.block_size)
         live.trunk.view.known.add(live.keys)
 
-    def _answered(self, live: _Live) -> None:
-        """The prompt of a sequence is computed, or nobody wants it any more."""
+    def _answered(self, live: Live) -> None:
+        """The prompt of a sequence is computed, or no longer wanted."""
         assert live.trunk is not None
         live.trunk.view.unanswered_tokens -= live.unanswered
         live.unanswered = 0
 
-    def _detach(self, live: _Live) -> None:
+    def _detach(self, live: Live) -> None:
         assert live.trunk is not None
         self._answered(live)
         live.trunk.view.live -= 1
         live.trunk = None
 
-    async def _place_later(self, lives: Sequence[_Live]) -> None:
+    async def _place_later(self, lives: Sequence[Live]) -> None:
         deadline = time.monotonic() + self._deadline_s
         try:
             while not self._links:
@@ -204,7 +146,9 @@ class Sessions:
     async def _wait_change(self, deadline: float) -> None:
         self._look.set()
         try:
-            await asyncio.wait_for(self._changed.wait(), max(0.0, deadline - time.monotonic()))
+            # Not wait_for: that begins to wait a moment later, when the change may have come and gone.
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._changed.wait()
         except TimeoutError:
             raise NotReady("no trunk is up") from None
 
@@ -224,28 +168,48 @@ class Sessions:
     async def _keep_looking(self) -> None:
         while True:
             try:
-                found = {info.replica_id: info for info in await self._discover()}
-            except MoeRayError as error:
-                logger.debug("looking for trunks: %s", error)
-            else:
-                for replica_id, info in found.items():
-                    if replica_id not in self._links:
-                        self._link(info)
+                await self._find_trunks()
+            except Exception:
+                logger.exception("looking for trunks failed; it goes on")
             pause = self._refresh_s if self._links else 0.25
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), pause)
-                await asyncio.sleep(0.05)  # somebody is waiting: look soon, but do not spin
+                async with asyncio.timeout(pause):
+                    await self._look.wait()
+                await asyncio.sleep(0.05)  # a request waits for a trunk: look soon, but do not spin
             self._look.clear()
 
+    async def _find_trunks(self) -> None:
+        """Link the trunks that are not linked yet; one that cannot be linked is tried again and hides no other."""
+        try:
+            found = {info.replica_id: info for info in await self._discover()}
+        except MoeRayError as error:
+            logger.debug("looking for trunks: %s", error)
+            return
+        for replica_id, info in found.items():
+            if replica_id in self._links:
+                continue
+            try:
+                self._link(info)
+            except MoeRayError as error:
+                if self._link_faults.get(replica_id) != str(error):
+                    logger.error("no link to trunk %s: %s; it is tried again", replica_id, error)
+                self._link_faults[replica_id] = str(error)
+        self._link_faults = {each: told for each, told in self._link_faults.items() if each in found}
+
     def _link(self, info: TrunkInfo) -> None:
+        """Begin a stream to a trunk. Raises `ConfigError` where that cannot be."""
         link = TrunkLink(info, self._options, self._on_event)
+        self._link_faults.pop(info.replica_id, None)
         self._links[info.replica_id] = (link, self._spawn(self._follow(link)))
         self._changed.set()
         self._changed.clear()
 
     async def _follow(self, link: TrunkLink) -> None:
+        """Run a link to its end, then replay its requests on other trunks."""
         try:
             await link.run()
+        except Exception:
+            logger.exception("the stream to trunk %s failed", link.info.replica_id)
         finally:
             self._links.pop(link.info.replica_id, None)
             orphans = [live for live in self._live.values() if live.trunk is link]
@@ -262,11 +226,16 @@ class Sessions:
         except grpc.aio.AioRpcError:
             return None
 
-    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a background task of the gateway ended", exc_info=error)
 
 
 def _long_enough(links: Sequence[TrunkLink], tokens: float) -> list[TrunkLink]:

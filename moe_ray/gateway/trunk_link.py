@@ -45,9 +45,25 @@ class TrunkLink:
         self._wake.set()
 
     async def run(self) -> None:
-        """Carry messages both ways until the stream ends or this task is cancelled."""
+        """Carry messages both ways until the stream ends, however it does, or this task is cancelled."""
         stream = self.stub.Generate(metadata=self.metadata)
+        reader = asyncio.create_task(self._read(stream))
         writer = asyncio.create_task(self._write(stream))
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done() and writer.exception() is None:
+                await reader  # the stream has ended: the reader knows why
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            stream.cancel()
+            ended = await asyncio.gather(reader, writer, return_exceptions=True)
+            await self._channel.close()
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
+
+    async def _read(self, stream: grpc.aio.StreamStreamCall) -> None:
         try:
             async for message in stream:
                 for event in message.events:
@@ -60,12 +76,6 @@ class TrunkLink:
             logger.warning("trunk %s: stream ended (%s: %s)", self.info.replica_id, error.code().name, error.details())
         except ProtocolError as error:
             logger.error("trunk %s: %s", self.info.replica_id, error)
-        finally:
-            writer.cancel()
-            stream.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writer
-            await self._channel.close()
 
     async def _write(self, stream: grpc.aio.StreamStreamCall) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reading side reports it

@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, cast
+
+from google.protobuf.descriptor import FieldDescriptor
 
 from moe_ray import errors
 from moe_ray.core import EngineStats, FinishReason, Request, RoutedExperts, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
 from moe_ray.pb import moe_ray_pb2 as pb
 
-_FINISH_REASONS = ("stop", "length", "abort")
+_FINISH_REASONS: Final = ("stop", "length", "abort")
+_SAMPLING_FIELDS: Final[tuple[FieldDescriptor, ...]] = tuple(pb.SamplingParams.DESCRIPTOR.fields)  # type: ignore[arg-type]
+"""Named like those of `SamplingParams`."""
 
 
 def pack_request(request: Request) -> pb.Submit:
     """Request → message."""
-    s = request.sampling
-    sampling = pb.SamplingParams(
-        max_tokens=s.max_tokens,
-        min_tokens=s.min_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        repetition_penalty=s.repetition_penalty,
-        presence_penalty=s.presence_penalty,
-        frequency_penalty=s.frequency_penalty,
-        logit_bias=dict(s.logit_bias),
-        seed=s.seed or 0,
-        stop_token_ids=s.stop_token_ids,
-        ignore_eos=s.ignore_eos,
-        logprobs=s.logprobs,
-        return_routed_experts=s.return_routed_experts,
-    )
     return pb.Submit(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
-        sampling=sampling,
+        sampling=pb.SamplingParams(**{field.name: getattr(request.sampling, field.name) for field in _SAMPLING_FIELDS}),
     )
 
 
 def unpack_request(message: pb.Submit) -> Request:
     """Message → request. Raises `InvalidRequest` for a parameter out of range. Stop strings stay with the gateway."""
-    s = message.sampling
-    sampling = SamplingParams(
-        max_tokens=s.max_tokens if s.HasField("max_tokens") else None,
-        min_tokens=s.min_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        repetition_penalty=s.repetition_penalty,
-        presence_penalty=s.presence_penalty,
-        frequency_penalty=s.frequency_penalty,
-        logit_bias=dict(s.logit_bias),
-        seed=s.seed,
-        stop_token_ids=tuple(s.stop_token_ids),
-        ignore_eos=s.ignore_eos,
-        logprobs=s.logprobs if s.HasField("logprobs") else None,
-        return_routed_experts=s.return_routed_experts,
+    sampling = {field.name: _value(message.sampling, field) for field in _SAMPLING_FIELDS}
+    return Request(
+        message.request_id,
+        tuple(message.prompt_token_ids),
+        SamplingParams(**sampling),
+        tuple(message.output_token_ids),
     )
-    return Request(message.request_id, tuple(message.prompt_token_ids), sampling, tuple(message.output_token_ids))
+
+
+def _value(message: pb.SamplingParams, field: FieldDescriptor) -> Any:
+    """The value of one field as `SamplingParams` takes it; None for one that is not set."""
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    value = getattr(message, field.name)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return tuple(value) if field.is_repeated else value
 
 
 def pack_load(stats: EngineStats, draining: bool) -> pb.TrunkLoad:
@@ -99,11 +83,15 @@ def pack_event(event: TokenEvent) -> pb.TokenEvent:
         )
     if (told := event.routed_experts) is not None:
         positions, layers, top_k = told.shape
-        message.routed_experts.start, message.routed_experts.num_positions = told.start, positions
-        message.routed_experts.num_layers, message.routed_experts.top_k = layers, top_k
-        message.routed_experts.experts = told.data
+        message.routed_experts.CopyFrom(
+            pb.RoutedExperts(
+                start=told.start, num_positions=positions, num_layers=layers, top_k=top_k, experts=told.data
+            )
+        )
     if event.error is not None:
-        message.error_type, message.error_message = type(event.error).__name__, str(event.error)
+        message.error_type = type(event.error).__name__
+        message.error_message = str(event.error)
+        message.error_param = getattr(event.error, "param", None) or ""
     return message
 
 
@@ -135,4 +123,6 @@ def _error(message: pb.TokenEvent) -> MoeRayError:
     kind = getattr(errors, message.error_type, None)
     if not (isinstance(kind, type) and issubclass(kind, MoeRayError)):
         kind = errors.EngineError
-    return InvalidRequest(message.error_message) if kind is InvalidRequest else kind(message.error_message)
+    if issubclass(kind, InvalidRequest):
+        return kind(message.error_message, message.error_param or None)
+    return kind(message.error_message)

@@ -51,7 +51,8 @@ def events(response: httpx.Response) -> list[str]:
     raw = response.read().decode()
     assert raw.endswith("\n\n")
     blocks = raw[:-2].split("\n\n")
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    blocks = [block for block in blocks if block != ": keep-alive"]
+    assert all(block.startswith("data: ") and len(block.splitlines()) == 1 for block in blocks)
     return [block.removeprefix("data: ") for block in blocks]
 
 
@@ -117,7 +118,9 @@ def test_models(http: httpx.Client, client: openai.OpenAI) -> None:
         ("POST", "/v1/completions", {"prompt": [10**9]}, 400, "prompt"),
         ("POST", "/v1/completions", {"prompt": "x", "model": "gpt-5"}, 404, "model"),
         ("POST", "/v1/completions", {"prompt": "x", "temperature": 3}, 400, "temperature"),
-        ("POST", "/v1/completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ("POST", "/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
+        ("POST", "/v1/completions", {"prompt": "x", "seed": 2**63}, 400, "seed"),
+        ("POST", "/v1/chat/completions", {"messages": messages("x"), "max_tokens": 0}, 400, "max_tokens"),
         ("POST", "/v1/completions", {"prompt": "x", "n": 0}, 400, "n"),
         ("POST", "/v1/completions", {"prompt": "x", "stop": [""]}, 400, "stop"),
         ("POST", "/v1/completions", {"prompt": "x", "logprobs": 99}, 400, "logprobs"),

@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,14 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from moe_ray import errors
+from moe_ray.api.failure import failure_of
+from moe_ray.api.generation import ResponseStream, collect
+from moe_ray.api.job import MAX_CHOICES, GenerationJob, ModelLimits
 from moe_ray.api.openai.errors import error_body
-from moe_ray.api.openai.protocol import (
-    MAX_CHOICES,
-    Body,
-    check_model,
-    parse_chat,
-    parse_completion,
-    to_requests,
-)
-from moe_ray.api.openai.stream import DONE, Responder
+from moe_ray.api.openai.parse import parse_chat, parse_completion, to_job
+from moe_ray.api.openai.render import DONE, ChatRenderer, CompletionRenderer
+from moe_ray.api.openai.schemas import Body, ChatRequest
+from moe_ray.api.output import JobOutput
 from moe_ray.core import Request, RoutedExperts, TokenEvent, TokenLogprobs
 from moe_ray.text.tokenizer import Tokenizer
 from moe_ray.trunk.wire import pack_event, pack_request, unpack_event, unpack_request
@@ -50,6 +48,11 @@ def chat(**fields: Any) -> Any:
 
 def completion(**fields: Any) -> Any:
     return parse_completion(json.dumps({"model": "m", "prompt": "Hi", **fields}).encode())
+
+
+def to_requests(body: Body, tokenizer: Tokenizer, max_model_len: int, job_id: str) -> list[tuple[int, Request]]:
+    """The requests of a body's job, by choice index."""
+    return to_job(body, tokenizer, ModelLimits(tokenizer.vocab_size, max_model_len), job_id).requests
 
 
 # ---- requests
@@ -136,7 +139,7 @@ def test_prompt_forms_and_choice_order(tokenizer: Tokenizer, prompt: Any, expect
     assert [index for index, _ in pairs] == list(range(2 * len(expected)))
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in expected]
     assert [list(request.prompt_token_ids) for _, request in pairs] == [p for p in ids for _ in range(2)]
-    assert [request.sampling.seed for _, request in pairs] == [2**63 - 1, 0] * len(expected)
+    assert [request.sampling.seed for _, request in pairs] == [2**63 - 1, -(2**63)] * len(expected)
     assert len({request.request_id for _, request in pairs}) == len(pairs)
 
 
@@ -154,7 +157,6 @@ CHAT_ONLY = {
 }
 BAD_COMPLETION = {
     "prompt": {"a": 1},
-    "temperature": "hot",
     "n": 0,
     "suffix": "x",
     "best_of": 3,
@@ -164,7 +166,6 @@ BAD_COMPLETION = {
     "response_format": {"type": "json_object"},
     "prompt_logprobs": 1,
     "use_beam_search": True,
-    "stop": [1],
     "stream_options": {"include_usage": True},
 }
 BAD_CHAT = CHAT_ONLY | {
@@ -172,7 +173,6 @@ BAD_CHAT = CHAT_ONLY | {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
     "chat_template": "{{ 1 }}",
-    "logit_bias": {"x": 1},
 }
 
 
@@ -206,13 +206,24 @@ def test_bodies_that_are_not_requests(body: bytes) -> None:
         ({"prompt": ["Hi", ""]}, "prompt"),
         ({"prompt": [49152]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
-        ({"prompt": ["Hi"] * (MAX_CHOICES // 2 + 1), "n": 2}, "prompt"),
+        ({"prompt": [[5]] * (MAX_CHOICES // 2 + 1), "n": 2}, "prompt"),
         ({"prompt": [5] * MAX_LEN, "max_tokens": 1}, "prompt"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"stop": [1]}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"top_k": 2**40}, "top_k"),
         ({"logit_bias": {"49152": 1}}, "logit_bias"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"temperature": 3}, "temperature"),
-        ({"seed": -1}, "seed"),
         ({"logprobs": 21}, "logprobs"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"stop": ""}, "stop"),
@@ -268,14 +279,15 @@ def test_every_error_has_a_status() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) > 10
     for kind in [*kinds, ValueError]:
-        status, body, headers = error_body(kind("the text /etc/secret/key 10.0.0.3:6379"))
+        failure = failure_of(kind("the text /etc/secret/key 10.0.0.3:6379"), retry_after_s=7)
+        status, body = failure.status, error_body(failure)
         assert status == expected.get(kind, 500)
         assert set(body["error"]) == {"message", "type", "param", "code"}
-        assert ("Retry-After" in headers) == (kind in (errors.Overloaded, errors.NotReady, errors.ExpertUnavailable))
+        assert failure.headers.get("Retry-After") == ("7" if status in (429, 503) else None)
         if status >= 429:
             assert "secret" not in body["error"]["message"]
             assert "10.0" not in body["error"]["message"]
-    assert error_body(errors.InvalidRequest("bad", "top_p"))[1]["error"] == {
+    assert error_body(failure_of(errors.InvalidRequest("bad", "top_p")))["error"] == {
         "message": "bad",
         "type": "invalid_request_error",
         "param": "top_p",
@@ -283,20 +295,38 @@ def test_every_error_has_a_status() -> None:
     }
 
 
-def test_model_names() -> None:
-    check_model("m", {"m"})
-    check_model(None, {"m"})
-    with pytest.raises(errors.ModelNotFound) as error:
-        check_model("x", {"m"})
-    assert error_body(error.value)[1]["error"]["message"] == "The model `x` does not exist."
+def test_a_model_that_does_not_exist() -> None:
+    told = error_body(failure_of(errors.ModelNotFound("The model `x` does not exist.")))["error"]
+    assert (told["param"], told["code"]) == ("model", "model_not_found")
 
 
 # ---- responses
 
 
-async def replay(events: list[tuple[int, TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:
-    for event in events:
-        yield event
+class Recorded:
+    """Token events that are there already, and which sequences were ended early."""
+
+    def __init__(self, job: GenerationJob, events: list[tuple[int, TokenEvent]]) -> None:
+        self.stopped: list[int] = []
+        self._live = {index for index, _ in job.requests}
+        self._events = deque(events)
+
+    async def next(self, timeout_s: float | None) -> tuple[int, TokenEvent] | None:
+        if not self._events:
+            raise errors.EngineError("the events ended without a finish reason")
+        index, event = self._events.popleft()
+        if event.last:
+            self._live.discard(index)
+        return index, event
+
+    def stop(self, index: int) -> None:
+        if index in self._live:
+            self._live.remove(index)
+            self.stopped.append(index)
+
+    def close(self) -> None:
+        for index in sorted(self._live):
+            self.stop(index)
 
 
 def events_of(tokenizer: Tokenizer, text: str, index: int = 0, **last: Any) -> list[tuple[int, TokenEvent]]:
@@ -316,17 +346,27 @@ class Run:
 
     def __init__(self, body: Body, tokenizer: Tokenizer, events: list[tuple[int, TokenEvent]]) -> None:
         self.stopped: list[int] = []
-        self.requests: list[tuple[int, Request]] = to_requests(body, tokenizer, MAX_LEN, "r")
-        self._make = lambda: Responder(
-            body, self.requests, tokenizer, response_id="id-1", model="m", created=7, on_stop=self.stopped.append
-        )
-        self._events = events
+        """The sequences that were ended early, in the last response."""
+        self.job = to_job(body, tokenizer, ModelLimits(tokenizer.vocab_size, MAX_LEN), "id-1")
+        self.requests = self.job.requests
+        self._tokenizer, self._events = tokenizer, events
+        self._kind = ChatRenderer if isinstance(body, ChatRequest) else CompletionRenderer
+
+    def response(self) -> tuple[ResponseStream, Recorded]:
+        """The response as a stream that is not open yet, and where its events come from."""
+        job = replace(self.job, stream=True)
+        output, source = JobOutput.of(job, self._tokenizer), Recorded(job, self._events)
+        renderer = self._kind(output, tokenizer=self._tokenizer, model="m", created=7)
+        return ResponseStream(output, source, renderer, keep_alive_s=10), source
 
     def stream(self) -> list[dict[str, Any]]:
         """The JSON of each event before [DONE]."""
 
         async def read() -> str:
-            return "".join([text async for text in self._make().stream(replay(self._events))])
+            response, source = self.response()
+            self.stopped = source.stopped
+            await response.open(within_s=10)
+            return "".join([text async for text in response.body()])
 
         raw = asyncio.run(read())
         assert raw.endswith(DONE)
@@ -336,7 +376,12 @@ class Run:
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
     def full(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asyncio.run(self._make().full(replay(self._events))), allow_nan=False))
+        job = replace(self.job, stream=False)
+        output, source = JobOutput.of(job, self._tokenizer), Recorded(job, self._events)
+        self.stopped = source.stopped
+        asyncio.run(collect(output, source))
+        renderer = self._kind(output, tokenizer=self._tokenizer, model="m", created=7)
+        return json.loads(json.dumps(renderer.whole(), allow_nan=False))
 
 
 TEXT = 'Paris is "nice" \\ 中文 😀\n'
@@ -434,7 +479,7 @@ def test_stop_string_ends_the_choice_and_stops_the_engine(tokenizer: Tokenizer) 
     assert [choice["stop_reason"] for choice in full["choices"]] == ["END", None]
     assert full["usage"]["completion_tokens"] < len(first) + len(second) - 2
     chunks = run.stream()
-    assert run.stopped == [0, 0]
+    assert run.stopped == [0]
     content = [c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"][0]["index"] == 0]
     assert "".join(content) == "one "
 
@@ -462,18 +507,16 @@ def test_error_in_mid_stream_is_an_event_before_done(tokenizer: Tokenizer, error
 
 
 def test_closing_the_stream_stops_the_engine(tokenizer: Tokenizer) -> None:
-    stopped: list[int] = []
+    response, source = Run(chat(stream=True, n=2), tokenizer, events_of(tokenizer, "a b c")).response()
 
     async def leave() -> None:
-        body = chat(stream=True, n=2)
-        requests = to_requests(body, tokenizer, MAX_LEN, "r")
-        responder = Responder(body, requests, tokenizer, response_id="i", model="m", on_stop=stopped.append)
-        stream = responder.stream(replay(events_of(tokenizer, "a b c")))
-        await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await response.open(within_s=10)
+        body = response.body()
+        await anext(body)
+        await body.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(leave())
-    assert stopped == [0, 1]
+    assert source.stopped == [0, 1]
 
 
 def with_logprobs(tokenizer: Tokenizer, text: str) -> list[tuple[int, TokenEvent]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_ray.api.openai.choice import Choice
+from moe_ray.api.output import ChoiceOutput
 from moe_ray.config import load_config
 from moe_ray.core import EngineStats, Request, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.engine.engine import Engine, EngineOptions
@@ -24,7 +24,6 @@ from moe_ray.llm import LLM, RequestOutput
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.trunk import Trunk
-from moe_ray.text.detokenizer import IncrementalDetokenizer
 from moe_ray.text.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -242,14 +241,14 @@ def test_a_response_is_the_same_however_many_tokens_come_in_a_step(tokenizer: To
     whole[-1] = replace(whole[-1], finish_reason="stop", stop_token_id=tokens[-1])
 
     def told(sizes: list[int]) -> tuple[Any, ...]:
-        choice = Choice(0, request, IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params), head="")
-        text, logprobs, at = "", [], 0
+        choice, at = ChoiceOutput(tokenizer, request), 0
         while choice.finish_reason is None:
             part = whole[at : at + sizes[at]]
             event = replace(part[-1], token_ids=tuple(t for e in part for t in e.token_ids))
-            delta, likely = choice.take(replace(event, logprobs=tuple(x for e in part for x in e.logprobs)))
-            text, logprobs, at = text + delta, [*logprobs, *likely], at + sizes[at]
-        return text, logprobs, choice.num_tokens, choice.finish_reason, choice.stop_reason
+            choice.take(replace(event, logprobs=tuple(x for e in part for x in e.logprobs)))
+            at += sizes[at]
+        visible = choice.logprobs[: choice.num_visible]
+        return "".join(choice.text), visible, choice.num_tokens, choice.finish_reason, choice.stop_reason
 
     assert told([rng.randint(2, 6) for _ in tokens]) == told([1] * len(tokens))
 

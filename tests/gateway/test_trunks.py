@@ -92,11 +92,14 @@ def test_a_conversation_goes_on_where_it_began(two: Served) -> None:
     async def turn(sessions: Sessions, name: str, history: list[int]) -> int:
         """Append an answer to `history`; returns how many of its tokens were cached."""
         session, cached = sessions.open([(0, Request(name, tuple(history), sampling))]), 0
-        async for _, event in session.events():
+        while (told := await session.next(30)) is not None:
+            event = told[1]
             assert event.error is None
             history += event.token_ids
             cached = event.num_cached_tokens
-        return cached
+            if event.last:
+                return cached
+        raise AssertionError("no event in 30 s")
 
     async def talk() -> None:
         sessions = Sessions(discover_trunks(handle), link_options(two.config))

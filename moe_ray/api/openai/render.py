@@ -1,0 +1,239 @@
+"""OpenAI's responses, whole or as server-sent events, from what the choices of a job have become."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from moe_ray.api.failure import failure_of
+from moe_ray.api.openai.errors import error_body
+from moe_ray.api.output import ChoiceOutput, Delta, JobOutput
+from moe_ray.api.sse import dumps, event
+from moe_ray.core import TokenLogprobs
+from moe_ray.text.tokenizer import Tokenizer
+
+DONE: Final = "data: [DONE]\n\n"
+_MIN_LOGPROB: Final = -9999.0  # JSON has no -inf; the value OpenAI uses
+
+
+@dataclass(slots=True, eq=False)
+class _Told:
+    """What the chunks of one choice have told, and what begins each of them."""
+
+    head: str
+    """A chunk's JSON up to and including the choice's index."""
+    started: bool = False
+    routed: int = 0
+    """Positions whose experts were told."""
+    offset: int = 0
+    """Characters of text before the next token, for `text_offset`."""
+    characters: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+
+class OpenAIRenderer:
+    """The response to one job. What differs between the two endpoints is in the subclasses."""
+
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    chunk_name: ClassVar[str]
+
+    def __init__(self, output: JobOutput, *, tokenizer: Tokenizer, model: str, created: int | None = None) -> None:
+        self._output = output
+        self._tokenizer = tokenizer
+        self._meta = {
+            "id": output.job.job_id,
+            "object": self.object_name,
+            "created": int(time.time()) if created is None else created,
+            "model": model,
+        }
+        # A chunk is written for each token of each stream: all that never changes is serialised here, once.
+        self._head = "data: " + dumps({**self._meta, "object": self.chunk_name})[:-1] + ',"choices":['
+        self._told = [_Told(f'{self._head}{{"index":{i},') for i in range(len(output.choices))]
+
+    def whole(self) -> dict[str, Any]:
+        """The response object of a job whose choices are all finished."""
+        choices = [self._choice(index, choice) for index, choice in enumerate(self._output.choices)]
+        return {**self._meta, "choices": choices, "usage": self._usage()}
+
+    def chunk(self, delta: Delta) -> str:
+        """One engine step; "" where there is nothing to say yet (held-back text, half a character)."""
+        told, choice = self._told[delta.index], self._output.choices[delta.index]
+        usage, text, opening = self._usage_part(), delta.text, ""
+        if not told.started:
+            told.started = True
+            opening = self._opening(told, usage)
+            text = self._output.job.choices[delta.index].echo + text
+        logprobs = delta.logprobs[: delta.num_visible]
+        with_logprobs = bool(logprobs) and choice.request.sampling.logprobs is not None
+        if not text and not with_logprobs and delta.finish_reason is None:
+            return opening
+        likely = dumps(self._logprobs(told, logprobs)) if with_logprobs else "null"
+        reason = "null"
+        if delta.finish_reason is not None:
+            reason = f'"{delta.finish_reason}","stop_reason":{dumps(choice.stop_reason)}'
+            if choice.degraded:
+                reason += f',"degraded_positions":{dumps(choice.degraded)}'
+        routed = self._routed_part(told, choice)
+        return (
+            f'{opening}{told.head}{self._delta(text)},"logprobs":{likely},"finish_reason":{reason}{routed}}}]'
+            f"{usage}}}\n\n"
+        )
+
+    def completed(self) -> str:
+        """The usage, where it is asked for."""
+        return f'{self._head}],"usage":{dumps(self._usage())}}}\n\n' if self._output.job.report.usage else ""
+
+    def failed(self, error: Exception) -> str:
+        """The body of an error response, as an event."""
+        return event(error_body(failure_of(error)))
+
+    def closing(self) -> str:
+        """OpenAI's mark for the end."""
+        return DONE
+
+    def _message(self, text: str) -> dict[str, Any]:
+        """What a whole choice says."""
+        raise NotImplementedError
+
+    def _delta(self, text: str) -> str:
+        """What a chunk's choice says, as JSON without braces."""
+        raise NotImplementedError
+
+    def _opening(self, told: _Told, usage: str) -> str:
+        """The chunk before a choice's first one."""
+        raise NotImplementedError
+
+    def _logprobs(self, told: _Told, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Log-probabilities of consecutive tokens."""
+        raise NotImplementedError
+
+    def _choice(self, index: int, choice: ChoiceOutput) -> dict[str, Any]:
+        text = self._output.job.choices[index].echo + "".join(choice.text)
+        asked, told = choice.request.sampling, self._told[index]
+        says: dict[str, Any] = {
+            "index": index,
+            **self._message(text),
+            "logprobs": None if asked.logprobs is None else self._logprobs(told, choice.logprobs[: choice.num_visible]),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if choice.degraded:
+            says["degraded_positions"] = choice.degraded
+        if asked.return_routed_experts:
+            says["routed_experts"] = _npy(choice.routed_experts())
+        return says
+
+    def _routed_part(self, told: _Told, choice: ChoiceOutput) -> str:
+        """The experts of the positions that no chunk before told, as JSON members; "" where there are none.
+
+        `routed_experts` is [positions, num_hidden_layers, num_experts_per_tok] as vLLM writes it: base64 of a .npy
+        file. Of a chunk it begins at position `routed_experts_start`.
+        """
+        start, end = told.routed, choice.num_routed
+        if not choice.request.sampling.return_routed_experts or end <= start:
+            return ""
+        told.routed = end
+        return f',"routed_experts_start":{start},"routed_experts":{dumps(_npy(choice.routed_experts(start)))}'
+
+    def _usage_part(self) -> str:
+        report = self._output.job.report
+        if report.continuous_usage:
+            return f',"usage":{dumps(self._usage())}'
+        return ',"usage":null' if report.usage else ""
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._output.usage()
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        }
+
+
+class ChatRenderer(OpenAIRenderer):
+    """Responses of /v1/chat/completions."""
+
+    id_prefix = "chatcmpl-"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> str:
+        return f'"delta":{{"content":{dumps(text)}}}' if text else '"delta":{}'
+
+    def _opening(self, told: _Told, usage: str) -> str:
+        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        return f"{told.head}{delta}{usage}}}\n\n"
+
+    def _logprobs(self, told: _Told, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        content = [
+            {**self._entry(at.token_id, at.logprob), "top_logprobs": [self._entry(*top) for top in at.top]}
+            for at in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        spelled = self._tokenizer.token_bytes(token_id)
+        return {"token": spelled.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(spelled)}
+
+
+class CompletionRenderer(OpenAIRenderer):
+    """Responses of /v1/completions."""
+
+    id_prefix = "cmpl-"
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _delta(self, text: str) -> str:
+        return f'"text":{dumps(text)}'
+
+    def _opening(self, told: _Told, usage: str) -> str:
+        return ""
+
+    def _logprobs(self, told: _Told, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        offsets = []
+        for at in logprobs:
+            offsets.append(told.offset)
+            told.offset += len(told.characters.decode(self._tokenizer.token_bytes(at.token_id)))
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [_finite(at.logprob) for at in logprobs],
+            "tokens": [self._name(at.token_id) for at in logprobs],
+            "top_logprobs": [
+                {self._name(i): _finite(logprob) for i, logprob in (*at.top, (at.token_id, at.logprob))}
+                for at in logprobs
+            ],
+        }
+
+    def _name(self, token_id: int) -> str:
+        """A token as the completions format writes it: parts of characters as `bytes:\\xe4`, so that none collide."""
+        spelled = self._tokenizer.token_bytes(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _MIN_LOGPROB else _MIN_LOGPROB
+
+
+def _npy(rows: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, rows, allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode("ascii")

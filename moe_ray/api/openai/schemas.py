@@ -1,0 +1,114 @@
+"""The bodies of OpenAI's completions and chat completions, and what of them is not supported.
+
+Sampling parameters are not listed here: every field of `SamplingParams` is one of the body, by the same name, and has
+its rule there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+MAX_N: Final = 128
+"""Most choices for each prompt."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the tokens."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """The fields both endpoints share. Others are kept: sampling parameters, unsupported and harmless ones."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    add_special_tokens: bool = True
+    echo: bool = False
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content; parts other than text are refused by the tokenizer, by name."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation. Further keys (`name`, ...) are passed to the template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+    logprobs: bool = False
+    max_completion_tokens: int | None = None
+    top_logprobs: int = 0
+
+
+Body = CompletionRequest | ChatRequest
+
+UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": ([],),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+"""Field → the values with which it asks for nothing. Any other value would change the answer, so it is refused."""
+
+UNION_RULES: Final = {
+    "prompt": "must be a string, a list of strings, a list of token ids or a list of lists of token ids",
+    "messages": "must be a list of {role, content}, where content is a string or a list of {type: text, text}",
+}
+"""pydantic reports one error for each member of a union; these say it once."""

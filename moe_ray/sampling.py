@@ -1,0 +1,191 @@
+"""How the tokens of one sequence are chosen: every parameter with its default, and the rule for its values beside it.
+
+A new parameter is a field here with a row in `_RULES`, a field of the same name in protos/moe_ray.proto (unless it
+concerns text only), and the code that reads it. The APIs and the wire take their fields from here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from moe_ray.errors import InvalidRequest
+
+MAX_LOGPROBS: Final = 20
+MAX_STOP_STRINGS: Final = 16
+MIN_SEED: Final = -(2**63)
+MAX_SEED: Final = 2**63 - 1
+DRAW_SEED: Final = -1
+"""This seed asks for one to be drawn, as for vLLM and llama.cpp."""
+_MOST_INT: Final = 2**31 - 1
+_SHOWN: Final = 120
+"""Characters of a wrong value that its error shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one sequence are chosen. Names and defaults are the field's (OpenAI, vLLM, transformers).
+
+    Values are taken as vLLM takes them: None for "not set", a string for a list of one stop string, lists for tuples.
+    Raises `InvalidRequest` naming the field on a value of another type or outside its range.
+
+    >>> SamplingParams(stop="\\n", temperature=None) == SamplingParams(stop=("\\n",), temperature=1.0)
+    True
+    """
+
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: up to the model's context length; 0: none."""
+    min_tokens: int = 0
+    """End-of-sequence and stop token ids are masked until this many tokens exist."""
+    temperature: float = 1.0
+    """0 is greedy decoding."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches p; 0: the most likely one."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence from the logit of each token in the output."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id → value added to its logit."""
+    seed: int | None = None
+    """Same seed, prompt and parameters: same tokens. None or -1: drawn once when the request is accepted."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these strings (cut out of the text)."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends behind the first of these tokens."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none; k: log-probability of the chosen token and of the k most likely."""
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_routed_experts: bool = False
+    """Tell which experts each computed token went to. The whole prompt is computed then, whatever is cached."""
+
+    def __post_init__(self) -> None:
+        for name, (read, rule) in _RULES.items():
+            given = getattr(self, name)
+            try:
+                value = _DEFAULTS[name] if given is None else read(given)
+            except (TypeError, ValueError, OverflowError):
+                raise _refusal(name, rule, given) from None
+            object.__setattr__(self, name, value)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+def _refusal(name: str, rule: str, given: object) -> InvalidRequest:
+    shown = repr(given)
+    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
+    return InvalidRequest(f"`{name}` must be {rule}, got {shown}", name)
+
+
+# Each reader returns the value in the field's type, or raises ValueError or TypeError.
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(value, str):
+        if not re.fullmatch(r"-?[0-9]{1,20}", value):
+            raise ValueError
+        return int(value)
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError
+        return int(value)
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if value not in (True, False):  # 0 and 1 equal them
+        raise ValueError
+    return bool(value)
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, bool | str | float):
+        raise TypeError
+    token_id = operator.index(value)
+    if not 0 <= token_id <= _MOST_INT:
+        raise ValueError
+    return token_id
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    return tuple(map(_token_id, value))
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or len(strings) > MAX_STOP_STRINGS:
+        raise TypeError
+    if not all(isinstance(string, str) and string for string in strings):
+        raise TypeError
+    return tuple(strings)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    bias = _between(_number, -100.0, 100.0)
+    return {_token_id(_integer(token_id)): bias(each) for token_id, each in value.items()}
+
+
+def _between(read: Callable[[Any], Any], low: float, high: float) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        converted = read(value)
+        if not low <= converted <= high:  # NaN is in no range
+            raise ValueError
+        return converted
+
+    return check
+
+
+# field → (its reader, what a value must be)
+_RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
+    "max_tokens": (_between(_integer, 0, _MOST_INT), "an integer, at least 0"),
+    "min_tokens": (_between(_integer, 0, _MOST_INT), "an integer, at least 0"),
+    "temperature": (_between(_number, 0.0, 2.0), "between 0 and 2"),
+    "top_k": (_between(_integer, -1, _MOST_INT), "-1 or 0 (off) or at least 1"),
+    "top_p": (_between(_number, 0.0, 1.0), "between 0 and 1"),
+    "min_p": (_between(_number, 0.0, 1.0), "between 0 and 1"),
+    "repetition_penalty": (_between(_number, math.ulp(0.0), 1e4), "above 0 and at most 10000"),
+    "presence_penalty": (_between(_number, -2.0, 2.0), "between -2 and 2"),
+    "frequency_penalty": (_between(_number, -2.0, 2.0), "between -2 and 2"),
+    "logit_bias": (_biases, "a mapping of token ids to values in -100..100"),
+    "seed": (_between(_integer, MIN_SEED, MAX_SEED), "an integer between -2**63 and 2**63 - 1"),
+    "stop": (_stop_strings, f"a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty"),
+    "stop_token_ids": (_token_ids, "a list of token ids"),
+    "ignore_eos": (_flag, "true or false"),
+    "logprobs": (_between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
+    "include_stop_str_in_output": (_flag, "true or false"),
+    "skip_special_tokens": (_flag, "true or false"),
+    "return_routed_experts": (_flag, "true or false"),
+}
+# A field that is None has this value; of those whose default is None, and of max_tokens, None is a value itself.
+_DEFAULTS: Final[dict[str, Any]] = {
+    each.name: {} if each.name == "logit_bias" else None if each.name == "max_tokens" else each.default
+    for each in fields(SamplingParams)
+}

@@ -1,0 +1,113 @@
+"""A trunk and a gateway in this process, without Ray: the real engine, the real stream between them, real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from moe_ray.api.http import build_app
+from moe_ray.api.service import HttpOptions, Service
+from moe_ray.config import load_config
+from moe_ray.core import TokenEvent, TrunkInfo
+from moe_ray.engine.build import build_engine
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.loop import EngineLoop
+from moe_ray.experts.local import local_pool
+from moe_ray.gateway.sessions import Sessions
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.text.tokenizer import Tokenizer
+from moe_ray.transport.base import LinkOptions
+from moe_ray.trunk.server import TrunkServer
+
+LOAD: dict[str, Any] = {"experts": []}
+"""What GET /experts answers."""
+
+
+class Trunk:
+    """A trunk of one checkpoint."""
+
+    def __init__(self, directory: Path, **engine: Any) -> None:
+        torch.set_num_threads(1)
+        config = load_config({"model": {"dtype": "float32"}, "engine": {"kv_cache_gib": 0.05, **engine}})
+        checkpoint = Checkpoint.open(directory)
+        self.engine = Paused(build_engine(config, checkpoint, lambda compute: local_pool(checkpoint, compute)))
+        checkpoint.close()
+        self.loop = EngineLoop(self.engine)  # type: ignore[arg-type]
+        self._server = TrunkServer(self.loop, lambda: [], "127.0.0.1", LinkOptions())
+        self.info = TrunkInfo("trunk-1", "node", 1, self._server.address, self.engine.options.max_model_len, 4096, 16)
+
+    def close(self) -> None:
+        self.loop.close()
+        self._server.close()
+
+
+class Paused:
+    """An engine whose steps last longer, or fail."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.pause_s = 0.0
+        """Further seconds of each step."""
+        self.error: Exception | None = None
+        """What each step ends its sequences with."""
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self) -> list[TokenEvent]:
+        time.sleep(self.pause_s)
+        events = self._engine.step()
+        if self.error is None:
+            return events
+        for event in events:
+            self._engine.abort(event.request_id)
+        return [TokenEvent(event.request_id, error=self.error) for event in events]
+
+
+@contextlib.asynccontextmanager
+async def sessions_over(trunks: Sequence[TrunkInfo]) -> AsyncIterator[Sessions]:
+    """A gateway's sessions, once they have found the trunks."""
+
+    async def discover() -> Sequence[TrunkInfo]:
+        return trunks
+
+    sessions = Sessions(discover, LinkOptions(), deadline_s=5)
+    sessions.start()
+    if trunks:
+        await sessions.ensure_trunk(10)
+    yield sessions
+
+
+@contextlib.asynccontextmanager
+async def served(
+    directory: Path, trunks: Sequence[TrunkInfo], options: HttpOptions | None = None, vocab_size: int | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
+    tokenizer = Tokenizer(directory)
+    tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
+
+    async def load() -> dict[str, Any]:
+        return LOAD
+
+    async with sessions_over(trunks) as sessions:
+        app = build_app(Service("random", tokenizer, sessions, options), load)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            serving = asyncio.create_task(server.serve([listening]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+                yield client
+            server.should_exit = True
+            await serving
