@@ -192,7 +192,7 @@ class ExpertReply:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """What an expert replica answers to `endpoint()`: who it is, what it holds, where it listens."""
+    """What an expert replica answers to `endpoint()`: its identity, what it holds, where it listens."""
 
     replica_id: str
     node_id: str

@@ -92,7 +92,7 @@ async def served_model(url: str, api_key: str | None) -> str:
 
 
 async def run_wave(target: Target, prompts: Sequence[Prompt], concurrency: int, on_request: Callable[[], None]) -> Wave:
-    """Send every prompt, `concurrency` at a time: whoever has read a stream to its end sends the next one."""
+    """Send every prompt, `concurrency` at a time: each stream that has ended is followed by the next one."""
     waiting = iter(prompts)
     samples: list[Sample] = []
     async with connect(target.url, target.api_key, target.timeout_s, concurrency) as client:

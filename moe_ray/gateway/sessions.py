@@ -210,15 +210,14 @@ class Sessions:
             await link.run()
         except Exception:
             logger.exception("the stream to trunk %s failed", link.info.replica_id)
-        finally:
-            self._links.pop(link.info.replica_id, None)
-            orphans = [live for live in self._live.values() if live.trunk is link]
-            if orphans:
-                logger.warning("replaying %d requests of trunk %s", len(orphans), link.info.replica_id)
-                for live in orphans:
-                    self._detach(live)
-                self._place(orphans)
-            self._look.set()
+        self._links.pop(link.info.replica_id, None)
+        orphans = [live for live in self._live.values() if live.trunk is link]
+        if orphans:
+            logger.warning("replaying %d requests of trunk %s", len(orphans), link.info.replica_id)
+            for live in orphans:
+                self._detach(live)
+            self._place(orphans)
+        self._look.set()
 
     async def _info(self, link: TrunkLink) -> pb.TrunkStatus | None:
         try:

@@ -44,9 +44,6 @@ class KnownPrefixes:
         self._capacity = capacity
         self._keys: OrderedDict[bytes, None] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
     def match(self, keys: Sequence[bytes]) -> int:
         """How many of the first blocks are known, without a gap."""
         for count, key in enumerate(keys):

@@ -13,7 +13,7 @@ import grpc
 
 from moe_ray.core import TokenEvent
 from moe_ray.engine.loop import EngineLoop
-from moe_ray.errors import InvalidRequest
+from moe_ray.errors import EngineError, InvalidRequest
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
@@ -26,7 +26,7 @@ MAX_GATEWAYS = 64
 LOAD_EVERY_S: Final = 1.0
 """How often a gateway hears of the load while no token comes."""
 QUIET_S: Final = 0.5
-"""A trunk that drains has been let go by its gateways when it had no request for so long."""
+"""A draining trunk without a request for so long gets none any more: its gateways know that it drains."""
 
 
 class TrunkServer:
@@ -48,8 +48,8 @@ class TrunkServer:
     def drain(self, at_most_s: float) -> None:
         """Tell the gateways to send nothing new; return when all requests have ended, or after `at_most_s`.
 
-        What a gateway sent before it heard so is computed too. What is left then, gateways replay on another trunk once
-        their stream ends.
+        Requests that a gateway sent before it was told are computed too. Those that are left then are replayed on
+        another trunk, once their streams end.
         """
         self._servicer.drain()
         end = time.monotonic() + at_most_s
@@ -131,13 +131,20 @@ class _Servicer(pb_grpc.TrunkServicer):
         try:
             for message in requests:
                 for submit in message.submit:
-                    try:
-                        self._loop.submit(unpack_request(submit), sink)
-                    except InvalidRequest as error:
-                        sink([TokenEvent(submit.request_id, error=error)])
+                    self._submit(submit, sink)
                 for request_id in message.abort:
                     self._loop.abort(request_id)
         except grpc.RpcError:
             pass  # the gateway is gone; `ended` tells the stream so
         finally:
             ended()
+
+    def _submit(self, message: pb.Submit, sink: Callable[[list[TokenEvent]], None]) -> None:
+        """Give a request to the engine. One that cannot be read ends in an error, and the stream goes on."""
+        try:
+            self._loop.submit(unpack_request(message), sink)
+        except InvalidRequest as error:
+            sink([TokenEvent(message.request_id, error=error)])
+        except Exception:
+            logger.exception("request %s cannot be read", message.request_id)
+            sink([TokenEvent(message.request_id, error=EngineError("the trunk cannot read the request"))])

@@ -99,6 +99,7 @@ def test_models(http: httpx.Client, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list().data] == ["demo"]
     assert client.models.retrieve("demo").owned_by == "moe_ray"
     assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 8192
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-5")
     assert caught.value.code == "model_not_found"
@@ -231,6 +232,31 @@ def test_a_character_of_many_tokens_streams_whole(http: httpx.Client, tokenizer:
     pieces = [chunk["choices"][0]["text"] for chunk in sse(http, "/v1/completions", asked)]
     assert "".join(pieces) == whole
     assert "\ufffd" not in whole[:-1]  # the last character may be cut by max_tokens
+
+
+def test_a_long_prompt_is_not_silent(http: httpx.Client) -> None:
+    """Through Serve's proxy: headers and a comment are there while the prompt is computed, where that takes longer."""
+    prompt = [5 + i % 400 for i in range(1500)]
+    asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": True}
+    sent = time.monotonic()
+    with http.stream("POST", "/v1/completions", json=asked) as response:
+        arrived = [(time.monotonic(), piece) for piece in response.iter_raw()]
+    assert response.status_code == 200
+    first, _ = arrived[0]
+    token = next(at for at, piece in arrived if b"data: {" in piece)
+    if token - sent > 2:
+        assert arrived[0][1].startswith(b": keep-alive\n\n")
+        assert token - first > 0.5
+    assert arrived[-1][1].endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("fields", [{"seed": -1}, {"top_p": 0}, {"temperature": 2, "top_p": 0, "seed": -(2**63)}])
+def test_what_openais_schema_allows_is_taken(http: httpx.Client, fields: dict[str, Any]) -> None:
+    body = {"model": "demo", "messages": messages("Say hi."), "max_tokens": 4, **GREEDY}
+    greedy = http.post("/v1/chat/completions", json=body)
+    response = http.post("/v1/chat/completions", json={**body, **fields})
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"] == greedy.json()["choices"][0]["message"]
 
 
 # ---- stop strings

@@ -16,6 +16,7 @@ from moe_ray.errors import EngineError, InvalidRequest, NotReady, Overloaded
 from moe_ray.gateway.session import AT_ONCE, Live, Session
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.gateway.trunk_link import TrunkLink
+from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport.base import LinkOptions, TlsFiles
 
 
@@ -203,3 +204,29 @@ def test_a_stream_that_fails_on_one_side_is_built_anew(
     asyncio.run(run())
     assert failed
     assert "the stream to trunk trunk-1 failed" in caplog.text
+
+
+def test_a_request_that_a_trunk_cannot_read_ends_alone(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_ray.trunk import server
+
+    real = server.unpack_request
+
+    def unpack(message: pb.Submit) -> Request:
+        if message.request_id == "r-0":
+            raise ValueError("cannot be read")
+        return real(message)
+
+    monkeypatch.setattr(server, "unpack_request", unpack)
+
+    async def run() -> None:
+        async with sessions_over([trunk.info]) as sessions:
+            session, ended = sessions.open(requests(3)), {}
+            while len(ended) < 3:
+                told = await session.next(10)
+                assert told is not None
+                if told[1].last:
+                    ended[told[0]] = told[1].error
+            assert isinstance(ended.pop(0), EngineError)
+            assert list(ended.values()) == [None, None]
+
+    asyncio.run(run())

@@ -82,7 +82,6 @@ def test_memory_is_bounded_and_the_end_of_the_oldest_goes_first() -> None:
     known = KnownPrefixes(6)
     known.add(keys(*range(16)))
     known.add(keys(*range(100, 116)))
-    assert len(known) == 6
     assert known.match(keys(*range(100, 116))) == 4
     assert known.match(keys(*range(16))) == 2, "its first blocks are still of use"
     known.add(keys(*range(16)))
@@ -92,7 +91,7 @@ def test_memory_is_bounded_and_the_end_of_the_oldest_goes_first() -> None:
 def test_a_trunk_remembers_no_more_than_its_cache_holds() -> None:
     small = TrunkView.of(SIZE, 16)
     small.known.add(keys(*range(400)))
-    assert len(small.known) == 4
+    assert small.known.match(keys(*range(400))) == 4
     assert TrunkView.of(0, 1000).candidate([], 50).known_tokens == 0
 
 
