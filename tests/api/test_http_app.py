@@ -177,21 +177,23 @@ def data_of(raw: bytes) -> list[Any]:
     return [json.loads(event) for event in events]
 
 
+IMPATIENT = HttpOptions(headers_within_s=0.1, keep_alive_s=0.1)
+PATIENT = HttpOptions(headers_within_s=60, keep_alive_s=60, retry_after_s=7)
+
+
 def test_headers_and_comments_come_before_a_slow_first_token(slow: Trunk, readable_model: Path) -> None:
     async def ask() -> None:
-        options = HttpOptions(headers_within_s=0.2, keep_alive_s=0.1)
-        async with served(readable_model, [slow.info], options) as client:
+        async with served(readable_model, [slow.info], IMPATIENT) as client:
             slow.engine.pause_s = 1.0
-            started = time.monotonic()
             async with stream(client, max_tokens=2) as (response, pieces):
                 first = await anext(pieces)
-                assert (response.status_code, first.decode()) == (200, KEEP_ALIVE)
-                assert time.monotonic() - started < 0.9, "before the first token"
+                assert (response.status_code, first.decode()) == (200, KEEP_ALIVE), "before the first token"
                 rest = b"".join([piece async for piece in pieces])
-            assert rest.decode().count(KEEP_ALIVE) >= 5, "one each 0.1 s of two steps of a second"
+            assert rest.decode().count(KEEP_ALIVE) >= 3, "one each 0.1 s of two steps of a second"
             chunks = data_of(first + rest)
             assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-            slow.engine.pause_s = 0.0
+        slow.engine.pause_s = 0.0
+        async with served(readable_model, [slow.info], PATIENT) as client:
             whole = await post(client, max_tokens=2)
             assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
             async with stream(client, max_tokens=2) as (_, pieces):
@@ -202,26 +204,26 @@ def test_headers_and_comments_come_before_a_slow_first_token(slow: Trunk, readab
 
 def test_what_fails_after_the_headers_is_an_event(slow: Trunk, readable_model: Path) -> None:
     async def ask() -> None:
-        options = HttpOptions(headers_within_s=0.1, keep_alive_s=0.1)
-        async with served(readable_model, [slow.info], options) as client:
-            slow.engine.pause_s, slow.engine.error = 0.5, ExpertUnavailable("expert 3 of layer 1 at 10.0.0.3:4711")
+        slow.engine.error = ExpertUnavailable("expert 3 of layer 1 at 10.0.0.3:4711")
+        async with served(readable_model, [slow.info], IMPATIENT) as client:
+            slow.engine.pause_s = 1.0
             async with stream(client) as (response, pieces):
                 (event,) = data_of(b"".join([piece async for piece in pieces]))
             assert response.status_code == 200
             assert event["error"]["type"] == "service_unavailable_error"
             assert "10.0.0.3" not in event["error"]["message"]
-            slow.engine.pause_s = 0.0  # at once: a status
+        slow.engine.pause_s = 0.0
+        async with served(readable_model, [slow.info], PATIENT) as client:  # before the headers: a status
             for wants_stream in (True, False):
                 refused = await client.post("/v1/completions", json={**ASK, "stream": wants_stream})
-                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
 
     asyncio.run(ask())
 
 
 def test_a_client_that_leaves_before_the_first_token_frees_its_sequences(slow: Trunk, readable_model: Path) -> None:
     async def ask() -> None:
-        options = HttpOptions(headers_within_s=0.05, keep_alive_s=0.05)
-        async with served(readable_model, [slow.info], options) as client:
+        async with served(readable_model, [slow.info], IMPATIENT) as client:
             slow.engine.pause_s = 0.5
             async with stream(client, prompt=[[5], [6], [7]], max_tokens=400) as (_, pieces):
                 await anext(pieces)
@@ -253,19 +255,17 @@ def test_what_a_trunk_refuses_is_told_with_the_field(trunk: Trunk, readable_mode
 
 def test_a_full_queue_refuses_at_once_even_during_a_long_step(slow: Trunk, readable_model: Path) -> None:
     async def ask() -> None:
-        options = HttpOptions(retry_after_s=7, headers_within_s=1.0, keep_alive_s=0.2)
-        async with served(readable_model, [slow.info], options) as client, contextlib.AsyncExitStack() as held:
-            slow.engine.pause_s = 3.0
-            for _ in range(2):  # 100 and 100 of the 200 that may wait; a step of 3 s takes them in
-                _, pieces = await held.enter_async_context(stream(client, prompt=[[5]] * 100, max_tokens=50))
-                await anext(pieces)
-            for _ in range(3):
-                _, pieces = await held.enter_async_context(stream(client, prompt=[[5]] * 60, max_tokens=50))
+        async with contextlib.AsyncExitStack() as held:
+            filling = await held.enter_async_context(served(readable_model, [slow.info], IMPATIENT))
+            client = await held.enter_async_context(served(readable_model, [slow.info], PATIENT))
+            slow.engine.pause_s = 4.0
+            for _ in range(3):  # 64 run and 200 may wait, those included that the engine takes in after this step
+                _, pieces = await held.enter_async_context(stream(filling, prompt=[[5]] * 80, max_tokens=50))
                 await anext(pieces)
             started = time.monotonic()
             refused = await client.post("/v1/completions", json={**ASK, "prompt": [[5]] * 120, "stream": True})
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "7"), refused.text
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 3
             slow.engine.pause_s = 0.0
 
     asyncio.run(ask())
