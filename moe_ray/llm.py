@@ -71,10 +71,10 @@ class LLM:
         `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is called
         with (what, done, total) while things load. Raises `CheckpointError`, `ConfigError`.
         """
-        numerics = {"dtype": dtype, "device": device, "kernels": kernels}
+        compute = {"dtype": dtype, "device": device, "kernels": kernels}
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
         engine = {"micro_batches": 1, **options.pop("engine", {})}
-        model_options = {"path": str(model), "max_model_len": max_model_len, **numerics}
+        model_options = {"path": str(model), "max_model_len": max_model_len, **compute}
         self.config = load_config({**options, "engine": engine, "model": model_options})
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
@@ -86,7 +86,7 @@ class LLM:
         self._engine = build_engine(
             self.config,
             checkpoint,
-            lambda how: local_pool(checkpoint, how, lambda expert: watch(f"Expert{expert}") or _ignore),
+            lambda compute: local_pool(checkpoint, compute, lambda expert: watch(f"Expert{expert}") or _ignore),
             watch("Trunk"),
         )
         checkpoint.close()

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "native": {"errors"},
     "text": {*BASE, "model"},  # the checkpoint's files beside the weights: its end tokens
     "transport": {*BASE, "pb", "native"},
-    "model": {*BASE, "config", "native"},
+    "model": {*BASE, "native"},
     "convert": {*BASE, "model"},
     "hub": {*BASE, "config", "convert", "model"},
     "experts": {*MODEL, "transport"},

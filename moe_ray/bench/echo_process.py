@@ -15,7 +15,7 @@ import torch
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import KernelsUnavailable
-from moe_ray.native.kernels import Host, Kernels
+from moe_ray.native.host import Host
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
 SIZE = struct.Struct("<I")
@@ -43,9 +43,9 @@ def listen(carrier: str, options: LinkOptions) -> ExpertServer:
 
 
 def native_echo(options: LinkOptions) -> Host | None:
-    """Who answers sockets without the interpreter, as an expert does where its kernels are native."""
+    """What answers sockets without the interpreter, as an expert's does."""
     try:
-        return None if options.native_dir is None else Host.echo(Kernels(options.native_dir, 1))
+        return None if options.native_dir is None else Host.echo(options.native_dir)
     except KernelsUnavailable:
         return None
 

@@ -22,7 +22,7 @@ from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics, limit_torch_threads
+from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.transport import connect
 from moe_ray.transport.base import LinkOptions
 
@@ -95,11 +95,11 @@ class EngineHost:
         if carrier == "ray":
             infos = self._start_actors(config, directory, model.num_local_experts)
 
-        def pool(how: Numerics) -> ExpertDispatcher:
-            dtypes.append(how.dtype)
+        def pool(compute: Compute) -> ExpertDispatcher:
+            dtypes.append(compute.dtype)
             if carrier == "local":
                 bars = partial(self._expert_bar, name)
-                return local_pool(checkpoint, how, bars)
+                return local_pool(checkpoint, compute, bars)
             keys = model_keys(model.num_hidden_layers, model.num_local_experts)
             return self._linked(settings, infos, keys, carrier, token)
 

@@ -13,8 +13,8 @@ from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.compute.backend import numerics
-from moe_ray.model.compute.numerics import limit_torch_threads
+from moe_ray.model.compute.compute import limit_torch_threads, open_compute
+from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.expert_reader import read_experts
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
@@ -29,12 +29,13 @@ class ExpertHost:
         limit_torch_threads(threads)
         checkpoint = Checkpoint.open(Path(directory))
         model = checkpoint.config
-        how = numerics(settings, model, threads)
+        wanted = Wanted(settings.model.dtype, settings.model.device, settings.model.kernels)
+        compute = open_compute(model, wanted, settings.cache_dir, threads)
         self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = read_experts(checkpoint, self._keys, how, progress)
+        ffn = read_experts(checkpoint, self._keys, compute, progress)
         checkpoint.close()
-        self._worker = ExpertWorker(ffn, model.hidden_size, how)
-        self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, how.dtype
+        self._worker = ExpertWorker(ffn, model.hidden_size, compute, native_dir=settings.cache_dir)
+        self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, compute.dtype
         self._servers: dict[str, ExpertServer] = {}
 
     def listen(self, carriers: Iterable[str], token: str) -> ReplicaInfo:

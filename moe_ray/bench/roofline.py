@@ -139,21 +139,23 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     import torch
 
     from moe_ray.llm import LLM
-    from moe_ray.model.compute.backend import numerics
+    from moe_ray.model.compute.compute import open_compute
+    from moe_ray.model.compute.resolve import Wanted
 
     if options.output_tokens < 2:
         raise ConfigError("--output-tokens: the roofline needs at least 2, the first is prefill's")
     config = load_config()
     directory = resolve_bench_model(options.model, config, on_progress)
     model = ModelConfig.load(directory)
-    how = numerics(config, model)
-    if how.device != "cpu":
+    wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
+    compute = open_compute(model, wanted, config.cache_dir)
+    if compute.device != "cpu":
         raise ConfigError("the roofline is the CPU's: set MOE_RAY_MODEL__DEVICE=cpu")
     threads = cores()
     torch.set_num_threads(threads)
     llm = LLM(directory, progress=on_progress)
-    probe = Probe(threads, matmul_shapes(model), how.torch_dtype)
-    work = work_of(model, how.dtype)
+    probe = Probe(threads, matmul_shapes(model), compute.torch_dtype)
+    work = work_of(model, compute.dtype)
     fresh = count()  # no two requests share a prefix, so that nothing comes out of the prefix cache
 
     def run(concurrency: int, output_tokens: int) -> Rates:
@@ -173,7 +175,7 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
         rows.append(roofline_row(options, concurrency, work, middle(machines), rates))
     facts = {
         "model": directory.name,
-        "dtype": how.dtype,
+        "dtype": compute.dtype,
         "threads": threads,
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,

@@ -46,7 +46,8 @@ def planned(config: Config, directory: Path, without_weights: bool = False) -> P
     `without_weights`: a directory with no more than its config.json will do. Experts inside the trunk
     (`transport: local`) are planned one by one.
     """
-    from moe_ray.model.compute.backend import dtype_name
+    from moe_ray.model.compute.resolve import choose_dtype
+    from moe_ray.native import build
 
     model = ModelConfig.load(directory)
     layers, experts = model.num_hidden_layers, model.num_local_experts
@@ -66,7 +67,9 @@ def planned(config: Config, directory: Path, without_weights: bool = False) -> P
                 weight for layer, expert in sorted(held.keys) for weight in weights_of_expert(model, layer, expert)
             )
         checkpoint.close()
-    plan = make_plan(model, dtype_name(config, model, config.model.device == "cuda"), placed)
+    device = "cuda" if config.model.device == "cuda" else "cpu"
+    dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags())
+    plan = make_plan(model, dtype, placed)
     return Planned(config.served_name, directory, model, plan, bytes_to_read, per_actor)
 
 

@@ -27,8 +27,8 @@ from moe_ray.experts.server.load_counters import WINDOW_S, LoadSampler
 from moe_ray.experts.server.weight_loader import CARRIER, Arrival
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.backend import numerics
-from moe_ray.model.compute.numerics import limit_torch_threads
+from moe_ray.model.compute.compute import limit_torch_threads, open_compute
+from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.expert_reader import ExpertReader
 from moe_ray.transport.base import ExpertServer
 from moe_ray.transport.weight_transfer import WeightsServer
@@ -49,9 +49,10 @@ class ExpertReplica:
         limit_torch_threads(threads)
         checkpoint = Checkpoint.open(resolve_model(config))
         model = checkpoint.config
-        how = numerics(config, model, threads)
-        reader = ExpertReader(checkpoint, holding.keys, how, reporter(name))
-        self._arrival = Arrival(name, reader, model.hidden_size, how)
+        wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
+        compute = open_compute(model, wanted, config.cache_dir, threads)
+        reader = ExpertReader(checkpoint, holding.keys, compute, reporter(name))
+        self._arrival = Arrival(name, reader, model.hidden_size, compute, link_options(config).native_dir)
         self._worker = self._arrival.worker
         self._servers = self._listen(config)
         self._linger_s, self._handover_s = config.experts.refresh_s + 1, config.experts.handover_s
@@ -62,7 +63,7 @@ class ExpertReplica:
             pid=os.getpid(),
             keys=holding.keys,
             hidden_size=model.hidden_size,
-            dtype=how.dtype,
+            dtype=compute.dtype,
             addresses={carrier: server.address for carrier, server in self._servers.items()},
         )
         logger.info(
@@ -70,7 +71,7 @@ class ExpertReplica:
             name,
             time.perf_counter() - started,
             self._info.dtype,
-            how.device,
+            compute.device,
             ", ".join(f"{carrier} {address}" for carrier, address in self._info.addresses.items()),
         )
         metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)

@@ -11,5 +11,4 @@ from moe_ray.transport.base import LinkOptions, TlsFiles
 def link_options(config: Config) -> LinkOptions:
     """Token and TLS of the cluster that this process is connected to."""
     tls = TlsFiles(**config.tls.model_dump()) if config.tls else None
-    native = None if config.model.kernels == "torch" else config.cache_dir
-    return LinkOptions(token=cluster_token(config, is_token_auth_enabled()), tls=tls, native_dir=native)
+    return LinkOptions(token=cluster_token(config, is_token_auth_enabled()), tls=tls, native_dir=config.cache_dir)

@@ -27,7 +27,7 @@ from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics, limit_torch_threads
+from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.transport import CARRIERS, best_carrier, connect
 from moe_ray.trunk.server import TrunkServer
@@ -45,11 +45,11 @@ class TrunkEngine:
         checkpoint = Checkpoint.open(resolve_model(config))
         pools: list[ExpertDispatcher] = []
 
-        def make_experts(how: Numerics) -> ExpertDispatcher:
+        def make_experts(compute: Compute) -> ExpertDispatcher:
             if experts:
                 pools.append(_remote_pool(config, checkpoint.config, experts))
             else:
-                pools.append(local_pool(checkpoint, how, lambda expert: reporter(f"Expert{expert}")))
+                pools.append(local_pool(checkpoint, compute, lambda expert: reporter(f"Expert{expert}")))
             return pools[0]
 
         engine = build_engine(config, checkpoint, make_experts, reporter(deployment))

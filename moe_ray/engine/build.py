@@ -13,8 +13,8 @@ from moe_ray.engine.kv_cache import num_blocks_for
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import ConfigError
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.compute.backend import numerics
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute, open_compute
+from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.end_tokens import end_token_ids
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.moe import Experts
@@ -25,13 +25,13 @@ CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.2, 4 * GIB
 GPU_CACHE_SHARE = 0.85
 
 
-def num_blocks(config: Config, model: ModelConfig, how: Numerics) -> int:
+def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
     """How many KV blocks the configured (or default) memory holds, never more than all sequences can use."""
-    size, itemsize = config.engine.block_size, how.torch_dtype.itemsize
+    size, itemsize = config.engine.block_size, compute.torch_dtype.itemsize
     if config.engine.kv_cache_gib is not None:
         budget = int(config.engine.kv_cache_gib * GIB)
-    elif how.device == "cuda":
-        budget = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(how.torch_device)[0])
+    elif compute.device == "cuda":
+        budget = int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(compute.torch_device)[0])
     else:
         budget = min(int(CPU_CACHE_SHARE * psutil.virtual_memory().available), CPU_CACHE_MOST)
     longest = config.model.max_model_len or model.max_position_embeddings
@@ -60,17 +60,18 @@ def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
-    make_experts: Callable[[Numerics], Experts],
+    make_experts: Callable[[Compute], Experts],
     progress: Progress | None = None,
 ) -> Engine:
     """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`."""
     model = checkpoint.config
-    how = numerics(config, model, config.trunk.threads)
-    experts = make_experts(how)
+    wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
+    compute = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
+    experts = make_experts(compute)
     # On a GPU the cache takes what the weights leave, so the trunk is loaded first, with room for any position.
     longest = config.model.max_model_len or model.max_position_embeddings
-    trunk = Trunk.load(checkpoint, experts, how.torch_dtype, how.torch_device, longest, progress, how.kernels)
-    blocks = num_blocks(config, model, how)
+    trunk = Trunk.load(checkpoint, experts, compute, longest, progress)
+    blocks = num_blocks(config, model, compute)
     options = EngineOptions(
         num_blocks=blocks,
         block_size=config.engine.block_size,

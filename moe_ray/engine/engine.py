@@ -168,8 +168,8 @@ class Engine:
         started, waited = time.perf_counter(), self._trunk.waited_s
         batches = split(batch, parts)
         passes = [self._trunk.forward(part, self._cache) for part in batches]
-        # After a product torch's pool spins, on the cores of native threads.
-        with torch_threads(1) if self._trunk.native else contextlib.nullcontext():
+        # After a product torch's pool spins, on the cores of the kernels' own threads.
+        with torch_threads(1) if self._trunk.own_threads else contextlib.nullcontext():
             logits = interleave(passes)
         for part in batches:
             if part.degraded:

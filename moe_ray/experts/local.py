@@ -10,7 +10,7 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
 from moe_ray.model.expert_reader import read_experts
 from moe_ray.transport.local import LocalLink
 
@@ -21,7 +21,7 @@ def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
 
 
 def local_pool(
-    checkpoint: Checkpoint, how: Numerics, progress: Callable[[int], Progress] | None = None
+    checkpoint: Checkpoint, compute: Compute, progress: Callable[[int], Progress] | None = None
 ) -> ExpertDispatcher:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
@@ -32,9 +32,9 @@ def local_pool(
     infos = []
     for expert in range(config.num_local_experts):
         keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
-        ffn = read_experts(checkpoint, keys, how, progress(expert) if progress else None)
+        ffn = read_experts(checkpoint, keys, compute, progress(expert) if progress else None)
         replica_id = f"Expert{expert}#local"
-        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, how)
+        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, compute)
         infos.append(
             ReplicaInfo(
                 replica_id=replica_id,
@@ -42,7 +42,7 @@ def local_pool(
                 pid=os.getpid(),
                 keys=keys,
                 hidden_size=config.hidden_size,
-                dtype=how.dtype,
+                dtype=compute.dtype,
                 addresses={"local": replica_id},
             )
         )

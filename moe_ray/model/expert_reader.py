@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from moe_ray.core import ExpertKey
+from moe_ray.core import ExpertKey, WeightLayout
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.compute.numerics import Numerics
-from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
+from moe_ray.model.compute.base import FFN
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.native.expert import NativeFFN
+from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.weights import weights_of_expert
 
 
@@ -24,22 +26,21 @@ class ExpertReader:
     """Reads what one replica holds. Not thread-safe, as the checkpoint is not."""
 
     def __init__(
-        self, checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
+        self, checkpoint: Checkpoint, keys: Iterable[ExpertKey], compute: Compute, progress: Progress | None = None
     ) -> None:
         """Check every weight of `keys`, reading none. `progress` is told of each key made. Raises `CheckpointError`."""
         config = checkpoint.config
-        self._checkpoint, self._how, self._progress = checkpoint, how, progress
+        self._checkpoint, self._compute, self._progress = checkpoint, compute, progress
         self._weights = {key: weights_of_expert(config, *key) for key in sorted(keys)}
         self._stored = {key: checkpoint.check(weights) for key, weights in self._weights.items()}
-        self._kernels = how.kernels if NativeFFN.supports(config, how) else None
+        self._kernels = compute.kernels if compute.backend.experts == "native" else None
         self._done = 0
         self.keys = tuple(self._weights)
         """Ascending."""
-        layout = self._kernels.packing if self._kernels is not None else "w1 over w3, w2"
-        self.format = f"{layout}, {how.dtype}, {config.hidden_size} x {config.intermediate_size}"
-        """What the bytes of a key's weights are in memory: the order of its matrices or the packing of its kernels, the
-        dtype, and hidden x intermediate size. Replicas with equal ones may take each other's bytes as they are; it is
-        compared, never parsed, and says nothing of the format on disk."""
+        packing = self._kernels.packing if self._kernels is not None else "w1 over w3, w2"
+        self.layout = WeightLayout("float", packing, compute.dtype, (config.hidden_size, config.intermediate_size))
+        """What the bytes of a key's weights are in memory: replicas of equal layouts may take each other's bytes. It says
+        nothing of the format on disk."""
 
     @property
     def bytes_read(self) -> int:
@@ -55,7 +56,7 @@ class ExpertReader:
         else:
             from moe_ray.model.compute.torch.expert import TorchFFN
 
-            dtype, device = self._how.torch_dtype, self._how.torch_device
+            dtype, device = self._compute.torch_dtype, self._compute.torch_device
             gate, up, down = (self._checkpoint.read(weight, dtype, device) for weight in self._weights[key])
             ffn = TorchFFN(gate, up, down, self._checkpoint.config.hidden_act)
         self._made(key)
@@ -78,11 +79,11 @@ class ExpertReader:
 
         from moe_ray.model.compute.torch.expert import TorchFFN, bytes_of
 
-        w13 = torch.empty((2 * inner, hidden), dtype=self._how.torch_dtype)
-        w2 = torch.empty((hidden, inner), dtype=self._how.torch_dtype)
+        w13 = torch.empty((2 * inner, hidden), dtype=self._compute.torch_dtype)
+        w2 = torch.empty((hidden, inner), dtype=self._compute.torch_dtype)
 
         def joined() -> FFN:
-            device = self._how.torch_device
+            device = self._compute.torch_device
             self._made(key)
             return TorchFFN.joined(w13.to(device), w2.to(device), self._checkpoint.config.hidden_act)
 
@@ -103,8 +104,8 @@ class ExpertReader:
 
 
 def read_experts(
-    checkpoint: Checkpoint, keys: Iterable[ExpertKey], how: Numerics, progress: Progress | None = None
+    checkpoint: Checkpoint, keys: Iterable[ExpertKey], compute: Compute, progress: Progress | None = None
 ) -> ExpertFFN:
     """Read just the weights of `keys`. Raises `CheckpointError`."""
-    reader = ExpertReader(checkpoint, keys, how, progress)
+    reader = ExpertReader(checkpoint, keys, compute, progress)
     return ExpertFFN({key: reader.read(key) for key in reader.keys})

@@ -4,70 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from typing import Protocol
 
 import torch
 
 from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint, Progress
+from moe_ray.model.compute.base import KVCacheView, TrunkCompute
+from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.trunk import NativeTrunk
-from moe_ray.model.compute.torch.attention import KVCacheView
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.trunk_weights import TrunkWeights
-from moe_ray.native.kernels import Kernels
 
 ForwardSteps = Generator[None, None, torch.Tensor]
 """A forward pass that yields wherever it would wait for experts and returns the logits."""
 
 
-class Pass(Protocol):
-    """One batch on its way through the layers; holds the hidden states."""
-
-    def route(self, layer: int) -> moe.Routed:
-        """Add the layer's self-attention to the hidden states; normalise and route them."""
-        ...
-
-    def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
-        """Add what the experts made of `routed`: rows [T * K, D] in its order."""
-        ...
-
-    def logits(self, rows: list[int]) -> torch.Tensor:
-        """Logits float32 [len(rows), V] of these flat positions of the batch."""
-        ...
-
-
-class TrunkCompute(Protocol):
-    """How a trunk computes: its weights, in the form that its kernels want. A file beside this one for each."""
-
-    nbytes: int
-    """Bytes of weights held in memory."""
-
-    def begin(self, batch: Batch, cache: KVCacheView) -> Pass:
-        """Look the batch's tokens up and plan its attention."""
-        ...
-
-
 class Trunk:
     """The shared part of a Mixtral-format model, in evaluation mode. Used by one thread at a time."""
 
-    def __init__(
-        self,
-        weights: TrunkWeights,
-        experts: moe.Experts,
-        max_model_len: int,
-        kernels: Kernels | None = None,
-    ) -> None:
-        """Read the weights. `kernels` are used where they exist for this model. Raises `CheckpointError`."""
+    def __init__(self, weights: TrunkWeights, experts: moe.Experts, max_model_len: int, compute: Compute) -> None:
+        """Read the weights in the form that the backend of `compute` wants. Raises `CheckpointError`."""
         self.config, self.dtype, self.device = weights.config, weights.dtype, weights.device
         self._experts = experts
         self.waited_s = 0.0
         """Time that passes have waited for their experts, in all."""
-        self.native = False
-        """Whether native kernels compute; they bring threads of their own."""
+        self.own_threads = compute.backend.trunk == "native"
+        """Whether the kernels bring threads of their own, beside torch's."""
         self._compute: TrunkCompute
-        if kernels is not None and NativeTrunk.supports(weights, kernels):
-            self._compute, self.native = NativeTrunk(weights, max_model_len, kernels), True
+        if compute.backend.trunk == "native":
+            assert compute.kernels is not None, "a native backend is opened with its kernels"
+            self._compute = NativeTrunk(weights, max_model_len, compute.kernels)
         else:
             self._compute = TorchTrunk(weights, max_model_len)
 
@@ -75,14 +42,13 @@ class Trunk:
     def load(
         checkpoint: Checkpoint,
         experts: moe.Experts,
-        dtype: torch.dtype,
-        device: torch.device,
+        compute: Compute,
         max_model_len: int,
         progress: Progress | None = None,
-        kernels: Kernels | None = None,
     ) -> Trunk:
         """Read the trunk's own tensors only. Raises `CheckpointError`."""
-        return Trunk(TrunkWeights(checkpoint, dtype, device, progress), experts, max_model_len, kernels)
+        weights = TrunkWeights(checkpoint, compute.torch_dtype, compute.torch_device, progress)
+        return Trunk(weights, experts, max_model_len, compute)
 
     @property
     def nbytes(self) -> int:

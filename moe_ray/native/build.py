@@ -27,6 +27,8 @@ AVX512: Final = (
 )
 HERE: Final = Path(__file__).parent
 TIMEOUT_S: Final = 300
+X86_64, ARM64 = "x86_64", "aarch64"
+"""As `platform.machine` names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,21 @@ class Library:
     flags: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
     """Instruction sets, as Linux names them."""
+    architectures: tuple[str, ...] = (X86_64, ARM64)
+    """On which it compiles, under Linux."""
 
 
 KERNELS: Final = Library(
     "kernels",
     HERE,
-    ("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h", "host.h", "frames.h"),
+    ("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h"),
     AVX512,
     frozenset({"avx512_bf16"}),
+    (X86_64,),
 )
-LINKS: Final = Library("links", HERE, ("links.cpp", "frames.h"))
-LIBRARIES: Final = (KERNELS, LINKS)
+HOST: Final = Library("host", HERE, ("host.cpp", "host.h", "calls.h", "connection.h", "cores.h", "frames.h"))
+LINKS: Final = Library("links", HERE, ("links.cpp", "link.h", "frames.h"))
+LIBRARIES: Final = (KERNELS, HOST, LINKS)
 """What a server uses."""
 
 
@@ -60,8 +66,10 @@ def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
     Safe to call from many processes at once: one builds, the others wait. Raises `KernelsUnavailable` saying what
     this machine lacks.
     """
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise KernelsUnavailable(f"they exist for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+    machine, known = platform.machine(), library.architectures
+    if sys.platform != "linux" or machine not in known:
+        where = f"this is {sys.platform} on {machine}"
+        raise KernelsUnavailable(f"the {library.name} exist for Linux on {' or '.join(known)}, {where}")
     if lacking := library.needs - cpu_flags():
         raise KernelsUnavailable(f"this CPU has no {', '.join(sorted(lacking))} instructions")
     path = cache_dir / "native" / f"{library.name}-{_fingerprint(library)}.so"
@@ -78,7 +86,7 @@ def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
 
 
 def prepare(cache_dir: Path) -> None:
-    """Build what this machine can run, so that nobody has to wait for it later."""
+    """Build what this machine can run, so that no process has to wait for it later."""
     for library in LIBRARIES:
         with contextlib.suppress(KernelsUnavailable):
             shared_library(library, cache_dir)
@@ -89,14 +97,17 @@ def cpu_flags() -> frozenset[str]:
     """The instruction sets of this machine's CPU, as Linux names them; none elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+    return frozenset(
+        next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), ())
+    )
 
 
 def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
     """Tell ctypes the functions of a library: name → (result, arguments)."""
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype = result
+        function.argtypes = arguments
     return library
 
 

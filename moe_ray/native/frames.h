@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -25,7 +26,7 @@ struct Malformed : std::runtime_error { using std::runtime_error::runtime_error;
 
 // Both headers; what a message lacks stays 0.
 struct Header {
-  uint64_t call_id = 0, layer = 0, expert = 0, cancel = 0;     // of a call
+  uint64_t call_id = 0, layer = 0, expert = 0, cancel = 0, adapter_id = 0;  // of a call
   uint64_t status = 0, queued_rows = 0, compute_us = 0, queue_us = 0;  // of a reply
   uint64_t num_rows = 0, hidden_size = 0, dtype = 0;
   std::string error;
@@ -50,9 +51,12 @@ class Writer {  // one frame's length and header
     bytes_[size_++] = static_cast<uint8_t>(value);
   }
   void text(int field, const std::string& value) {
-    const size_t length = std::min<size_t>(value.size(), 100);
+    size_t length = std::min<size_t>(value.size(), kMaxText);
+    while (length < value.size() && length && (value[length] & 0xc0) == 0x80) length--;  // whole characters: UTF-8
     bytes_[size_++] = static_cast<uint8_t>(field << 3 | 2);
-    bytes_[size_++] = static_cast<uint8_t>(length);
+    size_t left = length;
+    for (; left >= 0x80; left >>= 7) bytes_[size_++] = static_cast<uint8_t>(left | 0x80);
+    bytes_[size_++] = static_cast<uint8_t>(left);
     std::memcpy(bytes_ + size_, value.data(), length);
     size_ += length;
   }
@@ -63,7 +67,9 @@ class Writer {  // one frame's length and header
   }
 
  private:
-  uint8_t bytes_[256];
+  static constexpr size_t kMaxText = 600;
+
+  uint8_t bytes_[128 + kMaxText];
   size_t size_ = 4;
 };
 
@@ -82,12 +88,12 @@ inline Header parse(const uint8_t* p, size_t size, bool reply) {
   Header h;
   uint64_t other = 0;
   uint64_t* const call_fields[] = {&h.call_id, &h.layer, &h.expert, &h.num_rows, &h.hidden_size, &h.dtype,
-                                  &h.cancel};
+                                  &h.cancel,  &h.adapter_id};
   uint64_t* const reply_fields[] = {&h.call_id, &h.status, &other,         &h.num_rows, &h.hidden_size,
                                     &h.dtype,   &h.queued_rows, &h.compute_us, &h.queue_us};
   const uint8_t* const end = p + size;
   while (p < end) {
-    const uint64_t tag = varint(p, end), field = tag >> 3, count = reply ? 9 : 7;
+    const uint64_t tag = varint(p, end), field = tag >> 3, count = reply ? 9 : 8;
     if ((tag & 7) == 0) {
       const uint64_t value = varint(p, end);
       if (field >= 1 && field <= count) *(reply ? reply_fields : call_fields)[field - 1] = value;
@@ -105,6 +111,10 @@ inline Header parse(const uint8_t* p, size_t size, bool reply) {
     }
   }
   return h;
+}
+
+inline const char* dtype_name(uint64_t dtype) {
+  return dtype == kFloat32 ? "float32" : dtype == kBFloat16 ? "bfloat16" : dtype == kFloat16 ? "float16" : "unknown";
 }
 
 inline std::string system_error(int error) { return std::strerror(error); }

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "attention.h"
-#include "host.h"
 #include "linear.h"
 #include "pool.h"
 #include "simd.h"
@@ -158,32 +157,28 @@ void expert_ffn(void* pool, const bf16* x, const float* weights, int64_t rows, c
   });
 }
 
-void* host_new(void* pool, int64_t hidden, int64_t inner, int64_t most) {
-  return new Host(pool, expert_ffn, hidden, inner, most);
-}
-// A host that returns every row as it came, whatever its width, for layer 0 of expert 0: the carrier without the expert.
-void* host_new_echo() {
-  const Host::Ffn echo = [](void*, const bf16* x, const float*, int64_t rows, const bf16*, const bf16*, int64_t hidden,
-                            int64_t, bf16* out) { std::memcpy(out, x, rows * hidden * sizeof(bf16)); };
-  auto* host = new Host(nullptr, echo, 0, 0, 0);
-  host->add(0, 0, nullptr, nullptr);
-  return host;
-}
-void host_free(void* host) { delete static_cast<Host*>(host); }
-void host_add(void* host, uint64_t layer, uint64_t expert, const bf16* w13, const bf16* w2) {
-  static_cast<Host*>(host)->add(layer, expert, w13, w2);
-}
-void host_stats(void* host, HostStats* out) { *out = static_cast<Host*>(host)->stats(); }
-uint64_t host_key_stats(void* host, KeyStats* out, uint64_t most) {
-  return static_cast<Host*>(host)->key_stats(out, most);
-}
+struct Expert {  // what `expert_forward` is given as its handle
+  void* pool;
+  const bf16 *w13, *w2;
+  int64_t hidden, inner;
+};
 
-// Answers calls on a connection until it ends, or something comes that is no call.
-void host_serve(void* host, int fd) {
-  try {
-    static_cast<Host*>(host)->serve(fd);
-  } catch (const std::exception&) {
+// `Forward` of calls.h over packed weights: what a host calls.
+int32_t expert_forward(void* handle, const void* rows, const float* weights, int64_t count, int64_t row_bytes, void* out,
+                       char* why) {
+  const auto& e = *static_cast<const Expert*>(handle);
+  if (row_bytes != e.hidden * static_cast<int64_t>(sizeof(bf16))) {
+    std::strcpy(why, "rows of another width than the weights'");
+    return 0;
   }
+  try {
+    expert_ffn(e.pool, static_cast<const bf16*>(rows), weights, count, e.w13, e.w2, e.hidden, e.inner,
+               static_cast<bf16*>(out));
+  } catch (const std::bad_alloc&) {
+    std::strcpy(why, "out of memory");
+    return 0;
+  }
+  return 1;
 }
 
 // Whether layer_front has a kernel for this shape.

@@ -1,20 +1,20 @@
 """The kernels as Python calls them: tensors in, tensors out, the interpreter lock released while they compute.
 
 Weights are packed from arrays, and torch is imported where tensors are asked for: a process that only holds experts
-and serves them on sockets (`Host`) is smaller by the 140 MB that torch takes before its first tensor.
+and serves them on sockets (`host.Host`) is smaller by the 140 MB that torch takes before its first tensor.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.native.build import KERNELS, declare, shared_library
+from moe_ray.native.host import Entry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,15 @@ class Step(ctypes.Structure):
     )
 
 
+class Expert(ctypes.Structure):
+    """`Expert` of kernels.cpp: what `expert_forward` computes with."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("pool", "w13", "w2")),
+        *((name, c_int64) for name in ("hidden", "inner")),
+    )
+
+
 _SIGNATURES: Final = {
     "pool_new": (c_void_p, (c_int,)),
     "pool_free": (None, (c_void_p,)),
@@ -61,13 +70,6 @@ _SIGNATURES: Final = {
     "layer_supported": (c_int, (c_int64, c_int64, c_int64)),
     "layer_front": (None, (c_void_p, POINTER(Shape), POINTER(Layer), POINTER(Step), *(c_void_p,) * 5)),
     "combine": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
-    "host_new": (c_void_p, (c_void_p, c_int64, c_int64, c_int64)),
-    "host_new_echo": (c_void_p, ()),
-    "host_free": (None, (c_void_p,)),
-    "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
-    "host_stats": (None, (c_void_p, c_void_p)),
-    "host_key_stats": (c_uint64, (c_void_p, c_void_p, c_uint64)),
-    "host_serve": (None, (c_void_p, c_int)),
     "head": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_void_p)),
 }
 
@@ -160,6 +162,12 @@ class Kernels:
         )
         return out
 
+    def expert_entry(self, w13: Packed, w2: Packed) -> Entry:
+        """What a host calls to compute as `expert_ffn` does, with these threads."""
+        expert = Expert(self._pool, w13.address, w2.address, w13.k, w13.n)
+        function = ctypes.cast(self.library.expert_forward, c_void_p).value
+        return Entry(function, ctypes.addressof(expert), (expert, w13, w2, self))
+
     def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> None:
         """Add to hidden [T, D] float32 each token's expert rows (of bfloat16 [T * K, D]), in expert order."""
         tokens, width = hidden.shape
@@ -177,62 +185,3 @@ class Kernels:
             *(norm.data_ptr(), eps, packed.address, packed.n, out.data_ptr()),
         )
         return out
-
-
-class HostStats(ctypes.Structure):
-    """`HostStats` of host.h."""
-
-    _fields_ = tuple(
-        (name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns", "queue_ns", "cancelled")
-    )
-
-
-class KeyStats(ctypes.Structure):
-    """`KeyStats` of host.h: what one (layer, expert) has done since the start."""
-
-    _fields_ = tuple((name, c_uint64) for name in ("layer", "expert", "calls", "rows", "busy_ns", "queue_ns"))
-
-
-class Host:
-    """Serves packed experts on sockets, without the interpreter. Thread-safe: they may be added while it serves."""
-
-    def __init__(self, kernels: Kernels, host: int) -> None:
-        """`host`: as the library made it; it is freed with this object."""
-        self._kernels, self._held = kernels, list[Packed]()
-        self._host: int | None = host
-
-    @staticmethod
-    def of(kernels: Kernels, hidden: int, inner: int, max_batched_rows: int) -> Host:
-        """A host of experts that are yet to be added."""
-        return Host(kernels, kernels.library.host_new(kernels.pool, hidden, inner, max_batched_rows))
-
-    @staticmethod
-    def echo(kernels: Kernels) -> Host:
-        """A host that returns the bfloat16 rows of (layer 0, expert 0) as they come: to measure what carries them."""
-        return Host(kernels, kernels.library.host_new_echo())
-
-    def __del__(self) -> None:
-        if getattr(self, "_host", None) is not None:
-            self._kernels.library.host_free(self._host)
-
-    def add(self, layer: int, expert: int, w13: Packed, w2: Packed) -> None:
-        """Serve this expert's layer, packed as `expert_ffn` wants it, from now on. Each key once."""
-        self._held += (w13, w2)
-        self._kernels.library.host_add(self._host, layer, expert, w13.address, w2.address)
-
-    def serve(self, fd: int) -> None:
-        """Answer calls that come on a connected socket until it ends."""
-        self._kernels.library.host_serve(self._host, fd)
-
-    def stats(self) -> HostStats:
-        """Counters since the start; rows that wait now."""
-        stats = HostStats()
-        self._kernels.library.host_stats(self._host, ctypes.byref(stats))
-        return stats
-
-    def key_stats(self) -> Sequence[KeyStats]:
-        """Counters of every (layer, expert) held, since the start, all as of one moment."""
-        copy = self._kernels.library.host_key_stats
-        keys = (KeyStats * copy(self._host, None, 0))()
-        copy(self._host, keys, len(keys))
-        return list(keys)

@@ -24,57 +24,63 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rmoe_ray.proto\x12\nmoe_ray.v1\"\x9b\x01\n\x10\x45xpertCallHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\r\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12 \n\x05\x64type\x18\x06 \x01(\x0e\x32\x11.moe_ray.v1.DType\x12\x0e\n\x06\x63\x61ncel\x18\x07 \x01(\x08\"Y\n\nExpertCall\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.moe_ray.v1.ExpertCallHeader\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"\xdf\x01\n\x11\x45xpertReplyHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.moe_ray.v1.CallStatus\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12 \n\x05\x64type\x18\x06 \x01(\x0e\x32\x11.moe_ray.v1.DType\x12\x13\n\x0bqueued_rows\x18\x07 \x01(\x04\x12\x12\n\ncompute_us\x18\x08 \x01(\x04\x12\x10\n\x08queue_us\x18\t \x01(\x04\"J\n\x0b\x45xpertReply\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.moe_ray.v1.ExpertReplyHeader\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\"T\n\x0eWeightsRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\"T\n\x0cWeightsReply\x12&\n\x06status\x18\x01 \x01(\x0e\x32\x16.moe_ray.v1.CallStatus\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\r\n\x05sizes\x18\x03 \x03(\x04\"+\n\x0cWeightsChunk\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\r\n\x05\x63rc32\x18\x02 \x01(\x07\"\xcd\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12=\n\nlogit_bias\x18\n \x03(\x0b\x32).moe_ray.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x12\x1d\n\x15return_routed_experts\x18\x0f \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"~\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.moe_ray.v1.SamplingParams\"A\n\x0cTrunkRequest\x12\"\n\x06submit\x18\x01 \x03(\x0b\x32\x12.moe_ray.v1.Submit\x12\r\n\x05\x61\x62ort\x18\x02 \x03(\t\"_\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"i\n\rRoutedExperts\x12\r\n\x05start\x18\x01 \x01(\r\x12\x15\n\rnum_positions\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\x0c\"\xcf\x02\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.moe_ray.v1.TokenLogprobs\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x12\n\nerror_type\x18\x07 \x01(\t\x12\x15\n\rerror_message\x18\x08 \x01(\t\x12\x13\n\x0b\x65rror_param\x18\x0b \x01(\t\x12\x1a\n\x12\x64\x65graded_positions\x18\t \x03(\r\x12\x31\n\x0erouted_experts\x18\n \x01(\x0b\x32\x19.moe_ray.v1.RoutedExpertsB\x10\n\x0e_stop_token_id\"x\n\tTrunkLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"Y\n\nStepEvents\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.moe_ray.v1.TokenEvent\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.moe_ray.v1.TrunkLoad\"\r\n\x0bInfoRequest\"\x88\x01\n\x0bTrunkStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0f\n\x07missing\x18\x02 \x03(\t\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x06 \x01(\r*F\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03*F\n\nCallStatus\x12\x06\n\x02OK\x10\x00\x12\n\n\x06\x46\x41ILED\x10\x01\x12\x0b\n\x07REFUSED\x10\x02\x12\r\n\tCANCELLED\x10\x03\x12\x08\n\x04\x42USY\x10\x04\x32H\n\x06\x45xpert\x12>\n\x07\x46orward\x12\x16.moe_ray.v1.ExpertCall\x1a\x17.moe_ray.v1.ExpertReply(\x01\x30\x01\x32\x83\x01\n\x05Trunk\x12@\n\x08Generate\x12\x18.moe_ray.v1.TrunkRequest\x1a\x16.moe_ray.v1.StepEvents(\x01\x30\x01\x12\x38\n\x04Info\x12\x17.moe_ray.v1.InfoRequest\x1a\x17.moe_ray.v1.TrunkStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rmoe_ray.proto\x12\nmoe_ray.v1\"\xaf\x01\n\x10\x45xpertCallHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\r\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12 \n\x05\x64type\x18\x06 \x01(\x0e\x32\x11.moe_ray.v1.DType\x12\x0e\n\x06\x63\x61ncel\x18\x07 \x01(\x08\x12\x12\n\nadapter_id\x18\x08 \x01(\x04\"Y\n\nExpertCall\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.moe_ray.v1.ExpertCallHeader\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"\xdf\x01\n\x11\x45xpertReplyHeader\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.moe_ray.v1.CallStatus\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12 \n\x05\x64type\x18\x06 \x01(\x0e\x32\x11.moe_ray.v1.DType\x12\x13\n\x0bqueued_rows\x18\x07 \x01(\x04\x12\x12\n\ncompute_us\x18\x08 \x01(\x04\x12\x10\n\x08queue_us\x18\t \x01(\x04\"J\n\x0b\x45xpertReply\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1d.moe_ray.v1.ExpertReplyHeader\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\"\xb5\x01\n\x0cWeightLayout\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\t\x12\x0f\n\x07packing\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\r\n\x05shape\x18\x04 \x03(\r\x12\x36\n\x07options\x18\x05 \x03(\x0b\x32%.moe_ray.v1.WeightLayout.OptionsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x88\x01\n\x0eWeightsRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12(\n\x06layout\x18\x05 \x01(\x0b\x32\x18.moe_ray.v1.WeightLayout\x12\x12\n\nadapter_id\x18\x06 \x01(\x04J\x04\x08\x03\x10\x04\"T\n\x0cWeightsReply\x12&\n\x06status\x18\x01 \x01(\x0e\x32\x16.moe_ray.v1.CallStatus\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\r\n\x05sizes\x18\x03 \x03(\x04\"+\n\x0cWeightsChunk\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\r\n\x05\x63rc32\x18\x02 \x01(\x07\"\xcd\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12=\n\nlogit_bias\x18\n \x03(\x0b\x32).moe_ray.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04seed\x18\x0b \x01(\x03\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x01\x88\x01\x01\x12\x1d\n\x15return_routed_experts\x18\x0f \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"~\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.moe_ray.v1.SamplingParams\"A\n\x0cTrunkRequest\x12\"\n\x06submit\x18\x01 \x03(\x0b\x32\x12.moe_ray.v1.Submit\x12\r\n\x05\x61\x62ort\x18\x02 \x03(\t\"_\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"i\n\rRoutedExperts\x12\r\n\x05start\x18\x01 \x01(\r\x12\x15\n\rnum_positions\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\x0c\"\xcf\x02\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.moe_ray.v1.TokenLogprobs\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x12\n\nerror_type\x18\x07 \x01(\t\x12\x15\n\rerror_message\x18\x08 \x01(\t\x12\x13\n\x0b\x65rror_param\x18\x0b \x01(\t\x12\x1a\n\x12\x64\x65graded_positions\x18\t \x03(\r\x12\x31\n\x0erouted_experts\x18\n \x01(\x0b\x32\x19.moe_ray.v1.RoutedExpertsB\x10\n\x0e_stop_token_id\"x\n\tTrunkLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"Y\n\nStepEvents\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.moe_ray.v1.TokenEvent\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.moe_ray.v1.TrunkLoad\"\r\n\x0bInfoRequest\"\x88\x01\n\x0bTrunkStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0f\n\x07missing\x18\x02 \x03(\t\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x06 \x01(\r*F\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03*F\n\nCallStatus\x12\x06\n\x02OK\x10\x00\x12\n\n\x06\x46\x41ILED\x10\x01\x12\x0b\n\x07REFUSED\x10\x02\x12\r\n\tCANCELLED\x10\x03\x12\x08\n\x04\x42USY\x10\x04\x32H\n\x06\x45xpert\x12>\n\x07\x46orward\x12\x16.moe_ray.v1.ExpertCall\x1a\x17.moe_ray.v1.ExpertReply(\x01\x30\x01\x32\x83\x01\n\x05Trunk\x12@\n\x08Generate\x12\x18.moe_ray.v1.TrunkRequest\x1a\x16.moe_ray.v1.StepEvents(\x01\x30\x01\x12\x38\n\x04Info\x12\x17.moe_ray.v1.InfoRequest\x1a\x17.moe_ray.v1.TrunkStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moe_ray_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WEIGHTLAYOUT_OPTIONSENTRY']._loaded_options = None
+  _globals['_WEIGHTLAYOUT_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=2365
-  _globals['_DTYPE']._serialized_end=2435
-  _globals['_CALLSTATUS']._serialized_start=2437
-  _globals['_CALLSTATUS']._serialized_end=2507
+  _globals['_DTYPE']._serialized_start=2622
+  _globals['_DTYPE']._serialized_end=2692
+  _globals['_CALLSTATUS']._serialized_start=2694
+  _globals['_CALLSTATUS']._serialized_end=2764
   _globals['_EXPERTCALLHEADER']._serialized_start=30
-  _globals['_EXPERTCALLHEADER']._serialized_end=185
-  _globals['_EXPERTCALL']._serialized_start=187
-  _globals['_EXPERTCALL']._serialized_end=276
-  _globals['_EXPERTREPLYHEADER']._serialized_start=279
-  _globals['_EXPERTREPLYHEADER']._serialized_end=502
-  _globals['_EXPERTREPLY']._serialized_start=504
-  _globals['_EXPERTREPLY']._serialized_end=578
-  _globals['_WEIGHTSREQUEST']._serialized_start=580
-  _globals['_WEIGHTSREQUEST']._serialized_end=664
-  _globals['_WEIGHTSREPLY']._serialized_start=666
-  _globals['_WEIGHTSREPLY']._serialized_end=750
-  _globals['_WEIGHTSCHUNK']._serialized_start=752
-  _globals['_WEIGHTSCHUNK']._serialized_end=795
-  _globals['_SAMPLINGPARAMS']._serialized_start=798
-  _globals['_SAMPLINGPARAMS']._serialized_end=1259
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1183
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1231
-  _globals['_SUBMIT']._serialized_start=1261
-  _globals['_SUBMIT']._serialized_end=1387
-  _globals['_TRUNKREQUEST']._serialized_start=1389
-  _globals['_TRUNKREQUEST']._serialized_end=1454
-  _globals['_TOKENLOGPROBS']._serialized_start=1456
-  _globals['_TOKENLOGPROBS']._serialized_end=1551
-  _globals['_ROUTEDEXPERTS']._serialized_start=1553
-  _globals['_ROUTEDEXPERTS']._serialized_end=1658
-  _globals['_TOKENEVENT']._serialized_start=1661
-  _globals['_TOKENEVENT']._serialized_end=1996
-  _globals['_TRUNKLOAD']._serialized_start=1998
-  _globals['_TRUNKLOAD']._serialized_end=2118
-  _globals['_STEPEVENTS']._serialized_start=2120
-  _globals['_STEPEVENTS']._serialized_end=2209
-  _globals['_INFOREQUEST']._serialized_start=2211
-  _globals['_INFOREQUEST']._serialized_end=2224
-  _globals['_TRUNKSTATUS']._serialized_start=2227
-  _globals['_TRUNKSTATUS']._serialized_end=2363
-  _globals['_EXPERT']._serialized_start=2509
-  _globals['_EXPERT']._serialized_end=2581
-  _globals['_TRUNK']._serialized_start=2584
-  _globals['_TRUNK']._serialized_end=2715
+  _globals['_EXPERTCALLHEADER']._serialized_end=205
+  _globals['_EXPERTCALL']._serialized_start=207
+  _globals['_EXPERTCALL']._serialized_end=296
+  _globals['_EXPERTREPLYHEADER']._serialized_start=299
+  _globals['_EXPERTREPLYHEADER']._serialized_end=522
+  _globals['_EXPERTREPLY']._serialized_start=524
+  _globals['_EXPERTREPLY']._serialized_end=598
+  _globals['_WEIGHTLAYOUT']._serialized_start=601
+  _globals['_WEIGHTLAYOUT']._serialized_end=782
+  _globals['_WEIGHTLAYOUT_OPTIONSENTRY']._serialized_start=736
+  _globals['_WEIGHTLAYOUT_OPTIONSENTRY']._serialized_end=782
+  _globals['_WEIGHTSREQUEST']._serialized_start=785
+  _globals['_WEIGHTSREQUEST']._serialized_end=921
+  _globals['_WEIGHTSREPLY']._serialized_start=923
+  _globals['_WEIGHTSREPLY']._serialized_end=1007
+  _globals['_WEIGHTSCHUNK']._serialized_start=1009
+  _globals['_WEIGHTSCHUNK']._serialized_end=1052
+  _globals['_SAMPLINGPARAMS']._serialized_start=1055
+  _globals['_SAMPLINGPARAMS']._serialized_end=1516
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1440
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1488
+  _globals['_SUBMIT']._serialized_start=1518
+  _globals['_SUBMIT']._serialized_end=1644
+  _globals['_TRUNKREQUEST']._serialized_start=1646
+  _globals['_TRUNKREQUEST']._serialized_end=1711
+  _globals['_TOKENLOGPROBS']._serialized_start=1713
+  _globals['_TOKENLOGPROBS']._serialized_end=1808
+  _globals['_ROUTEDEXPERTS']._serialized_start=1810
+  _globals['_ROUTEDEXPERTS']._serialized_end=1915
+  _globals['_TOKENEVENT']._serialized_start=1918
+  _globals['_TOKENEVENT']._serialized_end=2253
+  _globals['_TRUNKLOAD']._serialized_start=2255
+  _globals['_TRUNKLOAD']._serialized_end=2375
+  _globals['_STEPEVENTS']._serialized_start=2377
+  _globals['_STEPEVENTS']._serialized_end=2466
+  _globals['_INFOREQUEST']._serialized_start=2468
+  _globals['_INFOREQUEST']._serialized_end=2481
+  _globals['_TRUNKSTATUS']._serialized_start=2484
+  _globals['_TRUNKSTATUS']._serialized_end=2620
+  _globals['_EXPERT']._serialized_start=2766
+  _globals['_EXPERT']._serialized_end=2838
+  _globals['_TRUNK']._serialized_start=2841
+  _globals['_TRUNK']._serialized_end=2972
 # @@protoc_insertion_point(module_scope)

@@ -32,7 +32,7 @@ CANCELLED: CallStatus
 BUSY: CallStatus
 
 class ExpertCallHeader(_message.Message):
-    __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel")
+    __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel", "adapter_id")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class ExpertCallHeader(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
     expert: int
@@ -47,7 +48,8 @@ class ExpertCallHeader(_message.Message):
     hidden_size: int
     dtype: DType
     cancel: bool
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., cancel: _Optional[bool] = ...) -> None: ...
+    adapter_id: int
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., cancel: _Optional[bool] = ..., adapter_id: _Optional[int] = ...) -> None: ...
 
 class ExpertCall(_message.Message):
     __slots__ = ("header", "rows", "weights")
@@ -89,17 +91,40 @@ class ExpertReply(_message.Message):
     rows: bytes
     def __init__(self, header: _Optional[_Union[ExpertReplyHeader, _Mapping]] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
+class WeightLayout(_message.Message):
+    __slots__ = ("format", "packing", "dtype", "shape", "options")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PACKING_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    format: str
+    packing: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    options: _containers.ScalarMap[str, str]
+    def __init__(self, format: _Optional[str] = ..., packing: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., options: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
 class WeightsRequest(_message.Message):
-    __slots__ = ("layer", "expert", "format", "fingerprint")
+    __slots__ = ("layer", "expert", "fingerprint", "layout", "adapter_id")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
-    FORMAT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     layer: int
     expert: int
-    format: str
     fingerprint: bytes
-    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., format: _Optional[str] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
+    layout: WeightLayout
+    adapter_id: int
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[WeightLayout, _Mapping]] = ..., adapter_id: _Optional[int] = ...) -> None: ...
 
 class WeightsReply(_message.Message):
     __slots__ = ("status", "error", "sizes")

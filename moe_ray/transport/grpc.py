@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from moe_ray.transport import wire
 from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, TlsFiles
 from moe_ray.transport.pending import CallTable, Pending, address_of, peer_name
 from moe_ray.transport.serving import ANSWERED_ERRORS, answer
+from moe_ray.transport.version import WIRE_VERSION, other_version
 
 MAX_STREAMS = 256
 """Streams that one replica accepts; each holds a thread. One more is refused, not queued."""
-_ACCEPTED = ("moe-ray-expert", "1")  # the server's first word: the stream reached an expert, and the token was right
+_VERSION_KEY = "moe-ray-expert"
+"""Metadata of both ends: their wire version. The server's is its first word: the token was right."""
 
 
 def channel_options(options: LinkOptions) -> list[tuple[str, int | str]]:
@@ -128,7 +130,7 @@ class GrpcLink:
         self.info = info
         self._calls: CallTable[pb.ExpertReply] = CallTable(peer_name(info, "grpc"), wire.unpack_reply)
         self._outgoing: queue.SimpleQueue[pb.ExpertCall | None] = queue.SimpleQueue()
-        metadata = token_metadata(options.token)
+        metadata = (*token_metadata(options.token), (_VERSION_KEY, str(WIRE_VERSION)))
         self._channel = open_channel(address_of(info, "grpc"), options)
         self._stream = pb_grpc.ExpertStub(self._channel).Forward(iter(self._outgoing.get, None), metadata=metadata)
         self._settled = threading.Event()  # accepted or broken
@@ -164,8 +166,12 @@ class GrpcLink:
         reason = "the replica ended the stream"
         try:
             # Also returns when the stream ended without; the loop below then raises why.
-            if _ACCEPTED in (self._stream.initial_metadata() or ()):
+            theirs = _version_of(self._stream.initial_metadata())
+            if theirs == str(WIRE_VERSION):
                 self._settled.set()
+            elif theirs is not None:
+                reason = str(other_version(theirs))
+                return
             for message in self._stream:
                 if not self._calls.settle(message.header.call_id, message):
                     reason = f"the replica answered call {message.header.call_id}, which is not in flight"
@@ -207,7 +213,13 @@ class _Servicer(pb_grpc.ExpertServicer):
         self._handler = handler
 
     def Forward(self, calls: Iterator[pb.ExpertCall], context: grpc.ServicerContext) -> Iterator[pb.ExpertReply]:
-        context.send_initial_metadata((_ACCEPTED,))
+        context.send_initial_metadata(((_VERSION_KEY, str(WIRE_VERSION)),))
+        theirs = _version_of(context.invocation_metadata())
+        if theirs != str(WIRE_VERSION):
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the trunk speaks wire version {theirs or 1}, this replica {WIRE_VERSION}",
+            )
         for message in calls:
             yield self._answer(message)
 
@@ -236,6 +248,14 @@ class StreamThreads(futures.ThreadPoolExecutor):
 
         threading.Thread(target=run, name="grpc-expert-stream", daemon=True).start()
         return future
+
+
+def _version_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """The wire version in the metadata of one end; None: it has none."""
+    for key, value in metadata or ():
+        if key == _VERSION_KEY:
+            return value if isinstance(value, str) else value.decode(errors="replace")
+    return None
 
 
 def _refuse(_calls: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:

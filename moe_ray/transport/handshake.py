@@ -15,6 +15,7 @@ from typing import Final
 
 from moe_ray.errors import ConfigError, ProtocolError
 from moe_ray.transport.base import LinkOptions
+from moe_ray.transport.version import WIRE_VERSION, other_version
 
 ABSTRACT_UNIX = sys.platform == "linux"
 """Unix sockets without a file vanish with their process, however it ends; the token guards them as it does TCP."""
@@ -29,14 +30,20 @@ _TCP_INFO = struct.Struct("=2xB21xI28xI")
 class Service:
     """What a port serves. A proof of the token is for one service and one role in it."""
 
-    hello: bytes
-    """16 bytes: name and version."""
+    name: bytes
+    """15 bytes."""
     asks: bytes
     answers: bytes
 
+    @property
+    def hello(self) -> bytes:
+        """What the port says first, 16 bytes: its name and, in one character, its version."""
+        return self.name + _VERSIONS[WIRE_VERSION : WIRE_VERSION + 1]
 
-CALLS = Service(b"moe-ray-expert-1", b"trunk", b"expert")
-WEIGHTS = Service(b"moe-ray-weight-1", b"newcomer", b"peer")
+
+_VERSIONS: Final = b"0123456789abcdefghijklmnopqrstuvwxyz"
+CALLS = Service(b"moe-ray-expert-", b"trunk", b"expert")
+WEIGHTS = Service(b"moe-ray-weight-", b"newcomer", b"peer")
 
 
 def connect(address: str, options: LinkOptions, service: Service = CALLS) -> socket.socket:
@@ -84,8 +91,11 @@ def welcome(
 def _introduce(sock: socket.socket, options: LinkOptions, service: Service) -> socket.socket:
     try:
         hello = _exactly(sock, len(service.hello) + _NONCE)
+        if not hello.startswith(service.name):
+            raise ProtocolError("the peer is not a moe_ray expert")
         if not hello.startswith(service.hello):
-            raise ProtocolError("the peer is not a moe_ray expert of this version")
+            theirs = hello[len(service.name) : len(service.hello)]
+            raise other_version(_VERSIONS.find(theirs) if theirs in _VERSIONS else repr(theirs))
         theirs, ours = hello[len(service.hello) :], secrets.token_bytes(_NONCE)
         sock.sendall(ours + _mac(options, service.asks, theirs, ours))
         if _exactly(sock, 2) != b"ok":

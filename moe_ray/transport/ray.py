@@ -34,6 +34,7 @@ from moe_ray.transport import wire
 from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
 from moe_ray.transport.pending import address_of, peer_name
 from moe_ray.transport.serving import ANSWERED_ERRORS, answer
+from moe_ray.transport.version import WIRE_VERSION, other_version
 
 _SERVE_NAMESPACE = "serve"
 _SERVE_REPLICA = "SERVE_REPLICA::"
@@ -102,13 +103,15 @@ class RayLink:
         namespace, _, name = self._address.partition("/")
         try:
             self._actor = ray.get_actor(name, namespace)
-            serving = ray.get(self._actor.__ray_call__.remote(_is_serving, self._address), timeout=timeout_s)
+            version = int(ray.get(self._actor.__ray_call__.remote(_is_serving, self._address), timeout=timeout_s))
         except GetTimeoutError:
             raise self.broke(f"no answer within {timeout_s:g} s") from None
         except (RayError, ValueError) as error:
             raise self.broke(_first_line(error)) from None
-        if not serving:
+        if not version:
             raise self.broke("the actor serves no expert")
+        if version != WIRE_VERSION:
+            raise self.broke(str(other_version(version)))
 
     @property
     def broken(self) -> bool:
@@ -127,7 +130,7 @@ class RayLink:
         weights = call.weights.detach().cpu().contiguous().numpy()
         try:
             ref = self._actor.__ray_call__.remote(
-                _serve_call, self._address, call.call_id, call.layer, call.expert, dtype, rows, weights
+                _serve_call, self._address, call.call_id, call.layer, call.expert, dtype, rows, weights, call.adapter_id
             )
         except RayError as error:
             raise self.broke(_first_line(error)) from None
@@ -173,7 +176,7 @@ class RayPending:
         """Wait no more. Idempotent.
 
         The replica computes the call nevertheless. `ray.cancel` drops one that queues, but after that an actor of ray
-        2.60 has been seen to answer nobody any more.
+        2.60 has been seen to answer no call any more.
         """
 
     def _wait(self, timeout_s: float) -> _Answer:
@@ -198,8 +201,9 @@ class RayPending:
 _GONE = -1  # status of a call to an actor whose server is closed
 
 
-def _is_serving(_actor: Any, address: str) -> bool:
-    return address in _SERVERS
+def _is_serving(_actor: Any, address: str) -> int:
+    """The wire version that the actor serves; 0: no expert. (A process of version 1 answers True or False.)"""
+    return WIRE_VERSION if address in _SERVERS else 0
 
 
 def _serve_call(
@@ -211,6 +215,7 @@ def _serve_call(
     dtype: str,
     rows: np.ndarray,
     weights: np.ndarray,
+    adapter_id: int,
 ) -> _Answer:
     """Compute one call; runs on the actor."""
     server = _SERVERS.get(address)
@@ -218,7 +223,7 @@ def _serve_call(
         return _GONE, "", "", None, (0, 0, 0)
     try:
         tensors = wire.from_numpy(dtype, rows, "rows"), wire.weights_from_numpy(weights)
-        call = ExpertCall(layer, expert, *tensors, call_id)
+        call = ExpertCall(layer, expert, *tensors, call_id, adapter_id=adapter_id)
         wire.check_call(call)
         reply = answer(server.handler, call)
     except ANSWERED_ERRORS as error:

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import CallCancelled, LinkBroken, LinkTimeout, ProtocolError, TransportError
-from moe_ray.native.kernels import Host
+from moe_ray.native.host import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
@@ -215,8 +215,8 @@ class SocketExpertServer:
         stream.read_into(wire.buffer(weights), STALL_S)
         body: list[memoryview] = []
         try:
-            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id)
-            call.taken_back = partial(_taken_back, stream, header.call_id)
+            taken_back = partial(_taken_back, stream, header.call_id)
+            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id, taken_back, header.adapter_id)
             reply = answer(self._handler, call)
             head, rows = wire.reply_header(reply), wire.sendable(reply.rows)
             body = [wire.buffer(rows)]
@@ -235,5 +235,5 @@ def _taken_back(stream: FrameStream, call_id: int) -> bool:
     except (OSError, EOFError):
         return True
     except DecodeError:
-        return False  # whoever reads it as the next call ends the connection
+        return False  # reading it as the next call ends the connection
     return after is not None and after.cancel and after.call_id == call_id

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from moe_ray.core import ExpertKey
+from moe_ray.core import ExpertKey, WeightLayout
 from moe_ray.errors import LinkBroken, ProtocolError
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport.base import LinkOptions
@@ -30,8 +30,28 @@ MAX_TRANSFERS: Final = 2
 GIVE_UP_S: Final = 10.0
 """A peer from which nothing comes for so long is given up: there are other ways to the weights."""
 
-Offer = Callable[[ExpertKey, str, bytes], Sequence[memoryview]]
-"""Returns the bytes of a key's weights if they are of this format and fingerprint; else raises `ProtocolError`."""
+Offer = Callable[[ExpertKey, WeightLayout, bytes], Sequence[memoryview]]
+"""Returns the bytes of a key's weights if they are of this layout and fingerprint; else raises `ProtocolError`."""
+
+
+def pack_layout(layout: WeightLayout) -> pb.WeightLayout:
+    """The message that describes a layout."""
+    return pb.WeightLayout(
+        format=layout.format,
+        packing=layout.packing,
+        dtype=layout.dtype,
+        shape=layout.shape,
+        options=dict(layout.options),
+    )
+
+
+def unpack_layout(message: pb.WeightLayout) -> WeightLayout:
+    """The layout that a message describes. Raises `ProtocolError`."""
+    if len(message.shape) != 2:
+        raise ProtocolError(f"layout.shape is {list(message.shape)}, expected [hidden_size, intermediate_size]")
+    hidden, inner = message.shape
+    options = tuple(sorted(message.options.items()))
+    return WeightLayout(message.format, message.packing, message.dtype, (hidden, inner), options)
 
 
 class WeightsServer:
@@ -66,7 +86,9 @@ class WeightsServer:
                 stream.write_frame(pb.WeightsReply(status=pb.REFUSED, error=str(error)), (), GIVE_UP_S, None)
 
     def _send(self, stream: FrameStream, request: pb.WeightsRequest) -> None:
-        buffers = self._offer((request.layer, request.expert), request.format, request.fingerprint)
+        if request.adapter_id:
+            raise ProtocolError(f"adapter {request.adapter_id} is asked for, and this replica knows no adapters")
+        buffers = self._offer((request.layer, request.expert), unpack_layout(request.layout), request.fingerprint)
         sizes = [len(buffer) for buffer in buffers]
         stream.write_frame(pb.WeightsReply(status=pb.OK, sizes=sizes), (), GIVE_UP_S, None)
         for buffer in buffers:
@@ -88,14 +110,14 @@ class WeightsLink:
             raise LinkBroken(f"weights of {address}: {say(error)}") from None
         self._stream = FrameStream(self._sock)
 
-    def read(self, key: ExpertKey, layout: str, fingerprint: bytes, into: Sequence[memoryview]) -> None:
+    def read(self, key: ExpertKey, layout: WeightLayout, fingerprint: bytes, into: Sequence[memoryview]) -> None:
         """Fill `into` with the weights of one key.
 
         Raises `ProtocolError` when the peer refuses, `LinkBroken` for all that ends the link: a peer that is gone or
         silent, sizes that do not fit, a damaged chunk. What is in `into` is then of no use.
         """
         layer, expert = key
-        request = pb.WeightsRequest(layer=layer, expert=expert, format=layout, fingerprint=fingerprint)
+        request = pb.WeightsRequest(layer=layer, expert=expert, layout=pack_layout(layout), fingerprint=fingerprint)
         try:
             self._stream.write_frame(request, (), GIVE_UP_S, None)
             self._stream.wait_frame(time.monotonic() + GIVE_UP_S)

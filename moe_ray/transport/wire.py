@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_TENSOR_BYTES = 1 << 30
 """Rows of one message; protobuf itself ends at 2 GiB. 64 Ki rows of a Mixtral in bf16 are half of it."""
-_MAX_UINT32 = 2**32 - 1
+_MAX_UINT32, _MAX_UINT64 = 2**32 - 1, 2**64 - 1
 
 _CODES: Mapping[str, pb.DType] = {"float32": pb.FLOAT32, "bfloat16": pb.BFLOAT16, "float16": pb.FLOAT16}
 _NAMES = {code: name for name, code in _CODES.items()}
@@ -69,9 +69,13 @@ def check_call(call: ExpertCall) -> None:
         raise InvalidCall(
             f"weights is {call.weights.dtype} {list(call.weights.shape)}, expected torch.float32 [{len(call.rows)}]"
         )
-    for name, value in (("layer", call.layer), ("expert", call.expert)):
-        if not 0 <= value <= _MAX_UINT32:
-            raise InvalidCall(f"{name} is {value}, expected 0..{_MAX_UINT32}")
+    for name, value, most in (
+        ("layer", call.layer, _MAX_UINT32),
+        ("expert", call.expert, _MAX_UINT32),
+        ("adapter_id", call.adapter_id, _MAX_UINT64),
+    ):
+        if not 0 <= value <= most:
+            raise InvalidCall(f"{name} is {value}, expected 0..{most}")
 
 
 def dtype_code(rows: torch.Tensor) -> int:
@@ -112,6 +116,7 @@ def call_header(call: ExpertCall) -> pb.ExpertCallHeader:
         num_rows=num_rows,
         hidden_size=hidden_size,
         dtype=_CODES[_torch_dtypes()[call.rows.dtype]],
+        adapter_id=call.adapter_id,
     )
 
 
@@ -141,6 +146,7 @@ def read_call(header: pb.ExpertCallHeader, rows: bytes, weights: bytes) -> Exper
         rows=tensor,
         weights=torch.frombuffer(bytearray(weights), dtype=torch.float32),
         call_id=header.call_id,
+        adapter_id=header.adapter_id,
     )
 
 

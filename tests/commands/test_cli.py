@@ -36,6 +36,18 @@ def moe_ray(*arguments: str, stdin: str = "", **env: str) -> subprocess.Complete
     )
 
 
+def moe_ray_on(flags: frozenset[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command on a machine whose CPU has these instruction sets."""
+    code = (
+        "from moe_ray.native import build\n"
+        f"build.cpu_flags = lambda: {flags!r}\n"
+        "from moe_ray.commands.main import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+
+
 def refused(*arguments: str, **env: str) -> str:
     """Run a command that must fail; return its error."""
     done = moe_ray(*arguments, **env)
@@ -91,14 +103,19 @@ def test_help_names_every_command() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", moe_ray("version").stdout)
 
 
-def test_plan_of_the_demo_model(demo_model: Path) -> None:
-    plan = json.loads(moe_ray("plan", "--json").stdout)
+AVX2, AVX512_BF16 = frozenset({"avx2", "fma"}), frozenset({"avx2", "fma", "avx512_bf16"})
+
+
+@pytest.mark.parametrize(("flags", "wider"), [(AVX512_BF16, 1), (AVX2, 2)])
+def test_plan_of_the_demo_model(demo_model: Path, flags: frozenset[str], wider: int) -> None:
+    """In bfloat16, as it is stored, on a CPU with instructions for it; else in float32."""
+    plan = json.loads(moe_ray_on(flags, "plan", "--json").stdout)
     assert [row["actor"] for row in plan["rows"]] == ["Trunk", *(f"Expert{e}" for e in range(8))]
     on_disk = sum(file.stat().st_size for file in demo_model.glob("*.safetensors"))
     read = sum(row["read_bytes"] for row in plan["rows"])
     assert read <= on_disk < read + 2**20  # each tensor is read once, by one actor: the rest is headers
-    assert [row["weight_bytes"] for row in plan["rows"]] == [row["read_bytes"] for row in plan["rows"]]
-    table = moe_ray("plan").stdout
+    assert [row["weight_bytes"] for row in plan["rows"]] == [wider * row["read_bytes"] for row in plan["rows"]]
+    table = moe_ray_on(flags, "plan").stdout
     assert all(len(line) <= 80 for line in table.splitlines())
     assert "0.72 B parameters" in table
     assert str(demo_model) in table
@@ -106,15 +123,15 @@ def test_plan_of_the_demo_model(demo_model: Path) -> None:
 
 def test_plan_of_mixtral_8x7b_from_its_config_alone(mixtral_config: Path) -> None:
     arguments = ("plan", "--model", str(mixtral_config), "--gpu-memory")
-    plan = json.loads(moe_ray(*arguments, "16", "--json").stdout)
+    plan = json.loads(moe_ray_on(AVX512_BF16, *arguments, "16", "--json").stdout)
     assert plan["model"] == "Mixtral-8x7B"
     assert sum(row["parameters"] for row in plan["rows"]) == 46_702_792_704
     assert plan["kv_bytes_per_token"] == 2 * 32 * 8 * 128 * 2
     assert {row["read_bytes"] for row in plan["rows"]} == {None}
     assert all(row["fits"] for row in plan["rows"])
-    small = json.loads(moe_ray(*arguments, "8", "--json").stdout)["rows"]
+    small = json.loads(moe_ray_on(AVX512_BF16, *arguments, "8", "--json").stdout)["rows"]
     assert [row["actor"] for row in small if row["fits"]] == ["Trunk"]
-    assert moe_ray(*arguments, "8").stdout.count("does not fit") == 8
+    assert moe_ray_on(AVX512_BF16, *arguments, "8").stdout.count("does not fit") == 8
 
 
 def test_generate(demo_model: Path) -> None:

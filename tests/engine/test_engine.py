@@ -44,8 +44,8 @@ class Rig:
         )
         checkpoint = Checkpoint.open(directory)
 
-        def experts(how: Any) -> Fragile:
-            self.experts = Fragile(local_pool(checkpoint, how))
+        def experts(compute: Any) -> Fragile:
+            self.experts = Fragile(local_pool(checkpoint, compute))
             return self.experts
 
         self.engine: Engine = build_engine(config, checkpoint, experts)

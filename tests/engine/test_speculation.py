@@ -22,7 +22,8 @@ from moe_ray.errors import ConfigError
 from moe_ray.experts.local import local_pool
 from moe_ray.llm import LLM, RequestOutput
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.trunk import Trunk
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -55,8 +56,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trunk(directory: Path) -> Iterator[Trunk]:
-    checkpoint, cpu = Checkpoint.open(directory), torch.device("cpu")
-    yield Trunk.load(checkpoint, local_pool(checkpoint, Numerics("float32", "cpu")), torch.float32, cpu, 256)
+    checkpoint, compute = Checkpoint.open(directory), Compute(Backend("float32"))
+    yield Trunk.load(checkpoint, local_pool(checkpoint, compute), compute, 256)
     checkpoint.close()
 
 

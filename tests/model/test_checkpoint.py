@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.families import Weight
 from moe_ray.model.foreign import INDEX, SINGLE
@@ -103,7 +104,7 @@ def test_each_process_reads_its_own_bytes_only(random_model: Path) -> None:
     tensors = load_file(random_model / SINGLE)
     trunk = Checkpoint.open(random_model)
     reports: list[tuple[int, int]] = []
-    Trunk.load(trunk, None, torch.float32, CPU, 64, lambda *report: reports.append(report))  # type: ignore[arg-type]
+    Trunk.load(trunk, None, Compute(Backend("float32")), 64, lambda *report: reports.append(report))  # type: ignore[arg-type]
     own = sum(t.nbytes for name, t in tensors.items() if _owner(name) == "trunk")
     assert trunk.bytes_read == own
     assert reports[-1] == (own, own)
@@ -111,12 +112,12 @@ def test_each_process_reads_its_own_bytes_only(random_model: Path) -> None:
     for expert in range(EXPERTS):
         checkpoint = Checkpoint.open(random_model)
         assert checkpoint.bytes_read == 0, "opening reads no tensor"
-        ffn = read_experts(checkpoint, {(layer, expert) for layer in range(LAYERS)}, Numerics("bfloat16", "cpu"))
+        ffn = read_experts(checkpoint, {(layer, expert) for layer in range(LAYERS)}, Compute(Backend("bfloat16")))
         own = sum(t.nbytes for name, t in tensors.items() if _owner(name) == f"expert{expert}")
         assert checkpoint.bytes_read == own
         assert ffn.nbytes == own // 2
     part = Checkpoint.open(random_model)
-    read_experts(part, {(2, 5)}, Numerics("float32", "cpu"))
+    read_experts(part, {(2, 5)}, Compute(Backend("float32")))
     assert part.bytes_read == 3 * 4 * 64 * 112
 
 
@@ -126,7 +127,7 @@ def test_an_expert_does_not_need_the_shards_of_others(sharded: Path, damage: str
         if path.stem != "expert3":
             path.unlink() if damage == "deleted" else path.write_bytes(b"garbage")
     checkpoint = Checkpoint.open(sharded)
-    ffn = read_experts(checkpoint, {(layer, 3) for layer in range(LAYERS)}, Numerics("float32", "cpu"))
+    ffn = read_experts(checkpoint, {(layer, 3) for layer in range(LAYERS)}, Compute(Backend("float32")))
     assert checkpoint.bytes_read == ffn.nbytes == LAYERS * 3 * 4 * 64 * 112
     weights = weights_of_expert(checkpoint.config, 0, 2)
     refused(lambda: checkpoint.check(weights), "expert2.safetensors")
@@ -185,7 +186,7 @@ def test_missing_tensor(whole: Path) -> None:
     name = "model.layers.2.block_sparse_moe.experts.6.w2.weight"
     change(whole, lambda tensors: tensors.pop(name))
     refused(lambda: check_all(whole), str(whole), name, "missing")
-    refused(lambda: local_pool(Checkpoint.open(whole), Numerics("float32", "cpu")), name)
+    refused(lambda: local_pool(Checkpoint.open(whole), Compute(Backend("float32"))), name)
 
 
 def test_tensor_that_the_index_names_and_the_file_lacks(sharded: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_ray.model.compute.numerics import Numerics
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -17,7 +18,6 @@ from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics
 from moe_ray.model.expert_reader import ExpertReader, read_experts
 from moe_ray.model.families import FAMILIES
 from moe_ray.model.foreign import INDEX, SINGLE

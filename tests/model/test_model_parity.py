@@ -17,7 +17,8 @@ from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.layers import rope_table
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.trunk import Trunk, interleave
@@ -68,8 +69,9 @@ class Parts:
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         checkpoint = Checkpoint.open(directory)
-        self.pool = local_pool(checkpoint, Numerics(str(dtype).removeprefix("torch."), device))
-        self.trunk = Trunk.load(checkpoint, self.pool, dtype, torch.device(device), 512)
+        compute = Compute(Backend(str(dtype).removeprefix("torch."), device))
+        self.pool = local_pool(checkpoint, compute)
+        self.trunk = Trunk.load(checkpoint, self.pool, compute, 512)
 
     def engine(
         self, blocks: int = 512, block_size: int = 16, micro_batches: int = 1, max_model_len: int = 160, **limits: Any

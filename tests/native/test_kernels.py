@@ -15,14 +15,15 @@ from moe_ray.core import Batch, Request, SamplingParams, Sequence
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.errors import ConfigError, KernelsUnavailable
 from moe_ray.model import moe
-from moe_ray.model.compute.backend import numerics
+from moe_ray.model.compute.base import Pass
+from moe_ray.model.compute.compute import open_compute
+from moe_ray.model.compute.native.expert import NativeFFN
 from moe_ray.model.compute.native.trunk import NativeTrunk
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.resolve import NATIVE, Wanted
 from moe_ray.model.compute.torch.trunk import TorchTrunk
-from moe_ray.model.expert import NativeFFN
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.trunk import Pass
 from moe_ray.model.trunk_weights import LayerWeights
+from moe_ray.native import build
 from moe_ray.native.build import KERNELS, shared_library
 from moe_ray.native.kernels import Kernels
 
@@ -188,7 +189,6 @@ SHAPES = [
 )
 def test_trunk(config: ModelConfig, kernels: Kernels, threaded: Kernels) -> None:
     weights = Weights(config, torch.bfloat16)
-    assert NativeTrunk.supports(weights, kernels)  # type: ignore[arg-type]
     one = [3 + 5 * i % 91 for i in range(70)]
     two = [1 + 7 * i % 93 for i in range(33)]
     whole = [(0, one, 0, 70), (1, two, 0, 33)]
@@ -218,35 +218,29 @@ def test_trunk(config: ModelConfig, kernels: Kernels, threaded: Kernels) -> None
 
 
 @needs_kernels
-def test_what_there_are_no_kernels_for(kernels: Kernels) -> None:
-    def supported(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return NativeTrunk.supports(Weights(config, dtype), kernels)  # type: ignore[arg-type]
-
-    assert not supported(model(4, 2, 64), torch.float32)
-    assert not supported(model(4, 2, 48))
-    assert not supported(model(18, 2, 64))
-    assert not supported(model(4, 2, 64, hidden_size=80))
-    how = Numerics("bfloat16", "cpu")
-    assert NativeFFN.supports(model(4, 2, 64), how)
-    assert not NativeFFN.supports(model(4, 2, 64, hidden_act="gelu"), how)
-    assert not NativeFFN.supports(model(4, 2, 64, intermediate_size=112), how)
-    assert not NativeFFN.supports(model(4, 2, 64), Numerics("float32", "cpu"))
-    assert not NativeFFN.supports(model(4, 2, 64), Numerics("bfloat16", "cuda"))
+def test_the_table_of_kernels_is_that_of_the_library(kernels: Kernels) -> None:
+    """What `resolve` decides by, without loading anything."""
+    table = NATIVE[0]
+    for head_dim in range(16, 272, 16):
+        for group in range(1, 34):
+            known = head_dim in table.head_dims and group in table.groups
+            assert kernels.supports_attention(2 * group, 2, head_dim) == known, (head_dim, group)
 
 
-def test_a_machine_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    if not WHY_NOT:
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    for library in build.LIBRARIES:
         with pytest.raises(KernelsUnavailable, match="no-such-compiler"):
-            shared_library(KERNELS, tmp_path)
-    section = {"dtype": "bfloat16", "device": "cpu"}
-    wanted = load_config({"cache_dir": str(tmp_path), "model": {**section, "kernels": "native"}})
-    with pytest.raises(ConfigError, match=r"model\.kernels is 'native'"):
-        numerics(wanted, model(4, 2, 64))
-    auto = load_config({"cache_dir": str(tmp_path), "model": section})
-    assert numerics(auto, model(4, 2, 64)).kernels is None
-    with pytest.raises(ConfigError, match="bfloat16"):
-        numerics(load_config({"model": {"dtype": "float32", "device": "cpu", "kernels": "native"}}), model(4, 2, 64))
+            shared_library(library, tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.kernels is 'native': no C\+\+ compiler found"):
+        open_compute(model(4, 2, 64), Wanted("bfloat16", "cpu", "native"), tmp_path)
+    compute = open_compute(model(4, 2, 64), Wanted("bfloat16", "cpu"), tmp_path)
+    assert compute.kernels is None
+    assert (compute.backend.trunk, compute.backend.experts) == ("torch", "torch")
+    assert "no C++ compiler found" in caplog.text
 
 
 @needs_kernels

@@ -28,7 +28,8 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_pool, model_keys
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.transport import connect
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
     checkpoint = Checkpoint.open(directory)
     pools: list[ExpertDispatcher] = []
 
-    def experts(how: object) -> ExpertDispatcher:
+    def experts(compute: object) -> ExpertDispatcher:
         if carrier == "local":
-            pool = local_pool(checkpoint, Numerics("float32", "cpu"))
+            pool = local_pool(checkpoint, Compute(Backend("float32")))
         else:
             model = checkpoint.config
             handles = [

@@ -26,6 +26,7 @@ from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport import wire
 from moe_ray.transport.base import LinkOptions, TlsFiles
 from moe_ray.transport.grpc import GrpcExpertServer, GrpcLink, TokenInterceptor
+from moe_ray.transport.version import WIRE_VERSION
 
 WAIT_S = 20.0
 
@@ -106,7 +107,9 @@ def test_a_malformed_call_is_refused_and_the_stream_lives_on(request: pytest.Fix
     info = serve(request)
     outgoing: queue.SimpleQueue[pb.ExpertCall | None] = queue.SimpleQueue()
     with grpc.insecure_channel(info.addresses["grpc"]) as channel:
-        replies = pb_grpc.ExpertStub(channel).Forward(iter(outgoing.get, None))
+        replies = pb_grpc.ExpertStub(channel).Forward(
+            iter(outgoing.get, None), metadata=(("moe-ray-expert", str(WIRE_VERSION)),)
+        )
         call = make_call()
         call.call_id = 5
         good, bad = wire.pack_call(call), wire.pack_call(call)
@@ -125,7 +128,7 @@ def serve_rogue(request: pytest.FixtureRequest, reply: Callable[[pb.ExpertCall],
 
     class Rogue(pb_grpc.ExpertServicer):
         def Forward(self, calls: Iterator[pb.ExpertCall], context: grpc.ServicerContext) -> Iterator[pb.ExpertReply]:
-            context.send_initial_metadata((("moe-ray-expert", "1"),))
+            context.send_initial_metadata((("moe-ray-expert", str(WIRE_VERSION)),))
             yield from map(reply, calls)
 
     server = grpc.server(ThreadPoolExecutor(2))

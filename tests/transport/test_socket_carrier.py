@@ -22,7 +22,7 @@ from moe_ray.errors import ConfigError, LinkBroken
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import connect
 from moe_ray.transport.base import CallBatch, Link, LinkOptions, TlsFiles
-from moe_ray.transport.handshake import welcome
+from moe_ray.transport.handshake import CALLS, welcome
 from moe_ray.transport.native_socket import NativeSocketLink, links_library
 from moe_ray.transport.socket import SocketExpertServer, SocketLink
 
@@ -96,7 +96,7 @@ def test_an_impostor_without_the_token_is_not_believed() -> None:
 
         def pretend() -> None:
             peer, _ = listener.accept()
-            peer.sendall(b"moe-ray-expert-1" + bytes(32))
+            peer.sendall(CALLS.hello + bytes(32))
             peer.recv(64)
             peer.sendall(b"ok" + bytes(32))
             peer.recv(1)

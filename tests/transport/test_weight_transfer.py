@@ -6,11 +6,13 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moe_ray.config import load_config
+from moe_ray.core import WeightLayout
 from moe_ray.errors import KernelsUnavailable, LinkBroken, ProtocolError
 from moe_ray.transport.base import LinkOptions, TlsFiles
 from moe_ray.transport.handshake import connect
@@ -19,7 +21,9 @@ from moe_ray.transport.weight_transfer import CHUNK_BYTES, MAX_TRANSFERS, Weight
 
 OPTIONS = LinkOptions(token="t", connect_timeout_s=3.0)
 SIZES = (2 * CHUNK_BYTES + 5, 0, 1000)
-KEY, LAYOUT, PRINT = (3, 1), "packed", b"print"
+KEY, PRINT = (3, 1), b"print"
+LAYOUT = WeightLayout("int4", "packed", "bfloat16", (64, 96), (("group_size", "32"), ("symmetric", "true")))
+OTHER = replace(LAYOUT, options=(("group_size", "64"), ("symmetric", "true")))
 
 
 def content(seed: int) -> list[memoryview]:
@@ -37,7 +41,7 @@ class Offer:
         self.buffers, self.let, self.entered = content(1), threading.Event(), threading.Semaphore(0)
         self.let.set()
 
-    def __call__(self, key: tuple[int, int], layout: str, fingerprint: bytes) -> Sequence[memoryview]:
+    def __call__(self, key: tuple[int, int], layout: WeightLayout, fingerprint: bytes) -> Sequence[memoryview]:
         self.entered.release()
         assert self.let.wait(20)
         if (key, layout, fingerprint) != (KEY, LAYOUT, PRINT):
@@ -77,7 +81,7 @@ def test_what_arrives_is_what_was_there(server: WeightsServer, offer: Offer) -> 
 
 def test_what_is_refused_leaves_the_link_alone(server: WeightsServer, offer: Offer) -> None:
     link = WeightsLink(server.address, OPTIONS)
-    for wrong in (((0, 0), LAYOUT, PRINT), (KEY, "other", PRINT), (KEY, LAYOUT, b"")):
+    for wrong in (((0, 0), LAYOUT, PRINT), (KEY, OTHER, PRINT), (KEY, LAYOUT, b"")):
         with pytest.raises(ProtocolError, match="refused: no"):
             link.read(*wrong, blank())
     into = blank()
@@ -197,7 +201,7 @@ def test_packed_weights_are_those_that_packing_gives() -> None:
     held = kernels.pack(w1, w3)
     server = WeightsServer(lambda key, layout, fingerprint: memory(held), options=OPTIONS)
     arrived = kernels.packed(n, k, 2)
-    WeightsLink(server.address, OPTIONS).read((0, 0), kernels.packing, b"", memory(arrived))
+    WeightsLink(server.address, OPTIONS).read(KEY, LAYOUT, PRINT, memory(arrived))
     assert bytes(arrived.memory) == bytes(kernels.pack(w1, w3).memory)
     assert (arrived.n, arrived.k, arrived.nbytes) == (held.n, held.k, held.nbytes)
     server.close()

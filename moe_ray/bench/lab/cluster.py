@@ -26,8 +26,9 @@ from moe_ray.core import SamplingParams
 from moe_ray.errors import NotReady
 from moe_ray.experts.planning.footprint import Network, network_step
 from moe_ray.llm import LLM
-from moe_ray.model.compute.backend import dtype_name
+from moe_ray.model.compute.resolve import choose_dtype
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.native import build
 from moe_ray.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -93,7 +94,8 @@ def run_cluster(options: ClusterOptions, on_progress: Progress) -> Report:
     most = max(*options.streams, FAULT_STREAMS)
     prompts = list(id_prompts(most, options.prompt_tokens, model.vocab_size, str(options.seed)))
     calm = single_host(directory, prompts, max(options.output_tokens, FAULT_TOKENS))
-    bench = _Bench(options, model, dtype_name(config, model, False), directory, prompts, calm, on_progress)
+    dtype = choose_dtype(config.model.dtype, model.dtype, "cpu", build.cpu_flags())
+    bench = _Bench(options, model, dtype, directory, prompts, calm, on_progress)
     with hosts(1 + options.expert_hosts, config.cache_dir) as cluster:
         more = {"round trips": round_trips(cluster)}
         for number in range(1 + options.expert_hosts):

@@ -13,7 +13,8 @@ from moe_ray.bench.lab.emulate import Service
 from moe_ray.bench.lab.skew_process import sleep_until
 from moe_ray.core import ReplicaInfo
 from moe_ray.experts.server.worker import ExpertWorker
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert import ExpertFFN
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.socket import SocketExpertServer
@@ -36,6 +37,10 @@ class EmulatedFFN:
         sleep_until(done)
         return out
 
+    def entry(self) -> None:
+        """None: computed through the interpreter."""
+        return
+
     def buffers(self) -> list[memoryview]:
         return []
 
@@ -47,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sys.setswitchinterval(0.0005)  # whoever spins must not keep the others from waking
     running = dict[str, tuple[ExpertWorker, SocketExpertServer]]()
-    how = Numerics("float32", "cpu")
+    compute = Compute(Backend("float32"))
 
     def start(
         name: str,
@@ -61,7 +66,7 @@ def main() -> None:
     ) -> dict[str, Any]:
         keys = frozenset((layer, expert) for layer in range(layers))
         ffns = ExpertFFN(dict.fromkeys(keys, EmulatedFFN(Service(*service))))
-        worker = ExpertWorker(ffns, hidden, how, max_batched_rows=max_batched_rows)
+        worker = ExpertWorker(ffns, hidden, compute, max_batched_rows=max_batched_rows)
         server = SocketExpertServer(worker.forward, options=LinkOptions(token=token))
         running[name] = worker, server
         return packed(ReplicaInfo(name, "local", os.getpid(), keys, hidden, "float32", {"socket": server.address}))

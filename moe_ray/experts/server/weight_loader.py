@@ -11,13 +11,15 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Final, Literal
 
-from moe_ray.core import ExpertKey, ReplicaInfo
+from moe_ray.core import ExpertKey, ReplicaInfo, WeightLayout
 from moe_ray.errors import MoeRayError, ProtocolError, TransportError
 from moe_ray.experts.server.worker import ExpertWorker
-from moe_ray.model.compute.numerics import Numerics
-from moe_ray.model.expert import FFN, ExpertFFN
+from moe_ray.model.compute.base import FFN
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.expert_reader import ExpertReader
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.weight_transfer import WeightsLink
@@ -64,8 +66,13 @@ def peer_of(found: Sequence[ReplicaInfo], replica_id: str, node_id: str, keys: C
 class Arrival:
     """Loads one replica: the first layer in the constructor, the others on a thread of its own, from `start` on."""
 
-    def __init__(self, name: str, reader: ExpertReader, hidden_size: int, how: Numerics) -> None:
-        """Load the first layer. `reader` is used by this object alone from now on. Raises `CheckpointError`."""
+    def __init__(
+        self, name: str, reader: ExpertReader, hidden_size: int, compute: Compute, native_dir: Path | None = None
+    ) -> None:
+        """Load the first layer. `reader` is used by this object alone from now on. Raises `CheckpointError`.
+
+        `native_dir` as in `ExpertWorker`.
+        """
         self._began = time.perf_counter()
         self._name, self._reader = name, reader
         self._source = FasterSource()
@@ -76,7 +83,8 @@ class Arrival:
         self.failure: Exception | None = None
         """Why loading ended before it was done."""
         first = [key for key in reader.keys if key[0] == reader.keys[0][0]]
-        self.worker = ExpertWorker(ExpertFFN({key: self._read(key) for key in first}), hidden_size, how, reader.keys)
+        ffn = ExpertFFN({key: self._read(key) for key in first})
+        self.worker = ExpertWorker(ffn, hidden_size, compute, reader.keys, native_dir=native_dir)
         self._first_s = time.perf_counter() - self._began
         self._thread = threading.Thread(target=self._run, name="expert-arrival", daemon=True)
 
@@ -112,10 +120,10 @@ class Arrival:
             threading.Thread(target=search, name="peer-search", daemon=True).start()
         self._thread.start()
 
-    def offer(self, key: ExpertKey, layout: str, fingerprint: bytes) -> list[memoryview]:
-        """`transport.weights.Offer` of what is loaded."""
-        if layout != self._reader.format:
-            raise ProtocolError(f"held as {self._reader.format!r}, not as {layout!r}")
+    def offer(self, key: ExpertKey, layout: WeightLayout, fingerprint: bytes) -> list[memoryview]:
+        """`transport.weight_transfer.Offer` of what is loaded."""
+        if layout != self._reader.layout:
+            raise ProtocolError(f"held as {self._reader.layout}, not as {layout}")
         if key not in self.worker.keys:
             raise ProtocolError(f"layer {key[0]} expert {key[1]} is not held by this replica")
         if fingerprint != self._prints[key]:
@@ -184,7 +192,7 @@ class Arrival:
         fingerprint = self._reader.fingerprint(key)
         began = time.perf_counter()
         blank = self._reader.blank(key)
-        peer.read(key, self._reader.format, fingerprint, blank.buffers)
+        peer.read(key, self._reader.layout, fingerprint, blank.buffers)
         ffn = blank.make()
         self._source.took("peer", ffn.nbytes, time.perf_counter() - began)
         self._prints[key] = fingerprint

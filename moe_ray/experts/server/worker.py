@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
-from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed
+from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed, KernelsUnavailable
 from moe_ray.experts.server.load_counters import KeyLoad
-from moe_ray.model.compute.numerics import Numerics
-from moe_ray.model.expert import FFN, ExpertFFN, NativeFFN
+from moe_ray.model.compute.base import FFN
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.native.host import Entry, Host
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCHED_ROWS: Final = 1024
 """Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
@@ -63,19 +69,27 @@ class ExpertWorker:
         self,
         ffn: ExpertFFN,
         hidden_size: int,
-        how: Numerics,
+        compute: Compute,
         to_come: Iterable[ExpertKey] = (),
         max_batched_rows: int = MAX_BATCHED_ROWS,
+        native_dir: Path | None = None,
     ) -> None:
-        """Serve what `ffn` holds; `to_come` are the keys that will be added."""
-        self._ffn, self._hidden_size, self._how, self._max_batched_rows = ffn, hidden_size, how, max_batched_rows
+        """Serve what `ffn` holds; `to_come` are the keys that will be added.
+
+        `native_dir`: where the library of the native host is built and kept; None: sockets are answered through the
+        interpreter.
+        """
+        self._ffn, self._hidden_size = ffn, hidden_size
+        self.compute, self._max_batched_rows = compute, max_batched_rows
         self._state = threading.Lock()
+        self._device = threading.Lock()
+        """Held while torch computes, for a call of whichever carrier."""
         self._computing = False
         self._waiting: list[_Waiting] = []
         self._queued_rows = self._batches = self._cancelled = 0
         self._loads = dict.fromkeys((*ffn.keys, *to_come), KeyLoad())
-        self.native = ffn.host(hidden_size, max_batched_rows)
-        """Answers sockets without the interpreter, where the kernels are native; what it does is counted here too."""
+        self.native = None if native_dir is None else self._host(native_dir)
+        """Answers sockets without the interpreter, torch's computing excepted; what it does is counted here too."""
 
     @property
     def keys(self) -> frozenset[ExpertKey]:
@@ -85,13 +99,36 @@ class ExpertWorker:
     def add(self, key: ExpertKey, ffn: FFN) -> None:
         """Serve one more key, of those to come, while calls for others are answered. From one thread at a time."""
         if self.native is not None:
-            assert isinstance(ffn, NativeFFN)
-            self.native.add(*key, ffn.w13, ffn.w2)
+            self.native.add(*key, self._entry(ffn))
         self._ffn.add(key, ffn)
 
     def buffers(self, key: ExpertKey) -> list[memoryview]:
         """The bytes of one key's weights, which must not be written to. Raises `KeyError` where it is not served."""
         return self._ffn.buffers(key)
+
+    def _host(self, native_dir: Path) -> Host | None:
+        # Threads that torch starts would inherit the core that a host's thread is bound to.
+        bind = self.compute.threads == 1 or self.compute.backend.experts == "native"
+        try:
+            host = Host(native_dir, self._hidden_size, self.compute.dtype, self._max_batched_rows, bind)
+        except KernelsUnavailable as error:
+            logger.warning("sockets are answered through the interpreter: %s", error)
+            return None
+        for key in self._ffn.keys:
+            host.add(*key, self._entry(self._ffn[key]))
+        return host
+
+    def _entry(self, ffn: FFN) -> Entry:
+        entry = ffn.entry()
+        if entry is not None:
+            return entry
+        from moe_ray.model.compute.torch.hosted import tensor_entry
+
+        def forward(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            with self._device:
+                return ffn.forward(rows, weights)
+
+        return tensor_entry(forward, self.compute.torch_dtype, self.compute.torch_device)
 
     def forward(self, call: ExpertCall) -> ExpertReply:
         """Compute one call.
@@ -164,13 +201,14 @@ class ExpertWorker:
         try:
             rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
             weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
-            device = self._how.torch_device
-            out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device))
+            device = self.compute.torch_device
+            with self._device:
+                out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device))
             out = out.to(call.rows.device)
             outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
         except RuntimeError as failure:  # torch: out of memory, a lost device
             error = failure
-        finally:  # whatever else it raises, nobody waits for ever
+        finally:  # whatever else it raises, no call waits for ever
             self._end(batch, started, outputs, error)
 
     def _end(
@@ -213,11 +251,13 @@ class ExpertWorker:
     def _check(self, call: ExpertCall) -> None:
         import torch
 
+        if call.adapter_id:
+            raise CallRefused(f"adapter {call.adapter_id} is asked for, and this replica knows no adapters")
         if (call.layer, call.expert) not in self._ffn.keys:
             raise CallRefused(f"layer {call.layer} expert {call.expert} is not held by this replica")
         if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
             raise CallRefused(f"rows have shape {list(call.rows.shape)}, expected [at least 1, {self._hidden_size}]")
-        if call.rows.dtype != self._how.torch_dtype:
-            raise CallRefused(f"rows are {call.rows.dtype}, this replica computes in torch.{self._how.dtype}")
+        if call.rows.dtype != self.compute.torch_dtype:
+            raise CallRefused(f"rows are {call.rows.dtype}, this replica computes in torch.{self.compute.dtype}")
         if call.weights.shape != (call.rows.shape[0],) or call.weights.dtype != torch.float32:
             raise CallRefused(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")

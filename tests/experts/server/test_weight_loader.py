@@ -18,7 +18,8 @@ from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.weight_loader import CARRIER, Arrival, FasterSource, peer_of
 from moe_ray.model.checkpoint import Checkpoint
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert import FFN
 from moe_ray.model.expert_reader import ExpertReader, read_experts
 from moe_ray.native.kernels import Kernels
@@ -67,11 +68,11 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])
-def how(request: pytest.FixtureRequest) -> Numerics:
+def compute(request: pytest.FixtureRequest) -> Compute:
     if request.param == "torch":
-        return Numerics("float32", "cpu")
+        return Compute(Backend("float32"))
     try:
-        return Numerics("bfloat16", "cpu", Kernels(load_config().cache_dir, 1))
+        return Compute(Backend("bfloat16", experts="native"), Kernels(load_config().cache_dir, 1))
     except KernelsUnavailable as error:
         pytest.skip(str(error))
 
@@ -79,8 +80,8 @@ def how(request: pytest.FixtureRequest) -> Numerics:
 class Reader(ExpertReader):
     """Reads the checkpoint when it is let."""
 
-    def __init__(self, model: Path, how: Numerics, progress: Callable[[int, int], None] | None = None) -> None:
-        super().__init__(Checkpoint.open(model), KEYS, how, progress)
+    def __init__(self, model: Path, compute: Compute, progress: Callable[[int, int], None] | None = None) -> None:
+        super().__init__(Checkpoint.open(model), KEYS, compute, progress)
         self.let = threading.Semaphore(1)  # the constructor's layer
         self.before: Callable[[ExpertKey], None] = lambda key: None
 
@@ -103,8 +104,8 @@ class Replica:
     servers: dict[str, ExpertServer]
 
     @staticmethod
-    def of(name: str, reader: ExpertReader, how: Numerics) -> Replica:
-        arrival = Arrival(name, reader, WIDTH, how)
+    def of(name: str, reader: ExpertReader, compute: Compute) -> Replica:
+        arrival = Arrival(name, reader, WIDTH, compute, load_config().cache_dir)
         worker = arrival.worker
         calls = SocketExpertServer(worker.forward, options=OPTIONS, native=worker.native)
         return Replica(name, arrival, {"socket": calls, CARRIER: WeightsServer(arrival.offer, options=OPTIONS)})
@@ -126,11 +127,11 @@ class Replica:
 
 
 @pytest.fixture
-def replica(how: Numerics) -> Iterator[Callable[..., Replica]]:
+def replica(compute: Compute) -> Iterator[Callable[..., Replica]]:
     made: list[Replica] = []
 
     def make(reader: ExpertReader) -> Replica:
-        made.append(Replica.of(f"replica-{len(made)}", reader, how))
+        made.append(Replica.of(f"replica-{len(made)}", reader, compute))
         return made[-1]
 
     yield make
@@ -138,20 +139,20 @@ def replica(how: Numerics) -> Iterator[Callable[..., Replica]]:
         each.close()
 
 
-def call(layer: int, how: Numerics, rows: int = 5) -> ExpertCall:
+def call(layer: int, compute: Compute, rows: int = 5) -> ExpertCall:
     generator = torch.Generator().manual_seed(layer)
-    tensor = torch.randn(rows, WIDTH, generator=generator).to(how.torch_dtype)
+    tensor = torch.randn(rows, WIDTH, generator=generator).to(compute.torch_dtype)
     return ExpertCall(layer, EXPERT, tensor, torch.rand(rows, generator=generator))
 
 
-def whole(model: Path, how: Numerics) -> list[torch.Tensor]:
+def whole(model: Path, compute: Compute) -> list[torch.Tensor]:
     """What a replica that has loaded everything answers, by layer."""
-    ffn = read_experts(Checkpoint.open(model), KEYS, how)
-    return [ffn.forward((layer, EXPERT), asked.rows, asked.weights) for layer, asked in calls(how)]
+    ffn = read_experts(Checkpoint.open(model), KEYS, compute)
+    return [ffn.forward((layer, EXPERT), asked.rows, asked.weights) for layer, asked in calls(compute)]
 
 
-def calls(how: Numerics) -> list[tuple[int, ExpertCall]]:
-    return [(layer, call(layer, how)) for layer in range(LAYERS)]
+def calls(compute: Compute) -> list[tuple[int, ExpertCall]]:
+    return [(layer, call(layer, compute)) for layer in range(LAYERS)]
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -162,10 +163,10 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def test_what_is_there_is_served_while_the_rest_comes(
-    replica: Callable[..., Replica], model: Path, how: Numerics
+    replica: Callable[..., Replica], model: Path, compute: Compute
 ) -> None:
-    wanted, reports = whole(model, how), list[tuple[int, int]]()
-    reader = Reader(model, how, lambda *report: reports.append(report))
+    wanted, reports = whole(model, compute), list[tuple[int, int]]()
+    reader = Reader(model, compute, lambda *report: reports.append(report))
     new = replica(reader).start()
     worker = new.arrival.worker
     assert worker.keys == {(0, EXPERT)}
@@ -178,14 +179,14 @@ def test_what_is_there_is_served_while_the_rest_comes(
         own = connect("socket", new.info(), OPTIONS)
         while not ended.is_set():
             for layer, _ in sorted(worker.keys):
-                if not torch.equal(own.send(call(layer, how)).result(SOON_S).rows, wanted[layer]):
+                if not torch.equal(own.send(call(layer, compute)).result(SOON_S).rows, wanted[layer]):
                     failures.append(f"layer {layer}")
         own.close()
 
     trunks = [threading.Thread(target=trunk) for _ in range(2)]
     for thread in trunks:
         thread.start()
-    for layer, asked in calls(how):
+    for layer, asked in calls(compute):
         if layer:
             assert new.info().loading
             for ask in (lambda asked=asked: link.send(asked).result(SOON_S), lambda asked=asked: worker.forward(asked)):
@@ -212,10 +213,10 @@ def test_what_is_there_is_served_while_the_rest_comes(
 
 
 def test_the_directory_follows_a_replica_that_loads(
-    replica: Callable[..., Replica], model: Path, how: Numerics
+    replica: Callable[..., Replica], model: Path, compute: Compute
 ) -> None:
-    reader = Reader(model, how)
-    new, old = replica(reader).start(), replica(Reader(model, how).let_all()).start(done=True)
+    reader = Reader(model, compute)
+    new, old = replica(reader).start(), replica(Reader(model, compute).let_all()).start(done=True)
     directory = ReplicaTable(
         lambda: [new.info(), old.info()], lambda info: connect("socket", info, OPTIONS), KEYS, refresh_s=600
     )
@@ -234,10 +235,12 @@ def test_the_directory_follows_a_replica_that_loads(
     directory.close()
 
 
-def test_weights_come_from_a_peer_that_is_faster(replica: Callable[..., Replica], model: Path, how: Numerics) -> None:
-    old = replica(Reader(model, how).let_all()).start(done=True)
+def test_weights_come_from_a_peer_that_is_faster(
+    replica: Callable[..., Replica], model: Path, compute: Compute
+) -> None:
+    old = replica(Reader(model, compute).let_all()).start(done=True)
     reports: list[tuple[int, int]] = []
-    reader = Reader(model, how, lambda *report: reports.append(report)).let_all()
+    reader = Reader(model, compute, lambda *report: reports.append(report)).let_all()
     reader.before = lambda key: time.sleep(0.5)
     new = replica(reader).start([old.info()], done=True)
     assert new.arrival.failure is None
@@ -249,9 +252,9 @@ def test_weights_come_from_a_peer_that_is_faster(replica: Callable[..., Replica]
     for key in KEYS:
         theirs, ours = old.arrival.worker.buffers(key), new.arrival.worker.buffers(key)
         assert [bytes(buffer) for buffer in ours] == [bytes(buffer) for buffer in theirs]
-    for (_, asked), wanted in zip(calls(how), whole(model, how), strict=True):
+    for (_, asked), wanted in zip(calls(compute), whole(model, compute), strict=True):
         assert torch.equal(new.arrival.worker.forward(asked).rows, wanted)
-    third = replica(Reader(model, how).let_all()).start([new.info()], done=True)
+    third = replica(Reader(model, compute).let_all()).start([new.info()], done=True)
     assert third.arrival.worker.keys == KEYS, "what came from a peer is offered like what was read"
 
 
@@ -287,11 +290,11 @@ def refuse(stream: FrameStream, sizes: Sequence[int]) -> None:
 def test_a_peer_that_fails_is_asked_once_and_the_checkpoint_does(
     replica: Callable[..., Replica],
     model: Path,
-    how: Numerics,
+    compute: Compute,
     fault: Callable[[FrameStream, Sequence[int]], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked, reader = threading.Event(), Reader(model, how)
+    asked, reader = threading.Event(), Reader(model, compute)
     sizes = [len(buffer) for buffer in reader.blank((0, EXPERT)).buffers]
 
     def serve(sock) -> None:  # type: ignore[no-untyped-def]
@@ -314,52 +317,52 @@ def test_a_peer_that_fails_is_asked_once_and_the_checkpoint_does(
     assert new.arrival.failure is None
     assert (new.arrival.bytes_from_peers, new.arrival.bytes_read) == (0, LAYERS * KEY_BYTES * 4)
     assert "the rest is read from the checkpoint" in caplog.text
-    for (_, each), wanted in zip(calls(how), whole(model, how), strict=True):
+    for (_, each), wanted in zip(calls(compute), whole(model, compute), strict=True):
         assert torch.equal(new.arrival.worker.forward(each).rows, wanted)
     peer.close()
 
 
 def test_a_peer_with_another_checkpoint_refuses(
-    replica: Callable[..., Replica], model: Path, other_model: Path, how: Numerics, caplog: pytest.LogCaptureFixture
+    replica: Callable[..., Replica], model: Path, other_model: Path, compute: Compute, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = replica(Reader(other_model, how).let_all()).start(done=True)
-    reader = Reader(model, how)
+    old = replica(Reader(other_model, compute).let_all()).start(done=True)
+    reader = Reader(model, compute)
     new = replica(reader)
     reader.before = lambda key: eventually(lambda: new.arrival._peer is not None or "refused" in caplog.text)
     reader.let_all()
     new.start([old.info()], done=True)
     assert "is of another checkpoint here" in caplog.text
     assert new.arrival.bytes_from_peers == 0
-    assert torch.equal(new.arrival.worker.forward(call(3, how)).rows, whole(model, how)[3])
-    key, print_ = (0, EXPERT), Reader(other_model, how).fingerprint((0, EXPERT))
-    assert old.arrival.offer(key, reader.format, print_)
+    assert torch.equal(new.arrival.worker.forward(call(3, compute)).rows, whole(model, compute)[3])
+    key, print_ = (0, EXPERT), Reader(other_model, compute).fingerprint((0, EXPERT))
+    assert old.arrival.offer(key, reader.layout, print_)
     for wrong, says in (
         ((key, "w1, w2, w3, float64", print_), "held as"),
-        (((0, 0), reader.format, print_), "layer 0 expert 0 is not held"),
-        ((key, reader.format, b"other"), "of another checkpoint"),
+        (((0, 0), reader.layout, print_), "layer 0 expert 0 is not held"),
+        ((key, reader.layout, b"other"), "of another checkpoint"),
     ):
         with pytest.raises(ProtocolError, match=says):
             old.arrival.offer(*wrong)
 
 
 def test_a_failure_is_remembered_and_what_is_loaded_is_served(
-    replica: Callable[..., Replica], model: Path, how: Numerics
+    replica: Callable[..., Replica], model: Path, compute: Compute
 ) -> None:
     def fail(key: ExpertKey) -> None:
         if key[0] == 2:
             raise CheckpointError("the disk is gone")
 
-    reader = Reader(model, how).let_all()
+    reader = Reader(model, compute).let_all()
     reader.before = fail
     new = replica(reader).start(done=True)
     assert isinstance(new.arrival.failure, CheckpointError)
     assert not new.info().loading
     assert new.info().keys == {(0, EXPERT), (1, EXPERT)}
-    assert torch.equal(new.arrival.worker.forward(call(1, how)).rows, whole(model, how)[1])
+    assert torch.equal(new.arrival.worker.forward(call(1, compute)).rows, whole(model, compute)[1])
 
 
-def test_closing_stops_the_loading(replica: Callable[..., Replica], model: Path, how: Numerics) -> None:
-    reader = Reader(model, how)
+def test_closing_stops_the_loading(replica: Callable[..., Replica], model: Path, compute: Compute) -> None:
+    reader = Reader(model, compute)
     new = replica(reader).start()
     threading.Timer(0.1, reader.let.release).start()  # the layer that is being read
     new.arrival.close()
@@ -368,11 +371,13 @@ def test_closing_stops_the_loading(replica: Callable[..., Replica], model: Path,
     assert new.arrival.failure is None
 
 
-def test_looking_for_peers_in_vain_is_no_failure(replica: Callable[..., Replica], model: Path, how: Numerics) -> None:
+def test_looking_for_peers_in_vain_is_no_failure(
+    replica: Callable[..., Replica], model: Path, compute: Compute
+) -> None:
     def away() -> list[ReplicaInfo]:
         raise NotReady("the controller is away")
 
-    new = replica(Reader(model, how).let_all())
+    new = replica(Reader(model, compute).let_all())
     new.arrival.start(away, "new", "n", OPTIONS)
     assert new.arrival.wait(SOON_S)
     assert new.arrival.worker.keys == KEYS

@@ -13,7 +13,8 @@ from moe_ray.core import ExpertCall, ExpertReply
 from moe_ray.errors import CallRefused, ExpertFailed
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker import MAX_BATCHED_ROWS, ExpertWorker
-from moe_ray.model.compute.numerics import Numerics
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.expert import TorchFFN
 from moe_ray.model.expert import ExpertFFN
 
@@ -47,7 +48,7 @@ def layers() -> list[Gated]:
 @pytest.fixture
 def worker(layers: list[Gated]) -> ExpertWorker:
     ffn = ExpertFFN({(layer, 5): gated for layer, gated in enumerate(layers)})
-    return ExpertWorker(ffn, WIDTH, Numerics("float32", "cpu"))
+    return ExpertWorker(ffn, WIDTH, Compute(Backend("float32")))
 
 
 def call(layer: int, rows: int, seed: int = 0) -> ExpertCall:
@@ -153,7 +154,7 @@ def test_an_unforeseen_error_leaves_nobody_waiting(worker: ExpertWorker, layers:
 def test_turns_come_in_the_order_of_arrival(layers: list[Gated]) -> None:
     """So that experts that several trunks call at once all answer the same trunk first."""
     ffn = ExpertFFN({(layer, 5): gated for layer, gated in enumerate(layers)})
-    worker = ExpertWorker(ffn, WIDTH, Numerics("float32", "cpu"), max_batched_rows=1)  # each call by itself
+    worker = ExpertWorker(ffn, WIDTH, Compute(Backend("float32")), max_batched_rows=1)  # each call by itself
     layers[0].batches = layers[1].batches
     calls = [call(number % 2, 1 + number, number) for number in range(8)]
     with ThreadPoolExecutor(len(calls)) as pool:

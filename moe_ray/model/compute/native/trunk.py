@@ -15,13 +15,10 @@ import torch.nn.functional as F
 
 from moe_ray.core import Batch
 from moe_ray.model import moe
-from moe_ray.model.compute.torch.attention import KVCacheView
+from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.layers import rope_table
 from moe_ray.model.trunk_weights import TrunkWeights
 from moe_ray.native.kernels import Kernels, Layer, Packed, Shape, Step
-
-LANES = 32
-"""Row lengths that the kernels work on are multiples of this."""
 
 
 class NativeTrunk:
@@ -48,18 +45,6 @@ class NativeTrunk:
         )
         held = [*self._held, self.norm, self.head, *(() if self.embed is None else (self.embed,))]
         self.nbytes = sum(weights.nbytes for weights in held)
-
-    @staticmethod
-    def supports(weights: TrunkWeights, kernels: Kernels) -> bool:
-        """Whether there are kernels for this model, dtype and device."""
-        c = weights.config
-        return (
-            weights.dtype == torch.bfloat16
-            and weights.device.type == "cpu"
-            and c.router.renormalise
-            and c.hidden_size % LANES == 0
-            and kernels.supports_attention(c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-        )
 
     def begin(self, batch: Batch, cache: KVCacheView) -> NativePass:
         """Look the batch's tokens up and plan its attention."""

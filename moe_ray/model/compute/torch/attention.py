@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from moe_ray.core import Batch
-
-
-class KVCacheView(Protocol):
-    """Where K and V live: per layer, one row per slot."""
-
-    block_size: int
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [num_slots, kv_heads, head_dim]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

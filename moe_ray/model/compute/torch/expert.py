@@ -44,6 +44,10 @@ class TorchFFN:
         """The bytes of w13 and w2, as `joined` takes them: of its own tensors on a CPU, of copies elsewhere."""
         return [bytes_of(self._w13), bytes_of(self._w2)]
 
+    def entry(self) -> None:
+        """None: torch computes through the interpreter."""
+        return
+
     @torch.inference_mode()
     def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from moe_ray.core import Batch
 from moe_ray.model import moe
-from moe_ray.model.compute.torch.attention import KVCacheView, attend, plan_attention
+from moe_ray.model.compute.base import KVCacheView
+from moe_ray.model.compute.torch.attention import attend, plan_attention
 from moe_ray.model.layers import apply_rope, rms_norm, rope_table
 from moe_ray.model.trunk_weights import TrunkWeights
 

@@ -1,0 +1,68 @@
+"""The interfaces behind which trunk and experts compute; each backend is a folder beside this file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_ray.core import Batch
+    from moe_ray.model.moe import Routed
+    from moe_ray.native.host import Entry
+
+
+class KVCacheView(Protocol):
+    """Where K and V live: per layer, one row per slot."""
+
+    block_size: int
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer, each [num_slots, kv_heads, head_dim]."""
+        ...
+
+
+class Pass(Protocol):
+    """One batch on its way through the layers; holds the hidden states."""
+
+    def route(self, layer: int) -> Routed:
+        """Add the layer's self-attention to the hidden states; normalise and route them."""
+        ...
+
+    def combine(self, routed: Routed, rows: torch.Tensor) -> None:
+        """Add what the experts made of `routed`: rows [T * K, D] in its order."""
+        ...
+
+    def logits(self, rows: list[int]) -> torch.Tensor:
+        """Logits float32 [len(rows), V] of these flat positions of the batch."""
+        ...
+
+
+class TrunkCompute(Protocol):
+    """A trunk's weights, in the form that a backend's kernels want."""
+
+    nbytes: int
+    """Bytes of weights held in memory."""
+
+    def begin(self, batch: Batch, cache: KVCacheView) -> Pass:
+        """Look the batch's tokens up and plan its attention."""
+        ...
+
+
+class FFN(Protocol):
+    """One expert in one layer: its weights, in the form that a backend's kernels want."""
+
+    nbytes: int
+    """Bytes of weights held in memory."""
+
+    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
+        ...
+
+    def buffers(self) -> list[memoryview]:
+        """The bytes of its weights, in the order in which `ExpertReader.blank` takes them."""
+        ...
+
+    def entry(self) -> Entry | None:
+        """What a host calls to compute this network without the interpreter; None: only `forward` computes it."""
+        ...

@@ -1,0 +1,101 @@
+"""A resolved backend with its kernels loaded: what one process computes with. Imports torch only to ask about CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_ray.errors import ConfigError, KernelsUnavailable
+from moe_ray.model.compute.resolve import Backend, Machine, Wanted, resolve
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.native import build
+from moe_ray.native.kernels import Kernels
+from moe_ray.telemetry import cores
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How one process holds and computes tensors. Dtype and device by name: native kernels need no torch.
+
+    >>> Compute(Backend("float32"))  # the reference, with one thread
+    """
+
+    backend: Backend
+    kernels: Kernels | None = None
+    """The native kernels with this process's threads, where a part of the backend is native."""
+    threads: int = 1
+    """Compute threads of the process."""
+
+    @property
+    def dtype(self) -> str:
+        return self.backend.dtype
+
+    @property
+    def device(self) -> str:
+        return self.backend.device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def torch_device(self) -> torch.device:
+        import torch
+
+        return torch.device(self.device)
+
+
+def open_compute(model: ModelConfig, wanted: Wanted, cache_dir: Path, threads: int | None = None) -> Compute:
+    """Resolve the backend for this machine, load (on first use: build) its kernels, and log what was chosen.
+
+    `threads` of native kernels; default: the cores of this process. Raises `ConfigError` when CUDA or native kernels
+    are asked for and cannot be had, `CheckpointError` for a dtype that is not supported.
+    """
+    threads = threads or cores()
+    machine = Machine(build.cpu_flags(), wanted.device != "cpu" and has_cuda())
+    backend, kernels = resolve(model, wanted, machine), None
+    if backend.native:
+        try:
+            kernels = Kernels(cache_dir, threads)
+        except KernelsUnavailable as error:
+            if wanted.kernels == "native":
+                raise ConfigError(f"model.kernels is 'native': {error}") from None
+            backend = backend.on_reference(str(error))
+    logger.info("computing %s", backend)
+    if backend.missing:
+        logger.warning("without native kernels, torch's are used instead: %s", "; ".join(backend.missing))
+    return Compute(backend, kernels, threads)
+
+
+@cache
+def has_cuda() -> bool:
+    """Whether torch can compute on a CUDA device in this process."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll")  # without the driver, torch finds none
+    except OSError:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def limit_torch_threads(count: int) -> None:
+    """Let torch compute on `count` threads in this process, be it imported already or later."""
+    os.environ["OMP_NUM_THREADS"] = str(count)  # read when torch is loaded
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)

@@ -1,0 +1,139 @@
+"""The replica's end of the socket carrier in C++, as Python calls it. See host.h."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import CFUNCTYPE, c_char, c_int, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from moe_ray.native.build import HOST, declare, shared_library
+
+DTYPE_CODES: Final[Mapping[str, int]] = {"float32": 1, "bfloat16": 2, "float16": 3}
+"""As the wire numbers them."""
+_WHY_BYTES: Final = 512
+_EXIT_MS: Final = 2000
+
+
+class HostStats(ctypes.Structure):
+    """`HostStats` of calls.h."""
+
+    _fields_ = tuple(
+        (name, c_uint64) for name in ("calls", "batches", "rows", "queued_rows", "busy_ns", "queue_ns", "cancelled")
+    )
+
+
+class KeyStats(ctypes.Structure):
+    """`KeyStats` of calls.h: what one (layer, expert) has done since the start."""
+
+    _fields_ = tuple((name, c_uint64) for name in ("layer", "expert", "calls", "rows", "busy_ns", "queue_ns"))
+
+
+_SIGNATURES: Final = {
+    "host_new": (c_void_p, (c_int64, c_uint64, c_int64, c_int)),
+    "host_free": (None, (c_void_p,)),
+    "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
+    "host_stats": (None, (c_void_p, c_void_p)),
+    "host_key_stats": (c_uint64, (c_void_p, c_void_p, c_uint64)),
+    "host_serve": (None, (c_void_p, c_int)),
+    "hosts_end": (None, (c_int,)),
+}
+_FORWARD: Final = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)
+"""`Forward` of calls.h."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a host calls to compute one (layer, expert): a `Forward` of calls.h, and the handle it is given."""
+
+    function: int | None
+    """Its address."""
+    handle: int | None
+    keeps: object
+    """What has to live as long as the function may be called."""
+
+
+def interpreted(compute: Callable[[memoryview, memoryview, memoryview], None]) -> Entry:
+    """An entry that runs `compute(rows, weights, out)` in this interpreter, on the bytes of the host's own buffers.
+
+    `compute` fills `out`, which is as large as `rows`, and keeps none of them. What it raises, the trunk is told.
+    """
+
+    def forward(_: int, rows: int, weights: int, count: int, row_bytes: int, out: int, why: int) -> int:
+        try:
+            compute(_view(rows, count * row_bytes), _view(weights, 4 * count), _view(out, count * row_bytes))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the host answers these calls with it, and goes on
+            said = f"{type(error).__name__}: {error}".encode()[: _WHY_BYTES - 1]
+            text = said.decode(errors="ignore").encode() + b"\0"  # whole characters
+            ctypes.memmove(why, text, len(text))
+            return 0
+        return 1
+
+    function = _FORWARD(forward)
+    return Entry(ctypes.cast(function, c_void_p).value, None, function)
+
+
+class Host:
+    """Serves experts on sockets without the interpreter. Thread-safe: they may be added while it serves."""
+
+    def __init__(
+        self, cache_dir: Path, hidden_size: int | None, dtype: str | None, max_batched_rows: int, bind: bool = True
+    ) -> None:
+        """A host of experts that are yet to be added, for rows of this width and dtype; None: of any.
+
+        `bind`: whether its threads may be bound to cores, which threads that an entry starts would inherit. Loads (on
+        first use: builds) the library. Raises `KernelsUnavailable`.
+        """
+        self._library = _library(cache_dir)
+        self._entries = list[Entry]()
+        code = 0 if dtype is None else DTYPE_CODES[dtype]
+        self._host: int | None = self._library.host_new(hidden_size or 0, code, max_batched_rows, bind)
+
+    @staticmethod
+    def echo(cache_dir: Path) -> Host:
+        """A host that returns the rows of (layer 0, expert 0) as they come: to measure what carries them."""
+        host = Host(cache_dir, None, None, 0)
+        function = ctypes.cast(host._library.echo, c_void_p).value
+        host.add(0, 0, Entry(function, None, host._library))
+        return host
+
+    def __del__(self) -> None:
+        if getattr(self, "_host", None) is not None:
+            self._library.host_free(self._host)
+
+    def add(self, layer: int, expert: int, entry: Entry) -> None:
+        """Serve this expert's layer from now on. Each key once."""
+        self._entries.append(entry)
+        self._library.host_add(self._host, layer, expert, entry.function, entry.handle)
+
+    def serve(self, fd: int) -> None:
+        """Answer calls that come on a connected socket until it ends."""
+        self._library.host_serve(self._host, fd)
+
+    def stats(self) -> HostStats:
+        """Counters since the start; rows that wait now."""
+        stats = HostStats()
+        self._library.host_stats(self._host, ctypes.byref(stats))
+        return stats
+
+    def key_stats(self) -> Sequence[KeyStats]:
+        """Counters of every (layer, expert) held, since the start, all as of one moment."""
+        copy = self._library.host_key_stats
+        keys = (KeyStats * copy(self._host, None, 0))()
+        copy(self._host, keys, len(keys))
+        return list(keys)
+
+
+@cache
+def _library(cache_dir: Path) -> ctypes.CDLL:
+    library = declare(shared_library(HOST, cache_dir), _SIGNATURES)
+    atexit.register(library.hosts_end, _EXIT_MS)  # a thread that comes into a dead interpreter would abort the process
+    return library
+
+
+def _view(address: int, size: int) -> memoryview:
+    return memoryview((c_char * size).from_address(address)).cast("B")
