@@ -1,0 +1,248 @@
+"""One contract for every backend: the right values, whatever is computed beside them, in whatever order and chunks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from backends import BACKENDS, ffn_of, open_backend, random, trunk_of
+
+from moe_ray.core import Batch, Request, SamplingParams, Sequence
+from moe_ray.engine.kv_cache import KVCache
+from moe_ray.model import moe
+from moe_ray.model.compute.base import FFN, Pass
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.torch.hosted import tensor_entry
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.native.host import Entry
+
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
+"""Of the largest value, per dtype."""
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def compute(request: pytest.FixtureRequest) -> Compute:
+    return open_backend(request.param)
+
+
+def same(got: torch.Tensor, wanted: torch.Tensor, compute: Compute) -> None:
+    """The same bits from native kernels; torch's products round differently for another number of rows."""
+    if compute.kernels is not None:
+        assert torch.equal(got, wanted)
+    else:
+        tolerance = TOLERANCE[compute.dtype] * float(wanted.float().abs().max())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+# ---- experts
+
+
+class Expert:
+    """A random expert, and what it gives in float64."""
+
+    def __init__(self, hidden: int, inner: int, compute: Compute) -> None:
+        self.hidden, self.compute = hidden, compute
+        w1, w3 = (random(inner, hidden, scale=hidden**-0.5, seed=i) for i in range(2))
+        w2 = random(hidden, inner, scale=inner**-0.5)
+        self.w1, self.w3, self.w2 = (each.double() for each in (w1, w3, w2))
+        self.ffn: FFN = ffn_of(compute, w1, w3, w2)
+        self.nbytes = 3 * hidden * inner * compute.torch_dtype.itemsize
+
+    def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = torch.rand(count, generator=torch.Generator().manual_seed(count))
+        return random(count, self.hidden, scale=3.0).to(self.compute.torch_dtype), weights
+
+    def exact(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gate, up = x.double() @ self.w1.T, x.double() @ self.w3.T
+        return (torch.nn.functional.silu(gate) * up) @ self.w2.T * weights[:, None]
+
+
+@pytest.fixture(scope="module", params=[(64, 96), (96, 32), (576, 1536)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def expert(request: pytest.FixtureRequest, compute: Compute) -> Expert:
+    return Expert(*request.param, compute)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 30, 130])
+def test_an_expert_is_right(expert: Expert, compute: Compute, count: int) -> None:
+    x, weights = expert.rows(count)
+    before = x.clone()
+    out = expert.ffn.forward(x, weights)
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    assert torch.equal(x, before), "rows are read only"
+    if count:
+        exact = expert.exact(x, weights)
+        error = (out.double() - exact).abs().max() / exact.abs().max()
+        assert error < TOLERANCE[compute.dtype]
+
+
+def test_rows_alone_are_rows_in_a_batch(expert: Expert, compute: Compute) -> None:
+    x, weights = expert.rows(30)
+    out = expert.ffn.forward(x, weights)
+    same(torch.cat([expert.ffn.forward(x[i : i + 1], weights[i : i + 1]) for i in range(30)]), out, compute)
+    same(expert.ffn.forward(x[::2], weights[::2]), out[::2], compute)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    same(expert.ffn.forward(x[order], weights[order]), out[order], compute)
+
+
+def test_the_same_call_gives_the_same_bits(expert: Expert) -> None:
+    x, weights = expert.rows(13)
+    assert torch.equal(expert.ffn.forward(x, weights), expert.ffn.forward(x, weights))
+
+
+def test_large_values_stay_finite(expert: Expert, compute: Compute) -> None:
+    x, weights = expert.rows(5)
+    large = x * (30.0 if compute.dtype == "float16" else 1e4)
+    assert bool(expert.ffn.forward(large, weights).isfinite().all())
+    assert bool((expert.ffn.forward(torch.zeros_like(x), weights) == 0).all())
+    assert bool((expert.ffn.forward(x, torch.zeros_like(weights)) == 0).all())
+
+
+def test_what_an_expert_holds(expert: Expert) -> None:
+    assert expert.ffn.nbytes == expert.nbytes
+    assert sum(len(buffer) for buffer in expert.ffn.buffers()) == expert.nbytes
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(64, 96), (576, 1536)])
+def test_an_experts_threads_change_nothing(hidden: int, inner: int) -> None:
+    """Of native kernels; torch's threads are torch's own matter."""
+    one, three = (Expert(hidden, inner, open_backend("native bfloat16", threads)) for threads in (1, 3))
+    x, weights = one.rows(30)
+    assert torch.equal(one.ffn.forward(x, weights), three.ffn.forward(x, weights))
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_what_a_host_calls_is_forward(expert: Expert, compute: Compute, count: int) -> None:
+    """By the function and the handle themselves, as C++ calls them."""
+    import ctypes
+
+    from moe_ray.native.host import _FORWARD
+
+    native = expert.ffn.entry()
+    assert (native is not None) == (compute.kernels is not None)
+    entry: Entry = native or tensor_entry(expert.ffn.forward, compute.torch_dtype, compute.torch_device)
+    x, weights = expert.rows(count)
+    out, why = torch.full_like(x, 7.0), ctypes.create_string_buffer(512)
+    assert entry.function is not None
+    function = _FORWARD(entry.function)
+    row_bytes = expert.hidden * compute.torch_dtype.itemsize
+    addresses = (x.data_ptr(), weights.data_ptr(), count, row_bytes, out.data_ptr(), ctypes.addressof(why))
+    assert function(entry.handle, *addresses) == 1
+    assert torch.equal(out, expert.ffn.forward(x, weights))
+    narrow = (*addresses[:3], row_bytes // 2, *addresses[4:])
+    assert function(entry.handle, *narrow) == 0
+    assert why.value
+
+
+# ---- trunks
+
+
+def model(heads: int, kv_heads: int, head_dim: int, **more: object) -> ModelConfig:
+    raw = {
+        "model_type": "mixtral",
+        "vocab_size": 100,
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 256,
+        **more,
+    }
+    return ModelConfig.from_dict(raw)
+
+
+SHAPES = [
+    model(4, 4, 32),
+    model(4, 2, 64, sliding_window=11),
+    model(9, 3, 64, tie_word_embeddings=True),
+    model(16, 4, 32, num_local_experts=17, num_experts_per_tok=3),
+    model(5, 1, 128),
+    model(12, 2, 96, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    model(7, 1, 32),
+    model(16, 2, 32),
+    model(16, 1, 256),
+]
+shapes = pytest.mark.parametrize(
+    "config", SHAPES, ids=lambda c: f"{c.num_attention_heads}/{c.num_key_value_heads}x{c.head_dim}"
+)
+ONE, TWO = [3 + 5 * i % 91 for i in range(70)], [1 + 7 * i % 93 for i in range(33)]
+WHOLE = [(0, ONE, 0, 70), (1, TWO, 0, 33)]
+"""Chunks: number of the sequence, its tokens, start, end."""
+
+
+class Chunks:
+    """Feeds sequences to a trunk in chunks, each layer's experts being simple functions of the rows."""
+
+    def __init__(self, compute: Compute, config: ModelConfig) -> None:
+        self.config, self.trunk, self.block_size = config, trunk_of(compute, config, 256), 4
+        self.cache = KVCache(config, 256, self.block_size, compute.torch_dtype, torch.device("cpu"))
+
+    def run(self, chunks: list[tuple[int, list[int], int, int]]) -> tuple[torch.Tensor, list[moe.Routed]]:
+        """One pass over chunks; logits of every position, and the routing of every layer."""
+        batch = Batch([], [], [], [], [0], [], [])
+        for number, tokens, start, end in chunks:
+            seq = Sequence(Request(str(number), (1,), SamplingParams()), tokens)
+            # Blocks in no order, of no other sequence.
+            seq.block_table = [(7 * b + 3) % 40 + 40 * number for b in range(-(-end // self.block_size))]
+            batch.sequences.append(seq)
+            batch.token_ids += tokens[start:end]
+            batch.positions += range(start, end)
+            batch.slot_mapping += [
+                seq.block_table[p // self.block_size] * self.block_size + p % self.block_size for p in range(start, end)
+            ]
+            batch.query_start.append(len(batch.token_ids))
+            batch.context_lens.append(end)
+            batch.num_sampled.append(end - start)
+        work: Pass = self.trunk.begin(batch, self.cache)
+        routings = []
+        with torch.inference_mode():
+            for layer in range(self.config.num_hidden_layers):
+                routed = work.route(layer)
+                routings.append(routed)
+                parts = (routed.rows * routed.weights[:, None]).to(routed.rows.dtype).split(routed.counts)
+                work.combine(routed, torch.cat([part * (0.5 + 0.1 * e) for e, part in enumerate(parts)]))
+            return work.logits(list(range(batch.num_tokens))), routings
+
+
+@shapes
+def test_a_trunk_is_right(config: ModelConfig, compute: Compute) -> None:
+    expected, reference = Chunks(open_backend("torch float32"), config).run(WHOLE)
+    got, routings = Chunks(compute, config).run(WHOLE)
+    assert got.dtype == torch.float32
+    assert bool(got.isfinite().all())
+    for theirs, ours in zip(reference, routings, strict=True):
+        assert sum(ours.counts) == 103 * config.num_experts_per_tok
+        alike = sum(min(a, b) for a, b in zip(theirs.counts, ours.counts, strict=True))
+        assert alike >= 0.97 * sum(ours.counts), "rounding may move a token near a tie, not more"
+        expert_of = torch.repeat_interleave(torch.arange(len(ours.counts)), torch.tensor(ours.counts))
+        assert (expert_of[ours.row_of.long()].diff(dim=-1) > 0).all(), "a token's experts ascend"
+        torch.testing.assert_close(ours.weights[ours.row_of.long()].sum(-1), torch.ones(103))
+    # A token that rounding sends to another expert has other logits from there on: judge by the bulk.
+    error = (got - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.median() < TOLERANCE[compute.dtype]
+    assert error.quantile(0.9) < 5 * TOLERANCE[compute.dtype]
+
+
+@shapes
+def test_chunks_and_company_change_nothing(config: ModelConfig, compute: Compute) -> None:
+    """The same tokens in chunks, behind what is cached, in other company and order."""
+    got, _ = Chunks(compute, config).run(WHOLE)
+    chunks = Chunks(compute, config)
+    first, _ = chunks.run([(0, ONE, 0, 41)])
+    mixed, _ = chunks.run([(1, TWO, 0, 5), (0, ONE, 41, 42)])
+    last, _ = chunks.run([(0, ONE, 42, 70), (1, TWO, 5, 33)])
+    again = torch.cat((first, mixed[5:], last[:28], mixed[:5], last[28:]))
+    if compute.kernels is not None or compute.dtype == "float32":
+        same(again, got, compute)
+    else:  # a token near a tie goes elsewhere: judge by the bulk
+        error = (again - got).abs().amax(-1) / got.abs().amax(-1)
+        assert error.median() < TOLERANCE[compute.dtype]
+        assert error.quantile(0.9) < 5 * TOLERANCE[compute.dtype]
+
+
+@shapes
+def test_a_trunks_threads_change_nothing(config: ModelConfig) -> None:
+    runs = [Chunks(open_backend("native bfloat16", threads), config).run(WHOLE)[0] for threads in (1, 3)]
+    assert all(torch.equal(a, b) for a, b in itertools.pairwise(runs))
