@@ -17,7 +17,8 @@ class KVCache:
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (config.num_hidden_layers, 2, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
+        self.spare_slot = num_blocks * block_size
+        shape = (config.num_hidden_layers, 2, self.spare_slot + 1, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: a padded gather reads slots nobody wrote, and NaN times a zero weight is NaN.
         if device.type == "cpu":
             # calloc'ed, unlike torch.zeros: pages get memory when they are first written.

@@ -14,14 +14,46 @@ from moe_ray.core import ExpertCall
 from moe_ray.model.families import Router
 
 
-@dataclass(slots=True)
 class Routed:
     """Token rows in the order of their experts, and where each token's rows are."""
 
-    rows: torch.Tensor  # [T * K, D] expert by expert, tokens ascending within one
-    weights: torch.Tensor  # [T * K] float32 routing weight of each row
-    counts: list[int]  # [E] rows of each expert
-    row_of: torch.Tensor  # [T, K] where each token's k-th row is, experts ascending
+    __slots__ = ("_counts", "_on_host", "row_of", "rows", "weights")
+
+    def __init__(
+        self, rows: torch.Tensor, weights: torch.Tensor, counts: list[int] | torch.Tensor, row_of: torch.Tensor
+    ) -> None:
+        """`counts`, rows of each expert [E], may still be on its way on the device."""
+        self.rows = rows  # [T * K, D] expert by expert, tokens ascending within one
+        self.weights = weights  # [T * K] float32 routing weight of each row
+        self.row_of = row_of  # [T, K] where each token's k-th row is, experts ascending
+        self._counts = counts
+        self._on_host: Routed | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each expert, [E]. On a card the first read waits for all that was queued there: see `on_host`."""
+        if isinstance(self._counts, torch.Tensor):
+            self._counts = self._counts.tolist()
+        return self._counts
+
+    def on_host(self) -> Routed:
+        """The same in host memory, for experts elsewhere: everything is copied at once and waited for once.
+
+        On a CPU it is this very object.
+        """
+        if self.rows.device.type == "cpu":
+            return self
+        if self._on_host is None:
+            counts = torch.as_tensor(self._counts)
+            rows, weights, row_of, counts = map(_copy_to_host, (self.rows, self.weights, self.row_of, counts))
+            torch.cuda.current_stream(self.rows.device).synchronize()
+            self._on_host = Routed(rows, weights, counts, row_of)
+        return self._on_host
+
+
+def _copy_to_host(source: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, complete once the stream has been waited for."""
+    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +84,7 @@ class Experts(Protocol):
         """Send the rows of one layer to their experts, without waiting for results.
 
         An expert's rows may go to several of its replicas, in one call each, and a call may be sent again.
+        Experts in other processes are sent `routed.on_host()`, so that a card is waited for once a layer.
         """
         ...
 
@@ -78,18 +111,16 @@ def group(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num
     by_expert = flat.argsort(stable=True)  # [T * K] flat (token, k) pairs, expert-major, tokens ascending
     row_of = torch.empty_like(by_expert)
     row_of[by_expert] = torch.arange(tokens * top_k, device=by_expert.device)
-    return Routed(
-        rows=hidden[by_expert // top_k],
-        weights=weights.reshape(-1)[by_expert],
-        counts=flat.bincount(minlength=num_experts).tolist(),
-        row_of=row_of.view(tokens, top_k),
-    )
+    # Not bincount, which waits for the device to know the size of its result.
+    counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    return Routed(hidden[by_expert // top_k], weights.reshape(-1)[by_expert], counts, row_of.view(tokens, top_k))
 
 
 def experts_of(routed: Routed) -> np.ndarray:
     """Return the experts of each token, [T, K] ascending, as `route` chose them."""
+    routed = routed.on_host()
     expert_of_row = np.repeat(np.arange(len(routed.counts)), routed.counts)
-    return expert_of_row[routed.row_of.cpu().numpy()]
+    return expert_of_row[routed.row_of.numpy()]
 
 
 def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:

@@ -16,6 +16,8 @@ class KVCacheView(Protocol):
     """Where K and V live: per layer, one row per slot."""
 
     block_size: int
+    spare_slot: int
+    """One that no block has: what is written there is not read."""
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, each [num_slots, kv_heads, head_dim]."""

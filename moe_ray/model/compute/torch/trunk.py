@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
-from moe_ray.model.compute.torch.attention import attend, plan_attention
+from moe_ray.model.compute.torch.attention import attend
+from moe_ray.model.compute.torch.plan import plan_step
 from moe_ray.model.layers import apply_rope, rms_norm, rope_table
 from moe_ray.model.trunk_weights import TrunkWeights
 
@@ -16,9 +17,10 @@ from moe_ray.model.trunk_weights import TrunkWeights
 class TorchTrunk:
     """`TrunkCompute` by torch."""
 
-    def __init__(self, weights: TrunkWeights, max_model_len: int) -> None:
-        """Read the weights. Raises `CheckpointError`."""
+    def __init__(self, weights: TrunkWeights, max_model_len: int, static_shapes: bool | None = None) -> None:
+        """Read the weights. `static_shapes`: pad decodes (see `plan`); default: on a card. Raises `CheckpointError`."""
         self.config, self.device = weights.config, weights.device
+        self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
         self.embed = weights.embed()  # [V, D]
         self.layers = [weights.layer(index) for index in range(self.config.num_hidden_layers)]
         self.norm = weights.norm()  # [D]
@@ -34,12 +36,12 @@ class TorchTrunk:
 
 
 class TorchPass:
-    """`Pass` by torch."""
+    """`Pass` by torch. Nothing in it waits for the device; a padded batch has P tokens, of which the first T count."""
 
     def __init__(self, trunk: TorchTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
-        self._plan = plan_attention(batch, cache.block_size, trunk.config.sliding_window, trunk.device)
-        self._hidden = F.embedding(torch.tensor(batch.token_ids, device=trunk.device), trunk.embed)  # [T, D]
+        self._plan = plan_step(batch, cache, trunk.config.sliding_window, trunk.device, trunk.static_shapes)
+        self._hidden = F.embedding(self._plan.token_ids, trunk.embed)  # [P, D]
         self._cos_sin = trunk.cos_sin[self._plan.positions]
 
     def route(self, layer: int) -> moe.Routed:
@@ -55,13 +57,17 @@ class TorchPass:
         self._hidden = self._hidden + F.linear(attended.flatten(1), w.out)
         rows = rms_norm(self._hidden, w.post_norm, c.rms_norm_eps)
         chosen, weights = moe.route(rows, w.gate, c.num_experts_per_tok, c.router)
-        return moe.group(rows, chosen, weights, c.num_local_experts)
+        tokens = self._plan.num_tokens
+        return moe.group(rows[:tokens], chosen[:tokens], weights[:tokens], c.num_local_experts)
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
-        self._hidden = self._hidden + moe.combine(rows.to(self._hidden.device), routed.row_of)
+        padding = self._hidden.shape[0] - self._plan.num_tokens
+        row_of = F.pad(routed.row_of, (0, 0, 0, padding)) if padding else routed.row_of
+        self._hidden = self._hidden + moe.combine(rows.to(self._hidden.device, non_blocking=True), row_of)
 
     def logits(self, rows: list[int]) -> torch.Tensor:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
-        picked = self._hidden[torch.tensor(rows, dtype=torch.long, device=self._trunk.device)]
+        which = torch.tensor(rows, dtype=torch.long).to(self._trunk.device, non_blocking=True)
+        picked = self._hidden[which]
         return F.linear(rms_norm(picked, self._trunk.norm, self._trunk.config.rms_norm_eps), self._trunk.head).float()
