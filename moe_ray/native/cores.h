@@ -23,12 +23,12 @@ inline std::vector<int> cores_of_this_process() {
 // The calling thread's binding to one core.
 class OnCore {
  public:
-  // `core` -1: any.
-  explicit OnCore(int core) {
-    // A batch thread that wakes does not preempt others: else, on a machine shared with the trunk, the first call that
-    // the trunk sends would take its core, and the calls to the other experts would wait for that expert to finish.
+  // `core` -1: any. `polite`: the thread does not preempt others when it wakes.
+  OnCore(int core, bool polite) {
+    // Else, on a machine shared with the trunk, the first call that the trunk sends would take its core, and the calls to
+    // the other experts would wait for that expert to finish.
     const sched_param normal{};
-    sched_setscheduler(0, SCHED_BATCH, &normal);
+    if (polite) sched_setscheduler(0, SCHED_BATCH, &normal);
     CPU_ZERO(&mine_);
     if (core >= 0) CPU_SET(core, &mine_);
     bound_ = core >= 0 && all_cores(all_) && bind(mine_);

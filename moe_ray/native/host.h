@@ -21,10 +21,10 @@ constexpr int64_t kShortCall = 16;  // rows up to which a call is bound by readi
 
 class Host {
  public:
-  // hidden 0: rows of any width; dtype 0: of any dtype. `most`: rows of a batch. `bind`: whether threads may be bound
-  // to cores; not if what they call starts threads of its own, which would inherit it.
-  Host(int64_t hidden, uint64_t dtype, int64_t most, bool bind)
-      : hidden_(hidden), dtype_(dtype), bind_(bind), queue_(most) {}
+  // hidden 0: rows of any width; dtype 0: of any dtype. `most`: rows of a batch. `spread`: whether a connection
+  // may have a thread on each core; else the thread that calls `serve` alone answers it, from any core.
+  Host(int64_t hidden, uint64_t dtype, int64_t most, bool spread)
+      : hidden_(hidden), dtype_(dtype), spread_(spread), queue_(most) {}
 
   // Each key once, while calls for others are served; what was added stays where it is.
   void add(uint64_t layer, uint64_t expert, Forward forward, void* handle) {
@@ -40,14 +40,13 @@ class Host {
   void serve(int fd) {
     Connection connection{fd};
     const std::vector<int> cores = cores_of_this_process();
-    if (cores.size() > kFewCores) {
+    if (!spread_ || cores.size() > kFewCores) {
       answer(connection, -1);
       return;
     }
     std::vector<std::thread> others;
-    for (size_t i = 1; i < cores.size(); i++)
-      others.emplace_back([&, i] { answer(connection, bind_ ? cores[i] : -1); });
-    answer(connection, bind_ ? cores[0] : -1);
+    for (size_t i = 1; i < cores.size(); i++) others.emplace_back([&, i] { answer(connection, cores[i]); });
+    answer(connection, cores[0]);
     for (auto& other : others) other.join();
   }
 
@@ -69,7 +68,7 @@ class Host {
 
   // One thread's share of a connection.
   void answer(Connection& c, int core) {
-    OnCore place(core);
+    OnCore place(core, spread_);  // alone, it must not wait while another core is idle
     for (;;) {
       try {
         if (!c.staged.load(std::memory_order_relaxed)) ready(c.fd, POLLIN, -1);
@@ -153,7 +152,7 @@ class Host {
 
   const int64_t hidden_;
   const uint64_t dtype_;
-  const bool bind_;
+  const bool spread_;
   CallQueue queue_;
   std::map<Key, Network> networks_;  // under queue_.state
 };

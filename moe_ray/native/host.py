@@ -57,15 +57,30 @@ class Entry:
     """What has to live as long as the function may be called."""
 
 
-def interpreted(compute: Callable[[memoryview, memoryview, memoryview], None]) -> Entry:
-    """An entry that runs `compute(rows, weights, out)` in this interpreter, on the bytes of the host's own buffers.
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """The host's memory for one computation, by address: valid while it computes, and often used again."""
 
-    `compute` fills `out`, which is as large as `rows`, and keeps none of them. What it raises, the trunk is told.
-    """
+    rows: int
+    weights: int
+    """float32 [count]"""
+    count: int
+    row_bytes: int
+    out: int
+    """As large as the rows."""
+
+
+def memory_at(address: int, size: int) -> memoryview:
+    """The bytes at an address, which must be valid whenever they are read or written."""
+    return memoryview((c_char * size).from_address(address)).cast("B")
+
+
+def interpreted(compute: Callable[[Buffers], None]) -> Entry:
+    """An entry that runs `compute` in this interpreter, which fills `out`. What it raises, the trunk is told."""
 
     def forward(_: int, rows: int, weights: int, count: int, row_bytes: int, out: int, why: int) -> int:
         try:
-            compute(_view(rows, count * row_bytes), _view(weights, 4 * count), _view(out, count * row_bytes))
+            compute(Buffers(rows, weights, count, row_bytes, out))
         except Exception as error:  # noqa: BLE001 - whatever it is, the host answers these calls with it, and goes on
             said = f"{type(error).__name__}: {error}".encode()[: _WHY_BYTES - 1]
             text = said.decode(errors="ignore").encode() + b"\0"  # whole characters
@@ -81,17 +96,18 @@ class Host:
     """Serves experts on sockets without the interpreter. Thread-safe: they may be added while it serves."""
 
     def __init__(
-        self, cache_dir: Path, hidden_size: int | None, dtype: str | None, max_batched_rows: int, bind: bool = True
+        self, cache_dir: Path, hidden_size: int | None, dtype: str | None, max_batched_rows: int, spread: bool = True
     ) -> None:
         """A host of experts that are yet to be added, for rows of this width and dtype; None: of any.
 
-        `bind`: whether its threads may be bound to cores, which threads that an entry starts would inherit. Loads (on
+        `spread`: whether each connection may have a thread bound to each core. Not for interpreted entries: threads of
+        their own would inherit the core, and a thread that the interpreter does not know enters it slowly. Loads (on
         first use: builds) the library. Raises `KernelsUnavailable`.
         """
         self._library = _library(cache_dir)
         self._entries = list[Entry]()
         code = 0 if dtype is None else DTYPE_CODES[dtype]
-        self._host: int | None = self._library.host_new(hidden_size or 0, code, max_batched_rows, bind)
+        self._host: int | None = self._library.host_new(hidden_size or 0, code, max_batched_rows, spread)
 
     @staticmethod
     def echo(cache_dir: Path) -> Host:
@@ -133,7 +149,3 @@ def _library(cache_dir: Path) -> ctypes.CDLL:
     library = declare(shared_library(HOST, cache_dir), _SIGNATURES)
     atexit.register(library.hosts_end, _EXIT_MS)  # a thread that comes into a dead interpreter would abort the process
     return library
-
-
-def _view(address: int, size: int) -> memoryview:
-    return memoryview((c_char * size).from_address(address)).cast("B")

@@ -69,16 +69,17 @@ int link_reason(void* link, char* out, int size) {
 }
 
 // Calls of one layer to n replicas: call i has counts[i] rows, which follow those of call i - 1 in `rows` [R, D] and
-// `weights` [R] float32; its reply goes to the same place in `target` [R, D].
+// `weights` [R] float32; its reply goes to the same place in `target` [R, D]. `adapter`: of all calls, 0: none.
 void scatter(int n, void* const* links, const uint64_t* ids, uint64_t layer, const uint64_t* experts,
              const uint64_t* counts, uint64_t hidden, uint64_t dtype, const uint8_t* rows, const float* weights,
-             uint8_t* target) {
+             uint8_t* target, uint64_t adapter) {
   uint64_t at = 0;
   for (int i = 0; i < n; i++) {
     auto* l = static_cast<Link*>(links[i]);
     const uint64_t offset = at * hidden * (dtype == kFloat32 ? 4 : 2);
     std::lock_guard<std::mutex> lock(l->using_);
-    l->send(ids[i], layer, experts[i], counts[i], hidden, dtype, rows + offset, weights + at, target + offset);
+    l->send(ids[i], layer, experts[i], counts[i], hidden, dtype, rows + offset, weights + at, target + offset,
+            adapter);
     at += counts[i];
   }
 }

@@ -32,7 +32,7 @@ _SIGNATURES: Final = {
     "link_reason": (c_int, (c_void_p, c_char_p, c_int)),
     "scatter": (
         None,
-        (c_int, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_void_p, c_void_p),
+        (c_int, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p, c_uint64, c_uint64, *(c_void_p,) * 3, c_uint64),
     ),
     "gather": (None, (c_int, c_void_p, c_void_p, c_int64, POINTER(Result))),
     "call_error": (c_int, (c_void_p, c_uint64, c_char_p, c_int)),
@@ -78,16 +78,18 @@ class Links:
         rows: torch.Tensor,
         weights: torch.Tensor,
         target: torch.Tensor,
+        adapter_id: int = 0,
     ) -> None:
         """Send call i (`counts[i]` of the rows [R, D], in order) on links[i]; replies will come into target [R, D].
 
-        `target` must live until each call was gathered or forgotten. A link that breaks says so in `gather`.
+        `adapter_id` is that of every call. `target` must live until each call was gathered or forgotten. A link that
+        breaks says so in `gather`.
         """
         n = len(links)
         self._library.scatter(
             *(n, (c_void_p * n)(*links), (c_uint64 * n)(*ids), layer),
             *((c_uint64 * n)(*experts), (c_uint64 * n)(*counts), rows.shape[1], dtype),
-            *(rows.data_ptr(), weights.data_ptr(), target.data_ptr()),
+            *(rows.data_ptr(), weights.data_ptr(), target.data_ptr(), adapter_id),
         )
 
     def gather(self, links: Sequence[int], ids: Sequence[int], timeout_s: float) -> Sequence[Result]:

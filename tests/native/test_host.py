@@ -28,6 +28,8 @@ from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.expert import TorchFFN
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.native.host import DTYPE_CODES
+from moe_ray.native.links import DONE, ERROR, Links
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions
 from moe_ray.transport.handshake import connect as shake_hands
@@ -321,3 +323,22 @@ def test_closing_the_server_ends_its_threads(worker: ExpertWorker, dtype: torch.
     newest = max(serving, key=lambda thread: thread.ident or 0)
     newest.join(20)
     assert any(not thread.is_alive() for thread in serving)
+
+
+def test_an_adapter_travels_in_the_headers_of_both_links(
+    worker: ExpertWorker, dtype: torch.dtype, address: str
+) -> None:
+    """By the library itself: whatever the link above it does, the number reaches the replica."""
+    links = Links(CACHE)
+    sock = shake_hands(address, OPTIONS)
+    sock.setblocking(False)
+    link, asked = links.open(sock.fileno()), call(0, 2, dtype)
+    target = torch.empty_like(asked.rows)
+    for number, adapter in enumerate((0, 2**63 + 5), 1):
+        code = DTYPE_CODES[worker.compute.dtype]
+        links.scatter([link], [number], 0, [EXPERT], [2], code, asked.rows, asked.weights, target, adapter)
+        (result,) = links.gather([link], [number], 20)
+        assert result.outcome == (ERROR if adapter else DONE)
+    assert links.error(link, 2) == f"adapter {2**63 + 5} is asked for, and this replica knows no adapters"
+    links.free(link)
+    sock.close()

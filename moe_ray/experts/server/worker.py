@@ -107,10 +107,9 @@ class ExpertWorker:
         return self._ffn.buffers(key)
 
     def _host(self, native_dir: Path) -> Host | None:
-        # Threads that torch starts would inherit the core that a host's thread is bound to.
-        bind = self.compute.threads == 1 or self.compute.backend.experts == "native"
+        spread = self.compute.backend.experts == "native"
         try:
-            host = Host(native_dir, self._hidden_size, self.compute.dtype, self._max_batched_rows, bind)
+            host = Host(native_dir, self._hidden_size, self.compute.dtype, self._max_batched_rows, spread)
         except KernelsUnavailable as error:
             logger.warning("sockets are answered through the interpreter: %s", error)
             return None

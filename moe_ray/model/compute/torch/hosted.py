@@ -1,25 +1,48 @@
-"""Lets a host, which has bytes, compute with a function of tensors."""
+"""Lets a host, which has bytes at addresses, compute with a function of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 
-from moe_ray.native.host import Entry, interpreted
+from moe_ray.native.host import Buffers, Entry, interpreted, memory_at
+
+_MAX_VIEWS: Final = 64
+"""Kept of one network: a connection uses the same memory for call after call, and making views takes longer than many a
+product."""
 
 
 def tensor_entry(
     forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device
 ) -> Entry:
     """An entry that calls `forward(rows [T, D], weights [T])` on `device`: on a CPU, on the host's own buffers."""
+    known: dict[Buffers, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def compute(rows: memoryview, weights: memoryview, out: memoryview) -> None:
-        factors = torch.frombuffer(weights, dtype=torch.float32)  # [T]
-        x = torch.frombuffer(rows, dtype=dtype).view(factors.shape[0], -1)  # [T, D]
-        y = forward(x.to(device), factors.to(device))
-        if y.shape != x.shape or y.dtype != dtype:
-            raise ValueError(f"rows {list(x.shape)} of {dtype} became {list(y.shape)} of {y.dtype}")
-        torch.frombuffer(out, dtype=dtype).view_as(y).copy_(y)
+    def compute(buffers: Buffers) -> None:
+        views = known.get(buffers)
+        if views is None:
+            if len(known) >= _MAX_VIEWS:
+                known.clear()
+            views = known[buffers] = _views(buffers, dtype)
+        rows, weights, out = views
+        if device.type == "cpu":
+            computed = forward(rows, weights)
+        else:
+            computed = forward(rows.to(device), weights.to(device))
+        if computed.shape != rows.shape or computed.dtype != dtype:
+            became = f"{list(computed.shape)} of {computed.dtype}"
+            raise ValueError(f"rows {list(rows.shape)} of {dtype} became {became}")
+        out.copy_(computed)
 
     return interpreted(compute)
+
+
+def _views(buffers: Buffers, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [T, D], weights [T] and out [T, D], where they are. They own nothing: memory used again is seen as it is."""
+    size, shape = buffers.count * buffers.row_bytes, (buffers.count, buffers.row_bytes // dtype.itemsize)
+    rows, out = (
+        torch.frombuffer(memory_at(address, size), dtype=dtype).view(shape) for address in (buffers.rows, buffers.out)
+    )
+    return rows, torch.frombuffer(memory_at(buffers.weights, 4 * buffers.count), dtype=torch.float32), out
