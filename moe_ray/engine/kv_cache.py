@@ -11,7 +11,7 @@ from moe_ray.model.model_config import ModelConfig
 
 
 class KVCache:
-    """K and V of `num_blocks` blocks over all layers. The block allocator says who owns which block."""
+    """K and V of `num_blocks` blocks over all layers. The block allocator says which sequence has which block."""
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -19,7 +19,7 @@ class KVCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.spare_slot = num_blocks * block_size
         shape = (config.num_hidden_layers, 2, self.spare_slot + 1, config.num_key_value_heads, config.head_dim)
-        # Zeros, not empty: a padded gather reads slots nobody wrote, and NaN times a zero weight is NaN.
+        # Zeros, not empty: a padded gather reads slots that were never written, and NaN times a zero weight is NaN.
         if device.type == "cpu":
             # calloc'ed, unlike torch.zeros: pages get memory when they are first written.
             count = math.prod(shape) * dtype.itemsize

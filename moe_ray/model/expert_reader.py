@@ -39,8 +39,9 @@ class ExpertReader:
         """Ascending."""
         packing = self._kernels.packing if self._kernels is not None else "w1 over w3, w2"
         self.layout = WeightLayout("float", packing, compute.dtype, (config.hidden_size, config.intermediate_size))
-        """What the bytes of a key's weights are in memory: replicas of equal layouts may take each other's bytes. It says
-        nothing of the format on disk."""
+        """What the bytes of a key's weights are in memory: replicas of equal layouts may take each other's.
+
+        It says nothing of the format on disk."""
 
     @property
     def bytes_read(self) -> int:

@@ -22,7 +22,7 @@ constexpr int kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3;  // DType
 constexpr int kOk = 0, kFailed = 1, kRefused = 2, kCancelled = 3;  // CallStatus
 
 struct Closed : std::runtime_error { using std::runtime_error::runtime_error; };    // the connection is over
-struct Malformed : std::runtime_error { using std::runtime_error::runtime_error; };  // what came is not our language
+struct Malformed : std::runtime_error { using std::runtime_error::runtime_error; };  // what came is no frame of ours
 
 // Both headers; what a message lacks stays 0.
 struct Header {

@@ -51,7 +51,7 @@ extern "C" {
 void* link_new(int fd) { return new Link(fd); }
 void link_free(void* link) { delete static_cast<Link*>(link); }
 
-// Ends the link; who waits on it is woken. From any thread.
+// Ends the link; threads that wait on it wake. From any thread.
 void link_fail(void* link, const char* why) {
   auto* l = static_cast<Link*>(link);
   ::shutdown(l->fd, SHUT_RDWR);  // before the lock: a thread that holds it may be waiting

@@ -58,7 +58,7 @@ class Links:
         self._library.link_free(link)
 
     def fail(self, link: int, why: str) -> None:
-        """End the link; who waits on it is woken."""
+        """End the link; threads that wait on it wake."""
         self._library.link_fail(link, why.encode())
 
     def reason(self, link: int) -> str:

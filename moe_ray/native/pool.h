@@ -1,4 +1,4 @@
-// Threads that share one job's chunks. Whoever has time takes the next chunk, so a thread that is not scheduled
+// Threads that share one job's chunks. A thread that has time takes the next chunk, so one that is not scheduled
 // (another process has its core) costs nothing: the caller does its share. Helpers sleep in the kernel between jobs,
 // after a short spin, because a pool that spins steals the core of the process this one waits for.
 #pragma once
@@ -14,9 +14,19 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 namespace moe_ray {
+
+inline void relax() {  // in a loop that spins
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 class Pool {
  public:
@@ -30,10 +40,10 @@ class Pool {
     for (auto& helper : helpers_) helper.join();
   }
 
-  std::mutex using_;  // for callers who are not alone
+  std::mutex using_;  // for callers that share the pool
 
   // Calls work(chunk, thread) for every chunk in [0, chunks), on any thread; returns when all are done. One caller at
-  // a time. `alone` says that the job is too short to be worth waking anybody.
+  // a time. `alone` says that the job is too short to be worth waking a helper.
   template <class Work>
   void run(int chunks, bool alone, const Work& work) {
     if (helpers_.empty() || chunks == 1 || alone) {
@@ -47,9 +57,9 @@ class Pool {
     state_.store(kOpen, std::memory_order_release);
     wake();
     take(0);
-    state_.fetch_and(~kOpen, std::memory_order_acq_rel);  // nobody may join now
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);  // no helper may join now
     for (int spins = 0; state_.load(std::memory_order_acquire) != 0; spins++) {
-      if (spins < kSpins) _mm_pause();
+      if (spins < kSpins) relax();
       else std::this_thread::yield();
     }
   }
@@ -75,7 +85,7 @@ class Pool {
         state_.fetch_sub(kHelper, std::memory_order_acq_rel);
       }
       int spins = 0;
-      while (jobs_.load(std::memory_order_acquire) == seen && ++spins < kSpins) _mm_pause();
+      while (jobs_.load(std::memory_order_acquire) == seen && ++spins < kSpins) relax();
       if (spins == kSpins) {
         sleepers_.fetch_add(1);
         syscall(SYS_futex, reinterpret_cast<int*>(&jobs_), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);

@@ -108,7 +108,7 @@ class FrameStream:
         return bool(self._writable.poll(0))
 
     def shutdown(self) -> None:
-        """End the connection; whoever waits on it wakes."""
+        """End the connection; a thread that waits on it wakes."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 

@@ -79,7 +79,7 @@ class Listener:
             self._connections.add(sock)  # another object, if TLS took the connection over
             self._serve_one(sock)
         except (OSError, EOFError, ProtocolError):
-            pass  # the peer is gone, or does not speak our language: its connection ends, others go on
+            pass  # the peer is gone, or sends something else than frames: its connection ends, others go on
         except ValueError:  # what a socket's users say of one that `close` has closed
             if not self._closed:
                 raise

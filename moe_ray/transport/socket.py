@@ -2,7 +2,7 @@
 
 A Unix socket where trunk and expert share a machine, TCP (NODELAY) elsewhere, TLS on TCP if asked. Frames are
 [header length, 4 bytes little-endian][header][rows][weights, in calls]; sizes follow from the header. The trunk's end
-has no thread: whoever sends also receives, straight from and into tensor memory, because handing a reply to another
+has no thread: the caller's sends and receives, straight from and into tensor memory, because handing a reply to another
 thread costs more than the trip. The expert's end has a thread per connection that reads, computes and answers.
 
 Neither end can wait for the other for ever: a sender whose peer does not take more bytes reads replies meanwhile.

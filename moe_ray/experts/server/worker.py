@@ -231,10 +231,10 @@ class ExpertWorker:
             load, batches, queued = sum(self._loads.values(), KeyLoad()), self._batches, self._queued_rows
             cancelled = self._cancelled
         if self.native is not None:
-            theirs = self.native.stats()
-            load += KeyLoad(theirs.calls, theirs.rows, theirs.busy_ns / 1e9, theirs.queue_ns / 1e9)
-            batches, queued = batches + theirs.batches, queued + theirs.queued_rows
-            cancelled += theirs.cancelled
+            hosted = self.native.stats()
+            load += KeyLoad(hosted.calls, hosted.rows, hosted.busy_ns / 1e9, hosted.queue_ns / 1e9)
+            batches, queued = batches + hosted.batches, queued + hosted.queued_rows
+            cancelled += hosted.cancelled
         return WorkerStats(
             load.calls, batches, load.rows, load.busy_s, load.queue_s, queued, self._ffn.nbytes, cancelled
         )
