@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from moe_ray.core import ReplicaInfo
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
@@ -49,4 +50,4 @@ def local_pool(
     keys = model_keys(config.num_hidden_layers, config.num_local_experts)
     table = ReplicaTable(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward), keys)
     table.refresh()  # nothing here changes, so no thread is started
-    return ExpertDispatcher(table)
+    return ExpertDispatcher(table, DispatchOptions(in_process=True))

@@ -67,14 +67,15 @@ struct Call {
   Memory rows, weights, out;
   int64_t count = 0, row_bytes = 0;
   uint64_t id = 0, arrived = 0, started = 0, ended = 0, queued = 0;
-  bool done = false, cancelled = false, failed = false;
+  bool done = false, cancelled = false, failed = false, busy = false;
   char why[kWhy] = "";
   std::condition_variable wake;  // of its own thread: it is done, or its turn
 };
 
 class CallQueue {
  public:
-  explicit CallQueue(int64_t most) : most_(most) {}
+  // `most`: rows of a batch; `most_queued`: rows that wait or compute, beyond which further calls are not accepted.
+  CallQueue(int64_t most, uint64_t most_queued) : most_(most), most_queued_(most_queued) {}
 
   // Waits until the call has been computed, with another's batch or in its own turn, which comes in the order of
   // arrival. So all experts serve the trunks in the same order, and none waits for the last of its experts longer than
@@ -83,6 +84,8 @@ class CallQueue {
   void compute(Call& call, const TakenBack& taken_back) {
     call.done = call.cancelled = call.failed = false;
     std::unique_lock<std::mutex> lock(state);
+    call.busy = stats_.queued_rows && stats_.queued_rows + call.count > most_queued_;
+    if (call.busy) return;
     call.arrived = now();
     waiting_.push_back(&call);
     stats_.queued_rows += call.count;
@@ -229,6 +232,7 @@ class CallQueue {
   }
 
   const int64_t most_;           // rows of a batch
+  const uint64_t most_queued_;
   std::vector<Call*> waiting_;   // in the order in which they came
   bool computing_ = false;
   HostStats stats_{};

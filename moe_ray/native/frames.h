@@ -19,7 +19,7 @@ constexpr uint32_t kMaxHeader = 64 << 10;
 constexpr int kStallMs = 30000;  // a peer that neither sends nor takes a byte for so long amid a message is given up
 constexpr uint64_t kMaxTensor = 1ull << 30;
 constexpr int kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3;  // DType
-constexpr int kOk = 0, kFailed = 1, kRefused = 2, kCancelled = 3;  // CallStatus
+constexpr int kOk = 0, kFailed = 1, kRefused = 2, kCancelled = 3, kBusy = 4;  // CallStatus
 
 struct Closed : std::runtime_error { using std::runtime_error::runtime_error; };    // the connection is over
 struct Malformed : std::runtime_error { using std::runtime_error::runtime_error; };  // what came is no frame of ours

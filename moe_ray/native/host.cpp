@@ -6,8 +6,8 @@ using namespace moe_ray;
 
 extern "C" {
 
-void* host_new(int64_t hidden, uint64_t dtype, int64_t most, int spread) {
-  return new Host(hidden, dtype, most, spread != 0);
+void* host_new(int64_t hidden, uint64_t dtype, int64_t most, uint64_t most_queued, int spread) {
+  return new Host(hidden, dtype, most, most_queued, spread != 0);
 }
 void host_free(void* host) { delete static_cast<Host*>(host); }
 

@@ -21,10 +21,11 @@ constexpr int64_t kShortCall = 16;  // rows up to which a call is bound by readi
 
 class Host {
  public:
-  // hidden 0: rows of any width; dtype 0: of any dtype. `most`: rows of a batch. `spread`: whether a connection
+  // hidden 0: rows of any width; dtype 0: of any dtype. `most`: rows of a batch. `most_queued`: rows that
+  // wait or compute, beyond which further calls are answered as busy. `spread`: whether a connection
   // may have a thread on each core; else the thread that calls `serve` alone answers it, from any core.
-  Host(int64_t hidden, uint64_t dtype, int64_t most, bool spread)
-      : hidden_(hidden), dtype_(dtype), spread_(spread), queue_(most) {}
+  Host(int64_t hidden, uint64_t dtype, int64_t most, uint64_t most_queued, bool spread)
+      : hidden_(hidden), dtype_(dtype), spread_(spread), queue_(most, most_queued) {}
 
   // Each key once, while calls for others are served; what was added stays where it is.
   void add(uint64_t layer, uint64_t expert, Forward forward, void* handle) {
@@ -103,6 +104,7 @@ class Host {
     call.count = static_cast<int64_t>(h.num_rows);
     call.row_bytes = static_cast<int64_t>(h.hidden_size * h.item());
     place.during(call.count > kShortCall, [&] { queue_.compute(call, [&] { return c.taken_back(call.id); }); });
+    if (call.busy) return no_rows(c, h.call_id, kBusy, "as many rows are queued as this replica accepts");
     if (call.cancelled) return no_rows(c, h.call_id, kCancelled, "");
     if (call.failed) return no_rows(c, h.call_id, kFailed, failure(h, call.why));
     Writer w;

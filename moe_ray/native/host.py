@@ -15,6 +15,7 @@ from moe_ray.native.build import HOST, declare, shared_library
 
 DTYPE_CODES: Final[Mapping[str, int]] = {"float32": 1, "bfloat16": 2, "float16": 3}
 """As the wire numbers them."""
+MAX_ROWS: Final = 2**62
 _WHY_BYTES: Final = 512
 _EXIT_MS: Final = 2000
 
@@ -34,7 +35,7 @@ class KeyStats(ctypes.Structure):
 
 
 _SIGNATURES: Final = {
-    "host_new": (c_void_p, (c_int64, c_uint64, c_int64, c_int)),
+    "host_new": (c_void_p, (c_int64, c_uint64, c_int64, c_uint64, c_int)),
     "host_free": (None, (c_void_p,)),
     "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
     "host_stats": (None, (c_void_p, c_void_p)),
@@ -96,9 +97,17 @@ class Host:
     """Serves experts on sockets without the interpreter. Thread-safe: they may be added while it serves."""
 
     def __init__(
-        self, cache_dir: Path, hidden_size: int | None, dtype: str | None, max_batched_rows: int, spread: bool = True
+        self,
+        cache_dir: Path,
+        hidden_size: int | None,
+        dtype: str | None,
+        max_batched_rows: int,
+        spread: bool = True,
+        max_queued_rows: int = MAX_ROWS,
     ) -> None:
         """A host of experts that are yet to be added, for rows of this width and dtype; None: of any.
+
+        `max_queued_rows`: rows that wait or compute, beyond which further calls are answered as busy.
 
         `spread`: whether each connection may have a thread bound to each core. Not for interpreted entries: threads of
         their own would inherit the core, and a thread that the interpreter does not know enters it slowly. Loads (on
@@ -107,7 +116,9 @@ class Host:
         self._library = _library(cache_dir)
         self._entries = list[Entry]()
         code = 0 if dtype is None else DTYPE_CODES[dtype]
-        self._host: int | None = self._library.host_new(hidden_size or 0, code, max_batched_rows, spread)
+        self._host: int | None = self._library.host_new(
+            hidden_size or 0, code, max_batched_rows, max_queued_rows, spread
+        )
 
     @staticmethod
     def echo(cache_dir: Path) -> Host:

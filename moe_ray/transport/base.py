@@ -86,6 +86,8 @@ class CallBatch:
     counts: Sequence[int]
     rows: torch.Tensor  # [R, D], R = sum(counts)
     weights: torch.Tensor  # [R] float32
+    adapter_id: int = 0
+    """Of every call; 0: the base model."""
 
 
 Outcome = ReplicaLoad | TransportError | None
@@ -198,7 +200,9 @@ class OneByOne:
         try:
             for link, expert, count in zip(links, batch.experts, batch.counts, strict=True):
                 part = slice(start, start + count)
-                replies.add(link, ExpertCall(batch.layer, expert, batch.rows[part], batch.weights[part]))
+                rows = batch.rows[part]
+                call = ExpertCall(batch.layer, expert, rows, batch.weights[part], adapter_id=batch.adapter_id)
+                replies.add(link, call)
                 start += count
         except BaseException:
             replies.forget()

@@ -74,7 +74,8 @@ class NativeSocketLink:
         wire.check_call(call)
         if self.reason is not None:
             raise LinkBroken(self.reason)
-        batch = CallBatch(call.layer, [call.expert], [call.rows.shape[0]], call.rows, call.weights)
+        count = call.rows.shape[0]
+        batch = CallBatch(call.layer, [call.expert], [count], call.rows, call.weights, call.adapter_id)
         replies = self.group.scatter([self], batch)
         call.call_id = replies.ids[0]
         return NativePending(self.peer, call, replies)
@@ -128,7 +129,7 @@ class NativeGroup:
         replies = NativeReplies(self._library, native, ids, batch, target)
         self._library.scatter(
             *([link.handle for link in native], ids, batch.layer, batch.experts, batch.counts),
-            *(wire.dtype_code(rows), rows, weights, target),
+            *(wire.dtype_code(rows), rows, weights, target, batch.adapter_id),
         )
         return replies
 

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from moe_ray.core import ExpertKey, WeightLayout
-from moe_ray.errors import LinkBroken, ProtocolError
+from moe_ray.errors import CallRefused, LinkBroken, ProtocolError, ReplicaBusy
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.frames import FrameStream, Quiet
 from moe_ray.transport.handshake import WEIGHTS, connect
 from moe_ray.transport.listener import Listener
 from moe_ray.transport.messages import parse, say
+from moe_ray.transport.wire import error_of, status_of
 
 CHUNK_BYTES: Final = 4 << 20
 MAX_TRANSFERS: Final = 2
@@ -31,7 +32,7 @@ GIVE_UP_S: Final = 10.0
 """A peer from which nothing comes for so long is given up: there are other ways to the weights."""
 
 Offer = Callable[[ExpertKey, WeightLayout, bytes], Sequence[memoryview]]
-"""Returns the bytes of a key's weights if they are of this layout and fingerprint; else raises `ProtocolError`."""
+"""Returns the bytes of a key's weights if they are of this layout and fingerprint; else raises `CallRefused`."""
 
 
 def pack_layout(layout: WeightLayout) -> pb.WeightLayout:
@@ -77,17 +78,18 @@ class WeightsServer:
             request = parse(pb.WeightsRequest, stream.read_header(GIVE_UP_S))
             try:
                 if not self._transfers.acquire(blocking=False):
-                    raise ProtocolError(f"{MAX_TRANSFERS} transfers are under way")
+                    raise ReplicaBusy(f"{MAX_TRANSFERS} transfers are in progress")
                 try:
                     self._send(stream, request)
                 finally:
                     self._transfers.release()
-            except ProtocolError as error:
-                stream.write_frame(pb.WeightsReply(status=pb.REFUSED, error=str(error)), (), GIVE_UP_S, None)
+            except (CallRefused, ReplicaBusy, ProtocolError) as error:
+                reply = pb.WeightsReply(status=status_of(error), error=str(error))
+                stream.write_frame(reply, (), GIVE_UP_S, None)
 
     def _send(self, stream: FrameStream, request: pb.WeightsRequest) -> None:
         if request.adapter_id:
-            raise ProtocolError(f"adapter {request.adapter_id} is asked for, and this replica knows no adapters")
+            raise CallRefused(f"adapter {request.adapter_id} is asked for, and this replica knows no adapters")
         buffers = self._offer((request.layer, request.expert), unpack_layout(request.layout), request.fingerprint)
         sizes = [len(buffer) for buffer in buffers]
         stream.write_frame(pb.WeightsReply(status=pb.OK, sizes=sizes), (), GIVE_UP_S, None)
@@ -113,8 +115,8 @@ class WeightsLink:
     def read(self, key: ExpertKey, layout: WeightLayout, fingerprint: bytes, into: Sequence[memoryview]) -> None:
         """Fill `into` with the weights of one key.
 
-        Raises `ProtocolError` when the peer refuses, `LinkBroken` for all that ends the link: a peer that is gone or
-        silent, sizes that do not fit, a damaged chunk. What is in `into` is then of no use.
+        Raises `CallRefused` or `ReplicaBusy` when the peer does not send them, `LinkBroken` for what ends the link: a
+        peer that is gone or silent, sizes that do not fit, a damaged chunk. What is in `into` is then of no use.
         """
         layer, expert = key
         request = pb.WeightsRequest(layer=layer, expert=expert, layout=pack_layout(layout), fingerprint=fingerprint)
@@ -129,7 +131,8 @@ class WeightsLink:
         except (OSError, EOFError, ProtocolError) as error:
             raise self._broke(say(error)) from None
         if reply.status != pb.OK:
-            raise ProtocolError(f"weights of {self.address}: refused: {reply.error}")
+            refusal = error_of(reply.status, reply.error)
+            raise type(refusal)(f"weights of {self.address}: {refusal}")
 
     def close(self) -> None:
         """End the link; a thread that waits on it is woken. Idempotent."""

@@ -168,7 +168,7 @@ def test_a_lost_expert_can_be_left_out_and_every_position_without_it_is_told(ran
     assert not any(event.degraded_positions for event in right["a"])
     pool = rig.experts.inner
     assert isinstance(pool, ExpertDispatcher)
-    pool.options = DispatchOptions(on_loss="renormalise")
+    pool.options = DispatchOptions(on_loss="renormalise", in_process=True)
     (lost,) = [replica for replica in pool.table.replicas() if replica.replica_id.startswith("Expert3")]
     lost.link.close()
     rig.engine.submit(ask("a", prompt, logprobs=1))
@@ -182,7 +182,7 @@ def test_a_lost_expert_can_be_left_out_and_every_position_without_it_is_told(ran
     rig.engine.submit(ask("b", prompt))
     again = finish(rig.engine)["b"]
     assert again[-1].num_cached_tokens <= min(told), "what was computed without an expert is nobody else's prefix"
-    pool.options = DispatchOptions(on_loss="fail")
+    pool.options = DispatchOptions(on_loss="fail", in_process=True)
     rig.engine.submit(ask("c", prompt))
     (failed,) = finish(rig.engine)["c"]
     assert isinstance(failed.error, ExpertUnavailable)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_ray.model.compute.numerics import Numerics
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -18,6 +17,8 @@ from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_pool
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert_reader import ExpertReader, read_experts
 from moe_ray.model.families import FAMILIES
 from moe_ray.model.foreign import INDEX, SINGLE
@@ -80,8 +81,8 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 
 def ours(directory: Path) -> list[int]:
     checkpoint = Checkpoint.open(directory)
-    pool = local_pool(checkpoint, Numerics("float32", "cpu"))
-    trunk = Trunk.load(checkpoint, pool, torch.float32, torch.device("cpu"), 64)
+    compute = Compute(Backend("float32"))
+    trunk = Trunk.load(checkpoint, local_pool(checkpoint, compute), compute, 64)
     engine = Engine(trunk, EngineOptions(16, 8, max_model_len=64))
     engine.submit(Request("r", PROMPT, SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)))
     tokens: list[int] = []
@@ -163,7 +164,7 @@ def test_stacked_experts_are_those_of_separate_tensors(separate: Path, stacked: 
 
 def test_an_expert_reads_its_own_part_of_a_stack_only(stacked: Path) -> None:
     checkpoint = Checkpoint.open(stacked)
-    ffn = read_experts(checkpoint, {(layer, 4) for layer in range(LAYERS)}, Numerics("float32", "cpu"))
+    ffn = read_experts(checkpoint, {(layer, 4) for layer in range(LAYERS)}, Compute(Backend("float32")))
     assert checkpoint.bytes_read == ffn.nbytes == LAYERS * 3 * 4 * HIDDEN * INNER
     # What other experts hold there is never looked at.
     path = stacked / SINGLE
@@ -173,17 +174,17 @@ def test_an_expert_reads_its_own_part_of_a_stack_only(stacked: Path) -> None:
     before = path.read_bytes()
     at = start.start + found.offset
     path.write_bytes(before[:at] + b"\xff" * found.nbytes + before[at + found.nbytes :])
-    again = read_experts(Checkpoint.open(stacked), {(0, 4)}, Numerics("float32", "cpu"))
+    again = read_experts(Checkpoint.open(stacked), {(0, 4)}, Compute(Backend("float32")))
     path.write_bytes(before)
     assert [bytes(b) for b in again.buffers((0, 4))] == [bytes(b) for b in ffn.buffers((0, 4))]
 
 
 def test_replicas_of_either_layout_hold_the_same_bytes(separate: Path, stacked: Path) -> None:
     readers = [
-        ExpertReader(Checkpoint.open(directory), {(0, 1)}, Numerics("bfloat16", "cpu"))
+        ExpertReader(Checkpoint.open(directory), {(0, 1)}, Compute(Backend("bfloat16")))
         for directory in (separate, stacked)
     ]
-    assert readers[0].format == readers[1].format
+    assert readers[0].layout == readers[1].layout
     assert readers[0].fingerprint((0, 1)) == readers[1].fingerprint((0, 1))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from moe_ray.config import load_config
 from moe_ray.core import WeightLayout
-from moe_ray.errors import KernelsUnavailable, LinkBroken, ProtocolError
+from moe_ray.errors import CallRefused, KernelsUnavailable, LinkBroken, ProtocolError, ReplicaBusy
 from moe_ray.transport.base import LinkOptions, TlsFiles
 from moe_ray.transport.handshake import connect
 from moe_ray.transport.socket import SocketExpertServer
@@ -45,7 +45,7 @@ class Offer:
         self.entered.release()
         assert self.let.wait(20)
         if (key, layout, fingerprint) != (KEY, LAYOUT, PRINT):
-            raise ProtocolError(f"no {key} as {layout}")
+            raise CallRefused(f"no {key} as {layout}")
         return self.buffers
 
 
@@ -82,7 +82,7 @@ def test_what_arrives_is_what_was_there(server: WeightsServer, offer: Offer) -> 
 def test_what_is_refused_leaves_the_link_alone(server: WeightsServer, offer: Offer) -> None:
     link = WeightsLink(server.address, OPTIONS)
     for wrong in (((0, 0), LAYOUT, PRINT), (KEY, OTHER, PRINT), (KEY, LAYOUT, b"")):
-        with pytest.raises(ProtocolError, match="refused: no"):
+        with pytest.raises(CallRefused, match="refused: no"):
             link.read(*wrong, blank())
     into = blank()
     link.read(KEY, LAYOUT, PRINT, into)
@@ -122,7 +122,7 @@ def test_few_transfers_at_a_time(server: WeightsServer, offer: Offer) -> None:
         ]
         for _ in running:
             assert offer.entered.acquire(timeout=20)
-        with pytest.raises(ProtocolError, match="transfers are under way"):
+        with pytest.raises(ReplicaBusy, match="transfers are in progress"):
             links[0].read(KEY, LAYOUT, PRINT, blank())
         offer.let.set()
         for each in running:

@@ -79,6 +79,8 @@ class ExpertDispatcher:
 
     def submit(self, layer: int, routed: Routed) -> InFlightLayer:
         """Send the rows of one layer, without waiting. Raises `InvalidCall` for rows that no carrier could carry."""
+        if not self.options.in_process:
+            routed = routed.on_host()
         assigned = self._assigner.assign(layer, routed.counts)
         flight = InFlightLayer(self, layer, routed, [call for call, _ in assigned], time.monotonic())
         sendable = [(call, replica) for call, replica in assigned if replica is not None]

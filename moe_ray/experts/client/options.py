@@ -28,5 +28,7 @@ class DispatchOptions:
     """Second calls per call, at most, in the long run."""
     split: bool = True
     """Share large batches among an expert's replicas, where that pays."""
+    in_process: bool = False
+    """All experts are in this process: rows are handed over on the device where they are."""
     node_id: str | None = None
     """Where the trunk is: of equally good replicas, those on its node are preferred."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from moe_ray.core import ExpertKey, ReplicaInfo, WeightLayout
-from moe_ray.errors import MoeRayError, ProtocolError, TransportError
+from moe_ray.errors import CallRefused, MoeRayError, TransportError
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
@@ -123,11 +123,11 @@ class Arrival:
     def offer(self, key: ExpertKey, layout: WeightLayout, fingerprint: bytes) -> list[memoryview]:
         """`transport.weight_transfer.Offer` of what is loaded."""
         if layout != self._reader.layout:
-            raise ProtocolError(f"held as {self._reader.layout}, not as {layout}")
+            raise CallRefused(f"held as {self._reader.layout}, not as {layout}")
         if key not in self.worker.keys:
-            raise ProtocolError(f"layer {key[0]} expert {key[1]} is not held by this replica")
+            raise CallRefused(f"layer {key[0]} expert {key[1]} is not held by this replica")
         if fingerprint != self._prints[key]:
-            raise ProtocolError(f"layer {key[0]} expert {key[1]} is of another checkpoint here")
+            raise CallRefused(f"layer {key[0]} expert {key[1]} is of another checkpoint here")
         return self.worker.buffers(key)
 
     def wait(self, timeout_s: float) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
-from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed, KernelsUnavailable
+from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed, KernelsUnavailable, ReplicaBusy
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BATCHED_ROWS: Final = 1024
+MAX_QUEUED_ROWS: Final = 65_536
+"""Rows that wait or compute, beyond which further calls are not accepted: 512 MiB of a Mixtral's in bfloat16."""
 """Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
 
 
@@ -72,6 +74,7 @@ class ExpertWorker:
         compute: Compute,
         to_come: Iterable[ExpertKey] = (),
         max_batched_rows: int = MAX_BATCHED_ROWS,
+        max_queued_rows: int = MAX_QUEUED_ROWS,
         native_dir: Path | None = None,
     ) -> None:
         """Serve what `ffn` holds; `to_come` are the keys that will be added.
@@ -80,7 +83,7 @@ class ExpertWorker:
         interpreter.
         """
         self._ffn, self._hidden_size = ffn, hidden_size
-        self.compute, self._max_batched_rows = compute, max_batched_rows
+        self.compute, self._max_batched_rows, self._max_queued_rows = compute, max_batched_rows, max_queued_rows
         self._state = threading.Lock()
         self._device = threading.Lock()
         """Held while torch computes, for a call of whichever carrier."""
@@ -109,7 +112,14 @@ class ExpertWorker:
     def _host(self, native_dir: Path) -> Host | None:
         spread = self.compute.backend.experts == "native"
         try:
-            host = Host(native_dir, self._hidden_size, self.compute.dtype, self._max_batched_rows, spread)
+            host = Host(
+                native_dir,
+                self._hidden_size,
+                self.compute.dtype,
+                self._max_batched_rows,
+                spread,
+                self._max_queued_rows,
+            )
         except KernelsUnavailable as error:
             logger.warning("sockets are answered through the interpreter: %s", error)
             return None
@@ -132,13 +142,17 @@ class ExpertWorker:
     def forward(self, call: ExpertCall) -> ExpertReply:
         """Compute one call.
 
-        Raises `CallRefused` on a call that this replica does not accept, `ExpertFailed` if it cannot compute it,
+        Raises `CallRefused` on a call that this replica does not accept, `ReplicaBusy` on one that it does not accept
+        now, `ExpertFailed` if it cannot compute it,
         `CallCancelled` if the trunk has cancelled it.
         """
         self._check(call)
         mine = _Waiting(call, time.perf_counter())
+        rows = call.rows.shape[0]
         with self._state:
-            self._queued_rows += call.rows.shape[0]
+            if self._queued_rows and self._queued_rows + rows > self._max_queued_rows:
+                raise ReplicaBusy(f"{self._queued_rows} rows are queued, {self._max_queued_rows} are accepted")
+            self._queued_rows += rows
             self._waiting.append(mine)
             if self._computing:
                 mine.wake.acquire()

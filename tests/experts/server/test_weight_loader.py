@@ -13,7 +13,7 @@ import torch
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertKey, ReplicaInfo
-from moe_ray.errors import CallRefused, CheckpointError, KernelsUnavailable, NotReady, ProtocolError
+from moe_ray.errors import CallRefused, CheckpointError, KernelsUnavailable, NotReady
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.weight_loader import CARRIER, Arrival, FasterSource, peer_of
@@ -341,7 +341,7 @@ def test_a_peer_with_another_checkpoint_refuses(
         (((0, 0), reader.layout, print_), "layer 0 expert 0 is not held"),
         ((key, reader.layout, b"other"), "of another checkpoint"),
     ):
-        with pytest.raises(ProtocolError, match=says):
+        with pytest.raises(CallRefused, match=says):
             old.arrival.offer(*wrong)
 
 

@@ -9,14 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from moe_ray.core import ExpertCall, ExpertReply
-from moe_ray.errors import CallRefused, ExpertFailed
+from moe_ray.config import load_config
+from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
+from moe_ray.errors import CallRefused, ExpertFailed, ReplicaBusy
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker import MAX_BATCHED_ROWS, ExpertWorker
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.expert import TorchFFN
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.transport import connect
+from moe_ray.transport.base import LinkOptions
+from moe_ray.transport.socket import SocketExpertServer
 
 WIDTH = 16
 
@@ -168,3 +172,27 @@ def test_a_call_that_does_not_fit_is_refused_before_it_waits(worker: ExpertWorke
     with pytest.raises(CallRefused, match="shape"):
         worker.forward(ExpertCall(0, 5, torch.zeros(1, WIDTH + 1), torch.ones(1)))
     assert worker.stats().queued_rows == 0
+
+
+@pytest.mark.parametrize("native_host", [True, False])
+def test_a_full_replica_says_that_it_is_busy(layers: list[Gated], native_host: bool) -> None:
+    """Over a socket, answered by the native host and by the interpreter: the call beyond the bound is not queued."""
+    ffn = ExpertFFN({(0, 5): layers[0]})
+    cache = load_config().cache_dir
+    native_dir = cache if native_host else None
+    worker = ExpertWorker(ffn, WIDTH, Compute(Backend("float32")), max_queued_rows=8, native_dir=native_dir)
+    if native_host and worker.native is None:
+        pytest.skip("no native host on this machine")
+    server = SocketExpertServer(worker.forward, native=worker.native)
+    info = ReplicaInfo("Expert5#0", "n", 1, frozenset(), WIDTH, "float32", {"socket": server.address})
+    links = [connect("socket", info, LinkOptions(native_dir=native_dir)) for _ in range(2)]
+    first = links[0].send(call(0, 12))  # more than the bound, and accepted: nothing else is queued
+    assert layers[0].entered.wait(20)
+    with pytest.raises(ReplicaBusy, match="queued"):
+        links[1].send(call(0, 1)).result(20)
+    layers[0].gate.set()
+    assert first.result(20).rows.shape == (12, WIDTH)
+    assert links[1].send(call(0, 1)).result(20).rows.shape == (1, WIDTH)
+    for link in links:
+        link.close()
+    server.close()
