@@ -14,9 +14,10 @@ from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.kv_cache import KVCache
+from moe_ray.engine.micro_batches import split_batch
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
-from moe_ray.engine.scheduler import Scheduler, SchedulerLimits, split
+from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
 from moe_ray.errors import ConfigError, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
 
@@ -166,7 +167,7 @@ class Engine:
         routing.prepare(batch, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok)
         parts = self.options.micro_batches or self._overlap.choose(batch.num_tokens, sequences)
         started, waited = time.perf_counter(), self._trunk.waited_s
-        batches = split(batch, parts)
+        batches = split_batch(batch, parts)
         passes = [self._trunk.forward(part, self._cache) for part in batches]
         # After a product torch's pool spins, on the cores of the kernels' own threads.
         with torch_threads(1) if self._trunk.own_threads else contextlib.nullcontext():

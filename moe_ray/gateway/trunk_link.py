@@ -15,7 +15,7 @@ from moe_ray.gateway.trunk_choice import TrunkView
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
-from moe_ray.transport.grpc import open_aio_channel, token_metadata
+from moe_ray.transport.grpc_channel import open_aio_channel, token_metadata
 from moe_ray.trunk.wire import pack_request, unpack_event
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from moe_ray.errors import EngineError, InvalidRequest
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
-from moe_ray.transport.grpc import StreamThreads, TokenInterceptor, join_address, listen, server_options
+from moe_ray.transport.grpc_channel import StreamThreads, TokenInterceptor, join_address, listen, server_options
 from moe_ray.trunk.wire import pack_load, pack_step, unpack_request
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ import pytest
 from moe_ray.core import Batch, FinishReason, Request, SamplingParams, Sequence, Status
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
 from moe_ray.engine.drafts import StepCosts
-from moe_ray.engine.scheduler import Scheduler, SchedulerLimits, split
+from moe_ray.engine.micro_batches import split_batch
+from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
 
 VOCAB = 7
 COSTS = StepCosts(num_experts=8, experts_per_token=2)
@@ -383,7 +384,7 @@ def test_split_partitions_exactly(seed: int) -> None:
         batch = harness.step()
         assert batch is not None
         for parts in range(1, 7):
-            cut = split(batch, parts)
+            cut = split_batch(batch, parts)
             assert 1 <= len(cut) <= min(parts, len(batch.sequences))
             for name in ("sequences", "token_ids", "positions", "slot_mapping", "context_lens", "num_sampled"):
                 assert [item for part in cut for item in getattr(part, name)] == getattr(batch, name)
@@ -475,7 +476,7 @@ def test_equal_decodes_split_evenly() -> None:
     harness.step()
     batch = harness.step()
     assert batch is not None
-    assert [len(part.sequences) for part in split(batch, 3)] == [3, 3, 3]
+    assert [len(part.sequences) for part in split_batch(batch, 3)] == [3, 3, 3]
 
 
 def test_runs_without_torch() -> None:

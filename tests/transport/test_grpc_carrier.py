@@ -25,7 +25,8 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport import wire
 from moe_ray.transport.base import LinkOptions, TlsFiles
-from moe_ray.transport.grpc import GrpcExpertServer, GrpcLink, TokenInterceptor
+from moe_ray.transport.grpc import GrpcExpertServer, GrpcLink
+from moe_ray.transport.grpc_channel import TokenInterceptor
 from moe_ray.transport.version import WIRE_VERSION
 
 WAIT_S = 20.0
