@@ -73,6 +73,10 @@ NEVER = {  # room → packages that must not appear in it
     "bench": {"fastapi"},
     "commands": {"fastapi", "grpc", "torch"},
 }
+VERBS = (  # files of the command line that are loaded to parse any command
+    *("main", "options", "bench_options", "serve", "chat", "generate", "plan", "status", "scale", "convert", "version"),
+    *("bench", "bench_lab"),
+)
 FILE_NEVER = {  # files that work without a package their room may have
     "api/failure.py": {"fastapi", "starlette"},
     "api/generation.py": {"fastapi", "starlette"},
@@ -107,8 +111,7 @@ FILE_NEVER = {  # files that work without a package their room may have
     "bench/http_load.py": {"torch", "ray", "grpc"},
     "bench/report.py": {"torch", "ray", "grpc", "httpx"},
     "bench/serve.py": {"torch", "ray", "grpc"},
-    "commands/bench.py": {"torch", "ray", "grpc", "httpx"},
-    "commands/main.py": {"torch", "ray", "grpc", "httpx"},
+    **{f"commands/{verb}.py": {"torch", "ray", "grpc", "httpx"} for verb in VERBS},
     "deploy/load_overview.py": {"ray", "grpc", "torch"},
     "deploy/trunk_autoscale.py": {"ray", "grpc", "torch", "numpy"},
     "gateway/trunk_choice.py": {"ray", "grpc", "torch"},

@@ -23,7 +23,8 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 from rich.console import Console
 
-from moe_ray.commands.plan_report import Planned, planned, print_plan
+from moe_ray.commands.plan_report import print_plan
+from moe_ray.commands.planned import Planned, planned
 from moe_ray.commands.timeline import Timeline
 from moe_ray.config import Config
 from moe_ray.console import loading_bars

@@ -13,7 +13,7 @@ import pytest
 
 from moe_ray.bench.http_load import Sample, Target, Wave, id_prompts, percentile, run_wave, served_model
 from moe_ray.bench.serve import ServeBenchOptions, run_serve, serve_row
-from moe_ray.commands.bench import numbers
+from moe_ray.commands.options import numbers
 from moe_ray.errors import ConfigError, NotReady
 
 

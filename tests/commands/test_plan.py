@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_ray.commands.plan_report import (
-    Balanced,
-    Distance,
-    Planned,
-    balanced,
-    plan_json,
-    planned,
-    print_balance,
-    print_distance,
-)
+from moe_ray.commands.balance_report import Balanced, balanced, print_balance
+from moe_ray.commands.network_report import Distance, print_distance
+from moe_ray.commands.plan_report import plan_json
+from moe_ray.commands.planned import Planned, planned
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.footprint import ActorPlan, Network, Plan, make_plan, network_step

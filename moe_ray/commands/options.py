@@ -1,0 +1,67 @@
+"""Command-line options that several verbs declare, the consoles that they print to, and the parsing of lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moe_ray.errors import ConfigError
+
+DEFAULT_PORT = 8000
+DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
+MODEL_HELP = "A directory, a Hugging Face repo id, or `demo`."
+
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with the tree of moe_ray.config.Config; flags win over it.")
+]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output.", show_default="the model's")]
+LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
+Url = Annotated[str, typer.Option(help="Base URL of a running server.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+RayAddress = Annotated[str, typer.Option(help="Ray cluster: host:port as `moe-ray serve` prints it, or `auto`.")]
+
+
+def error_console() -> Console:
+    """A console on standard error: progress, messages and errors. Results go to standard output."""
+    return Console(stderr=True, highlight=False)
+
+
+def output_console() -> Console:
+    """A console on standard output, for results."""
+    return Console(highlight=False)
+
+
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """The positive numbers of a comma-separated list, each once. Raises `ConfigError` naming `flag`."""
+    try:
+        found = tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise ConfigError(f"{flag}: expected numbers from 1, as in 1,8,32, got {text!r}")
+    return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def json_object(text: str, flag: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises `ConfigError` naming `flag`."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag}: expected a JSON object, got {text!r}")
+    return value

@@ -1,0 +1,103 @@
+"""`moe-ray serve`: the flags of a server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_ray.commands.options import (
+    DEFAULT_PORT,
+    MODEL_HELP,
+    ConfigFile,
+    Device,
+    Dtype,
+    LogLevel,
+    MaxModelLen,
+    error_console,
+)
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help=MODEL_HELP, show_default="demo"),
+    ] = None,
+    config: ConfigFile = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP port.", min=1, max=65535)] = DEFAULT_PORT,
+    transport: Annotated[
+        str | None, typer.Option(help="auto, socket, grpc, ray or local.", show_default="auto")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed together.", show_default="64")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens per step.", show_default="512")] = None,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory of the KV cache.", show_default="from free memory")
+    ] = None,
+    micro_batches: Annotated[
+        str | None,
+        typer.Option(help="Parts of a step that compute and wait for experts in turns: a number.", show_default="auto"),
+    ] = None,
+    speculative: Annotated[
+        str | None, typer.Option(help="off, or ngram: guess tokens from what stood before.", show_default="off")
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="Most guesses per sequence and step.", show_default="4")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")
+    ] = None,
+    expert_deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a request waits for an expert without a replica, then 503.", show_default="60"),
+    ] = None,
+    on_expert_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="wait; fail: 503 at once; renormalise: go on with the other experts, and say so.", show_default="wait"
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here"),
+    ] = None,
+    ingress: Annotated[
+        str, typer.Option(help="python: Serve's own proxy. haproxy: faster, but it binds all interfaces.")
+    ] = "python",
+    dashboard: Annotated[
+        bool, typer.Option(help="Ray's dashboard and state API (`ray list actors`, `serve status`).")
+    ] = True,
+    log_level: LogLevel = None,
+) -> None:
+    """Start trunk, experts and gateway, and serve until Ctrl-C."""
+    from moe_ray.config import load_config
+    from moe_ray.deploy.local_ray import prepare_local_ray
+
+    if address is None:
+        prepare_local_ray()
+    from moe_ray.commands.launch import LaunchOptions, run
+
+    flags = {
+        "model": {
+            "path": model,
+            "dtype": dtype,
+            "device": device,
+            "max_model_len": max_model_len,
+            "served_name": served_model_name,
+        },
+        "engine": {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "kv_cache_gib": kv_cache_gib,
+            "micro_batches": micro_batches,
+            "speculative": speculative,
+            "num_speculative_tokens": num_speculative_tokens,
+        },
+        "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss},
+        "transport": transport,
+        "log_level": log_level,
+    }
+    run(load_config(flags, config), LaunchOptions(host, port, address, ingress, dashboard), error_console())
