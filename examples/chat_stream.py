@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where `moe-ray serve` listens")
     arguments = parser.parse_args()
 
-    client = OpenAI(base_url=f"{arguments.url}/v1", api_key="none")
+    direct = DefaultHttpxClient(trust_env=False)  # a server of our own needs no proxy
+    client = OpenAI(base_url=f"{arguments.url}/v1", api_key="none", http_client=direct)
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": arguments.question}],

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 QUESTIONS = (
     "Write a Python function that reverses a linked list.",
@@ -66,8 +66,9 @@ def line(experts: list[dict[str, Any]]) -> str:
 
 
 async def run(url: str, streams: int, calm_s: float, hot_s: float, cool_s: float) -> None:
+    direct = DefaultAsyncHttpxClient(trust_env=False)  # a server of our own needs no proxy
     async with (
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=direct) as client,
         httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as http,
     ):
         load = Load(client, (await client.models.list()).data[0].id)

@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import time
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 TOPICS = ("the sea", "the moon", "bread", "rain", "a cat", "music", "a river", "the sun", "tea", "sleep")
 
@@ -39,7 +39,8 @@ async def answer(client: AsyncOpenAI, model: str, topic: str, max_tokens: int) -
 
 
 async def run(url: str, count: int, max_tokens: int) -> None:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    direct = DefaultAsyncHttpxClient(trust_env=False)  # a server of our own needs no proxy
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", http_client=direct) as client:
         model = (await client.models.list()).data[0].id
         started = time.perf_counter()
         topics = [TOPICS[i % len(TOPICS)] for i in range(count)]

@@ -86,7 +86,7 @@ def by_hand(served: Served, experts: list[int], replicas: int | None, timeout_s:
     """Run `moe-ray scale` on an application; what it printed."""
     from rich.console import Console
 
-    from moe_ray.deploy.scale import scale
+    from moe_ray.deploy.scale_by_hand import scale
 
     out = io.StringIO()
     scale(experts, replicas, Console(file=out, width=80), application=served.app_name, timeout_s=timeout_s)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moe_ray.deploy.local_ray import prepare_local_ray
+from moe_ray.deploy.local_ray import prepare_local_ray, start
 
 OBJECT_STORE_BYTES = 256 * 2**20
 NAMESPACE = "moe-ray-bench"
@@ -18,15 +18,13 @@ def own_ray() -> Iterator[None]:
     prepare_local_ray()
     import ray
 
-    ray.init(
-        address="local",
+    start(
         namespace=NAMESPACE,
         num_cpus=1,  # Ray starts as many idle workers; actors of a bench reserve none
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
     )
     try:
         yield

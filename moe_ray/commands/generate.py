@@ -23,12 +23,15 @@ def generate(
     max_model_len: MaxModelLen = None,
 ) -> None:
     """Complete one prompt in this process, without Ray, streaming to standard output."""
+    from moe_ray.commands.cache import with_usable_cache
+    from moe_ray.config import load_config
     from moe_ray.console import loading_bars
     from moe_ray.core import SamplingParams
     from moe_ray.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with_usable_cache(load_config(), error_console())
     with loading_bars(error_console()) as progress:
         llm = LLM(
             model,

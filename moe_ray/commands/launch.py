@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import shlex
 import signal
-import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 from rich.console import Console
 
+from moe_ray.commands.cache import with_usable_cache
+from moe_ray.commands.greeting import greet
+from moe_ray.commands.placement import on_cluster_cards
 from moe_ray.commands.plan_report import print_plan
 from moe_ray.commands.planned import Planned, planned
 from moe_ray.commands.timeline import Timeline
@@ -30,15 +30,16 @@ from moe_ray.config import Config
 from moe_ray.console import loading_bars
 from moe_ray.deploy.app import APP_NAME, build_app
 from moe_ray.deploy.loading_board import NAME, NAMESPACE, LoadingBoard
-from moe_ray.deploy.local_ray import reach
+from moe_ray.deploy.local_ray import join, reason, start
+from moe_ray.deploy.ray_internals import HAPROXY_SETTING
 from moe_ray.deploy.replica_targets import forget_replicas
+from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import ConfigError, MoeRayError, NotReady
 from moe_ray.hub import resolve_model
 from moe_ray.native.build import prepare
 from moe_ray.text.tokenizer import Tokenizer
 
 INGRESSES = ("python", "haproxy")
-DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a Ray that we start ourselves: tokens and rows do not pass through it, except over the `ray` carrier."""
@@ -66,6 +67,7 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     Raises `CheckpointError` or `ConfigError` before anything is started, `DeployFailed` if an actor does not come up.
     """
     timeline = Timeline()
+    config = with_usable_cache(config, console)
     if options.ingress not in INGRESSES:
         raise ConfigError(f"ingress {options.ingress!r} is not one of {', '.join(INGRESSES)}")
     with loading_bars(console) as progress:
@@ -73,10 +75,9 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     # Reads every header and the tokenizer: a broken checkpoint is told before anything is started.
     plan = planned(config, directory)
     Tokenizer(directory)
-    print_plan(console, plan, None)
     timeline.mark("model")
     if options.address is None:
-        _check_port(options.host, options.port)
+        options = replace(options, host=listen_address(options.host, options.port))
     # Both, and by name: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -87,12 +88,17 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
             timeline.mark("Ray")
         # Ray takes SIGTERM for itself while it starts.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        config, plan = on_cluster_cards(config, directory, plan, console)
+        print_plan(console, plan, None)
         _deploy(config, options, plan, console, timeline)
-        _greet(config, options, dashboard, console, timeline)
+        url = url_of(options.host, options.port)
+        greet(config, url, ray.get_runtime_context().gcs_address, dashboard, console, timeline)
         while True:
             signal.pause()
     except KeyboardInterrupt:
         console.print("stopping …")
+    except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+        raise DeployFailed(f"Ray or Serve failed: {reason(error)}") from error
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -118,19 +124,13 @@ def _start_ray(options: LaunchOptions, config: Config) -> str:
     )
     quiet: dict[str, Any] = {"log_to_driver": config.log_level == "debug", "logging_level": logging.ERROR}
     if options.address is not None:
-        try:
-            joined = ray.init(address=reach(options.address), namespace=NAMESPACE, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"cannot join Ray at {options.address!r}: {str(error).splitlines()[0]}") from None
-        return joined.dashboard_url or ""
+        return join(options.address, namespace=NAMESPACE, **quiet).dashboard_url or ""
     if options.ingress == "haproxy":
-        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    context = ray.init(
-        address="local",
+        os.environ[HAPROXY_SETTING] = "1"
+    context = start(
         namespace=NAMESPACE,
         include_dashboard=options.dashboard,
         object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",  # one machine: whatever --host says, only the HTTP port is for others
         **quiet,
     )
     return context.dashboard_url or ""
@@ -174,7 +174,7 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
     ray.kill(board)
     timeline.mark("Serve")
     with console.status("linking trunk and experts"):
-        _wait_ready(f"http://{_reachable(options)}/health")
+        _wait_ready(url_of(options.host, options.port))
     timeline.mark("links")
 
 
@@ -196,42 +196,12 @@ def _root_cause(message: str) -> str:
 def _wait_ready(url: str) -> None:
     deadline, missing = time.monotonic() + READY_TIMEOUT_S, ["Gateway"]
     while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except urllib.error.HTTPError as error:
-            with contextlib.suppress(ValueError):  # Serve's own 404 or 503 while its routes are being set up
-                missing = json.loads(error.read()).get("missing", missing)
-        except OSError:
-            pass  # not listening yet
+        found = missing_at(f"{url}/health")
+        if found == []:
+            return
+        missing = found or missing
         time.sleep(0.1)
     raise NotReady(f"not ready after {READY_TIMEOUT_S:g} s; still missing: {', '.join(missing)}")
-
-
-def _greet(config: Config, options: LaunchOptions, dashboard: str, console: Console, timeline: Timeline) -> None:
-    url = f"http://{_reachable(options)}"
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    body = {"model": config.served_name, "messages": question, "temperature": 0}
-    console.print(f"\n[bold green]ready[/] in {timeline.total:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)")
-    console.print(f"  {timeline}\n", style="dim", highlight=False, soft_wrap=True)
-    headers = "-H 'Content-Type: application/json'"
-    if config.gateway.api_keys:
-        headers += ' -H "Authorization: Bearer $OPENAI_API_KEY"'
-    console.print(
-        f"  curl {url}/v1/chat/completions {headers} -d {shlex.quote(json.dumps(body))}\n",
-        soft_wrap=True,
-        markup=False,
-    )
-    commands = [
-        ("chat", "moe-ray chat" + ("" if options.port == DEFAULT_PORT else f" --url {url}")),
-        ("status", f"moe-ray status --address {ray.get_runtime_context().gcs_address}"),
-    ]
-    if dashboard:
-        commands.append(("Ray", f"RAY_AUTH_MODE=token ray list actors --address http://{dashboard}"))
-        commands.append(("", f"RAY_AUTH_MODE=token serve status --address http://{dashboard}"))
-    for what, command in commands:
-        console.print(f"  {what:<8}{command}", markup=False, soft_wrap=True)
-    console.print()
 
 
 def _stop(options: LaunchOptions) -> None:
@@ -240,17 +210,3 @@ def _stop(options: LaunchOptions) -> None:
     # Our own Ray ends with this process, Serve's controller and proxy with it.
     serve.delete(APP_NAME)
     ray.shutdown()
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
-
-
-def _reachable(options: LaunchOptions) -> str:
-    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
-    return f"{host}:{options.port}"

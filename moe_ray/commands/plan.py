@@ -51,6 +51,7 @@ def plan(
 ) -> None:
     """Show what each actor would hold and read, and the KV cache, before anything starts; with --load, what to add."""
     from moe_ray.commands.balance_report import balanced, print_balance
+    from moe_ray.commands.cache import with_usable_cache
     from moe_ray.commands.network_report import print_distance
     from moe_ray.commands.plan_report import plan_json, print_plan
     from moe_ray.commands.planned import planned
@@ -62,10 +63,10 @@ def plan(
         raise ConfigError("--extra-replicas and --layers-per-spare go with --load")
 
     distance = _distance(bandwidth, latency, streams, step_ms)
-    settings = load_config({"model": {"path": model, "dtype": dtype}}, config)
+    settings = with_usable_cache(load_config({"model": {"path": model, "dtype": dtype}}, config), error_console())
     with loading_bars(error_console()) as progress:
         directory = resolve_model(settings, progress)
-    made = planned(settings, directory, without_weights=True)
+    made = planned(settings, directory, without_weights=True, cards=gpu_memory is not None)
     advice = None if load is None else balanced(made, load, extra_replicas, layers_per_spare)
     if json_output:
         print(plan_json(made, gpu_memory, advice, distance))

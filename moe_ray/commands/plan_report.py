@@ -21,6 +21,8 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> Non
         f"{plan.dtype}, {size(plan.total_bytes)} in all"
     )
     console.print(str(planned.directory), style="dim", markup=False, soft_wrap=True)
+    if gpu_gib is not None:
+        console.print(f"on cards, in {plan.dtype}; this machine's CPU does not count", style="dim")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("actor", "parameters", "weights", "reads from disk"):
         table.add_column(column, justify="left" if column == "actor" else "right")

@@ -29,11 +29,12 @@ class Planned:
     experts_per_actor: int = 1
 
 
-def planned(config: Config, directory: Path, without_weights: bool = False) -> Planned:
+def planned(config: Config, directory: Path, without_weights: bool = False, cards: bool = False) -> Planned:
     """Plan the model of `directory`, checking every tensor's header. Raises `CheckpointError`, `ConfigError`.
 
     `without_weights`: a directory with no more than its config.json will do. Experts inside the trunk
-    (`transport: local`) are planned one by one.
+    (`transport: local`) are planned one by one. `cards`: the actors compute on cards, not on this machine's CPU, so
+    the dtype is the checkpoint's unless one is configured.
     """
     from moe_ray.model.compute.resolve import choose_dtype
     from moe_ray.native import build
@@ -56,7 +57,7 @@ def planned(config: Config, directory: Path, without_weights: bool = False) -> P
                 weight for layer, expert in sorted(held.keys) for weight in weights_of_expert(model, layer, expert)
             )
         checkpoint.close()
-    device = "cuda" if config.model.device == "cuda" else "cpu"
+    device = "cuda" if cards or config.model.device == "cuda" else "cpu"
     dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags())
     plan = make_plan(model, dtype, placed)
     return Planned(config.served_name, directory, model, plan, bytes_to_read, per_actor)

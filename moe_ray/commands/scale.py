@@ -19,7 +19,7 @@ def scale(
     """Set the replicas of these experts, or of the trunk, while the application serves; returns when they run."""
     if auto == (replicas is not None):
         raise ConfigError("give either --replicas N or --auto")
-    from moe_ray.deploy.scale import parse_units
-    from moe_ray.deploy.scale import scale as run_scale
+    from moe_ray.deploy.scale_by_hand import parse_units
+    from moe_ray.deploy.scale_by_hand import scale as run_scale
 
     run_scale(parse_units(units), replicas, error_console(), address)

@@ -19,7 +19,8 @@ class ActorOptions(Section):
     """What Ray reserves for one actor. CPU shares are small: they place actors, they do not limit them."""
 
     num_cpus: float = Field(default=0.1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0)
+    """Cards, or the share of one. Where no actor's is set, `moe-ray serve` plans it from the cluster's cards."""
     resources: Mapping[str, float] = {}
     accelerator_type: str | None = None
     """Ray's name of the card it must have, such as T4 or L4."""

@@ -25,7 +25,7 @@ from pydantic_settings import (
 from moe_ray.config.engine import EngineSection
 from moe_ray.config.experts import ExpertsSection
 from moe_ray.config.gateway import GatewaySection
-from moe_ray.config.model import ModelSection
+from moe_ray.config.model import DEMO_MODEL, ModelSection
 from moe_ray.config.section import explain
 from moe_ray.config.tls import TlsSection
 from moe_ray.config.trunk import TrunkSection
@@ -33,6 +33,7 @@ from moe_ray.errors import ConfigError
 
 ENV_PREFIX: Final = "MOE_RAY_"
 Transport = Literal["auto", "socket", "grpc", "ray", "local"]
+_CACHE: Final = "~/.cache"
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -56,14 +57,19 @@ class Config(BaseSettings):
     cluster_token: str | None = None
     """Expert and trunk ports refuse who does not show it; default: derived from Ray's own token where there is one."""
     tls: TlsSection | None = None
-    cache_dir: Path = Field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moe-ray")
+    cache_dir: Path = Field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or _CACHE) / "moe-ray")
     """Where the demo model is kept; default: $XDG_CACHE_HOME/moe-ray."""
     log_level: LogLevel = "info"
 
     @field_validator("cache_dir")
     @classmethod
     def _expand(cls, value: Path) -> Path:
-        return value.expanduser()
+        try:
+            return value.expanduser()
+        except RuntimeError:  # `~` of a user without a home
+            if value.is_relative_to(_CACHE):  # the default, which nobody chose
+                return Path("/nonexistent") / value.relative_to("~")
+            raise ValueError("this user has no home directory: give an absolute path") from None
 
     @classmethod
     def settings_customise_sources(
@@ -78,7 +84,7 @@ class Config(BaseSettings):
 
     @property
     def served_name(self) -> str:
-        return self.model.served_name or Path(self.model.path).name
+        return self.model.served_name or Path(self.model.path).name or "model"
 
 
 def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Config:
@@ -100,11 +106,24 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
         for expert in merged.experts.overrides:
             merged.experts.of(expert)  # now, rather than when that expert is started
         _check_growth(merged)
-        return Config.model_construct(**{name: getattr(merged, name) for name in Config.model_fields})
+        values = {name: getattr(merged, name) for name in Config.model_fields}
+        return Config.model_construct(**{**values, "model": located(merged.model)})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
     except SettingsError as error:  # an environment variable of a nested key that is no JSON
         raise ConfigError(f"environment ({ENV_PREFIX}...): {error}") from None
+
+
+def located(model: ModelSection) -> ModelSection:
+    """`model` with a relative path of a directory on this machine made absolute: processes elsewhere read it, too.
+
+    So `.` and `..` are served by the name of the directory that they stand for.
+    """
+    path = Path(model.path)
+    stays = path.is_absolute() and ".." not in path.parts
+    if model.path == DEMO_MODEL or stays or not path.is_dir():
+        return model
+    return model.model_copy(update={"path": os.path.abspath(path)})
 
 
 def _check_growth(config: Config) -> None:

@@ -103,7 +103,7 @@ def _options(actor: ActorOptions) -> dict[str, Any]:
     return {
         "ray_actor_options": {
             "num_cpus": actor.num_cpus,
-            "num_gpus": actor.num_gpus,
+            "num_gpus": actor.num_gpus or 0,
             "resources": dict(actor.resources),
             **accelerator,
             **labels,

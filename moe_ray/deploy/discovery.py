@@ -1,8 +1,9 @@
-"""Asks Ray Serve's replicas who they are, over their deployments' handles. Control plane only."""
+"""Lists replicas and trunks, and what they answer, over the handles of their deployments. Control plane only."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,7 +14,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from moe_ray.core import ReplicaInfo, TrunkInfo
+from moe_ray.deploy.ray_internals import routed_replicas
 from moe_ray.errors import NotReady
+
+logger = logging.getLogger(__name__)
 
 BROADCAST_TIMEOUT_S = 5.0
 EXPERT_TIMEOUT_S = 1.0
@@ -30,19 +34,23 @@ def as_metadata(info: ReplicaInfo) -> dict[str, Any]:
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> ReplicaInfo | None:
-    """The reverse; None for a replica that said nothing."""
+    """The reverse; None for a replica that reported nothing, or in another version's form."""
     told = metadata.get("endpoint")
     if told is None:
         return None
-    return ReplicaInfo(**{**told, "keys": frozenset(map(tuple, told["keys"]))})
+    try:
+        return ReplicaInfo(**{**told, "keys": frozenset(map(tuple, told["keys"]))})
+    except (TypeError, KeyError, ValueError) as error:
+        logger.warning("a replica reports itself in a form that this version does not know: %r", error)
+        return None
 
 
 class ExpertDiscovery:
     """Lists the replicas of expert deployments; for one thread, outside event loops.
 
-    Serve pushes to the handles in this process who is there, with what each replica said of itself when it was ready.
+    Serve pushes the list of replicas to the handles in this process, with what each replica reported when it was ready.
     Replicas are asked only for what that cannot tell: the keys of one that still loads, or anything at all where the
-    handles are built otherwise (this reads the routers inside them, of ray 2.60).
+    handles are built otherwise (`ray_internals.routed_replicas` sees none then).
     """
 
     def __init__(self, handles: Sequence[DeploymentHandle]) -> None:
@@ -52,8 +60,8 @@ class ExpertDiscovery:
         self._threads = ThreadPoolExecutor(MOST_ASKED, thread_name_prefix="expert-discovery")
 
     def members(self) -> frozenset[str]:
-        """Name the replicas that Serve routes to, by what it has pushed to this process: asks nobody."""
-        return frozenset(replica_id for handle in self._handles for replica_id in _routed(handle) or ())
+        """Name the replicas that Serve routes to, by what it has pushed to this process: no call."""
+        return frozenset(replica_id for handle in self._handles for replica_id in routed_replicas(handle) or ())
 
     def ask(self) -> list[ReplicaInfo]:
         """List the replicas of all deployments.
@@ -99,19 +107,9 @@ class ExpertDiscovery:
         return list(self._threads.map(results, responses))
 
 
-def _routed(handle: DeploymentHandle) -> dict[str, Mapping[str, Any]] | None:
-    """Replica → metadata, of those that the handle's router knows; None where that cannot be seen (yet)."""
-    router = getattr(getattr(handle, "_router", None), "_asyncio_router", None)
-    replicas = getattr(getattr(router, "_request_router", None), "curr_replicas", None)
-    if not isinstance(replicas, Mapping) or not handle.running_replicas_populated():
-        return None
-    found = dict(replicas).items()
-    return {replica_id.unique_id: getattr(replica, "replica_metadata", {}) for replica_id, replica in found}
-
-
 def _pushed(handle: DeploymentHandle) -> dict[str, ReplicaInfo] | None:
     """What the replicas of a deployment said when they were ready, by their id; None where one said nothing."""
-    if (routed := _routed(handle)) is None:
+    if (routed := routed_replicas(handle)) is None:
         return None
     infos = [info for info in map(from_metadata, routed.values()) if info is not None]
     return {info.replica_id: info for info in infos} if len(infos) == len(routed) else None

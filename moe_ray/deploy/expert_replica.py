@@ -15,10 +15,11 @@ from ray import serve
 from moe_ray import telemetry
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
+from moe_ray.deploy.cards import hide_cards_of_others
 from moe_ray.deploy.discovery import as_metadata
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.loading_board import reporter
-from moe_ray.deploy.metrics import ExpertMetrics
+from moe_ray.deploy.metrics import ExpertMetrics, surviving
 from moe_ray.deploy.peers import find_peers, is_ending, wait_for_successor
 from moe_ray.deploy.replica_targets import BATCHES, BUSY, CALLS, QUEUE, wait_until_quiet
 from moe_ray.errors import EngineError
@@ -45,6 +46,7 @@ class ExpertReplica:
         Raises `CheckpointError`, `ConfigError`.
         """
         telemetry.configure(config.log_level)
+        hide_cards_of_others(config.model.device)
         started, name = time.perf_counter(), holding.name
         limit_torch_threads(threads)
         checkpoint = Checkpoint.open(resolve_model(config))
@@ -75,7 +77,7 @@ class ExpertReplica:
             ", ".join(f"{carrier} {address}" for carrier, address in self._info.addresses.items()),
         )
         metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)
-        self._sampler = LoadSampler(self._worker.key_loads, metrics.report)
+        self._sampler = LoadSampler(self._worker.key_loads, surviving(metrics.report))
         self._sampler.start()
         self._application = replica.app_name
         self._find_peers = find_peers(replica.deployment, replica.app_name)

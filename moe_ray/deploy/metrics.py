@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, ParamSpec
 
 from ray.util.metrics import Counter, Gauge
 
@@ -15,6 +16,10 @@ from moe_ray.experts.server.worker import WorkerStats
 
 if TYPE_CHECKING:
     from moe_ray.experts.client.accounting import Counters  # needs torch, which experts may do without
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 _REPLICA = ("deployment", "replica")
 
@@ -115,11 +120,26 @@ class TrunkMetrics:
         self._used.set(stats.kv_blocks_total - stats.kv_blocks_free, self._tags)
 
 
+def surviving(report: Callable[P, None]) -> Callable[P, None]:
+    """`report`, except that a failure is logged instead of raised: the loop that calls it goes on."""
+
+    def logged(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            report(*args, **kwargs)
+        except Exception:
+            logger.exception("metrics could not be reported")
+
+    return logged
+
+
 class Reporter:
-    """Calls `report` every few seconds on a thread of its own until `close`, and then once more."""
+    """Calls `report` every few seconds on a thread of its own until `close`, and then once more.
+
+    A report that fails is logged; the next one is made nevertheless.
+    """
 
     def __init__(self, report: Callable[[], None], period_s: float = REPORT_S) -> None:
-        self._report, self._period_s = report, period_s
+        self._report, self._period_s = surviving(report), period_s
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()

@@ -70,6 +70,9 @@ def wait_for_successor(
             others = [info for info in find() if info.replica_id != replica_id]
         except NotReady:
             others = []
+        except Exception:
+            logger.exception("replicas of the same deployment cannot be listed")
+            others = []
         if others and not any(info.loading for info in others):
             return
         if time.monotonic() - began >= (at_most_s if others else min(SUCCESSOR_S, at_most_s)):

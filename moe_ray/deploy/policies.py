@@ -1,8 +1,8 @@
 """The autoscaling policies: of a deployment of experts, of the trunk. Serve runs them in its controller, often.
 
 Serve ships this file by value and everything that it imports by name: so it holds the classes alone, and what the
-experts of an application share is in `scaling`. (A policy for a whole application would fit better, but Serve takes
-one from config files only, not from `serve.run`.)
+experts of an application share is in `replica_targets`. (A policy for a whole application would fit better, but Serve
+takes one from config files only, not from `serve.run`.)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ray.serve.config import AutoscalingContext
 from moe_ray.deploy.replica_targets import (
     TRUNK,
     TrunkScaler,
+    decided_or,
     measured,
     measured_trunks,
     scaler_of,
@@ -41,8 +42,11 @@ class ExpertPolicy:
             least, most = within_serve(self._bounds, context)
             return ExpertState(context.target_num_replicas, busy, waiting, least, most)
 
-        scaler = scaler_of(context.app_name or "")
-        return scaler.replicas(self._expert, context.current_time or 0.0, measure, self._options), {}
+        def decide() -> int:
+            scaler = scaler_of(context.app_name or "")
+            return scaler.replicas(self._expert, context.current_time or 0.0, measure, self._options)
+
+        return decided_or(context.target_num_replicas, decide), {}
 
 
 class TrunkPolicy:
@@ -64,4 +68,7 @@ class TrunkPolicy:
         def wanted() -> int | None:
             return set_by_hand(context.app_name or "", [TRUNK]).get(TRUNK)
 
-        return self._scaler.replicas(context.current_time or 0.0, measure, wanted), {}
+        def decide() -> int:
+            return self._scaler.replicas(context.current_time or 0.0, measure, wanted)
+
+        return decided_or(context.target_num_replicas, decide), {}

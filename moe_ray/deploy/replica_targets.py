@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ray.exceptions import RayError
-from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from moe_ray.deploy import trunk_autoscale
+from moe_ray.deploy.ray_internals import key_value_store
 from moe_ray.deploy.trunk_autoscale import TrunkScaleOptions, TrunksState
 from moe_ray.experts.planning.autoscale import ExpertState, ScaleOptions, decide
 
@@ -218,6 +218,18 @@ class TrunkScaler:
         return self._target
 
 
+def decided_or(unchanged: int, decide: Callable[[], int]) -> int:
+    """What `decide` returns; where it raises, which is logged, the `unchanged` number.
+
+    A policy that raised would end the pass of Serve's control loop over all deployments.
+    """
+    try:
+        return decide()
+    except Exception:
+        logger.exception("the number of replicas stays %d, for its policy failed", unchanged)
+        return unchanged
+
+
 _scalers: dict[str, Scaler] = {}
 """By application. Global because Serve makes one policy object per deployment and lets them share nothing else."""
 
@@ -232,13 +244,13 @@ def scaler_of(application: str) -> Scaler:
 def set_by_hand(application: str, experts: Sequence[Unit]) -> dict[Unit, int]:
     """Return expert or `TRUNK` → replicas set by hand. Raises `RayError` when Ray's store does not answer."""
     keys = {_key(application, expert): expert for expert in experts}
-    found = internal_kv_get_gcs_client().internal_kv_multi_get(list(keys), KV_NAMESPACE, KV_TIMEOUT_S)
+    found = key_value_store().internal_kv_multi_get(list(keys), KV_NAMESPACE, KV_TIMEOUT_S)
     return {keys[key]: int(value) for key, value in found.items()}
 
 
 def set_replicas(application: str, experts: Sequence[Unit], replicas: int | None) -> None:
     """Set the replicas of `experts` (or of `TRUNK`) by hand; None gives them back to the policy."""
-    store = internal_kv_get_gcs_client()
+    store = key_value_store()
     for expert in experts:
         if replicas is None:
             store.internal_kv_del(_key(application, expert), False, KV_NAMESPACE)
@@ -248,7 +260,7 @@ def set_replicas(application: str, experts: Sequence[Unit], replicas: int | None
 
 def forget_replicas(application: str) -> None:
     """Drop every number set by hand for an application."""
-    internal_kv_get_gcs_client().internal_kv_del(_key(application, None), True, KV_NAMESPACE)
+    key_value_store().internal_kv_del(_key(application, None), True, KV_NAMESPACE)
 
 
 def _key(application: str, expert: int | str | None) -> bytes:

@@ -1,14 +1,11 @@
-"""`moe-ray status`: every actor of the running application, asked over Ray Serve."""
+"""Every actor of the running application, as its deployments' handles report it."""
 
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
-import ray
 from ray import serve
-from ray._private.services import find_gcs_addresses
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from rich.console import Console
@@ -16,9 +13,7 @@ from rich.table import Table
 
 from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.load_overview import busiest, by_replica, overview
-from moe_ray.deploy.loading_board import NAMESPACE
-from moe_ray.deploy.local_ray import reach
-from moe_ray.errors import NotReady
+from moe_ray.deploy.servers import find_application
 from moe_ray.experts.planning.placement import holds_experts, rank
 
 TIMEOUT_S = 5.0
@@ -29,14 +24,10 @@ def collect(address: str = "auto") -> dict[str, Any]:
 
     `load` is what the gateway answers to `GET /experts`.
 
-    `auto` looks at $RAY_ADDRESS, else at every cluster of this machine, for one that runs the application. Raises
-    `NotReady` where there is none.
+    `address` and errors are those of `servers.find_application`.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     application = find_application(address)
-    if application is None:
-        where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
-        raise NotReady(f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`")
     deployments = []
     for name, state in sorted(application.deployments.items(), key=lambda item: _order(item[0])):
         actors: list[Any] = []
@@ -56,27 +47,6 @@ def collect(address: str = "auto") -> dict[str, Any]:
         )
     load = overview({d["name"]: d["actors"] for d in deployments if holds_experts(d["name"])})
     return {"application": application.status.value, "deployments": deployments, "load": load}
-
-
-def find_application(address: str) -> Any:
-    """Connect to the cluster that runs the application and return its status; None where it does not run."""
-    if ray.is_initialized():
-        return serve.status().applications.get(APP_NAME)
-    candidates = [address]
-    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
-        candidates = sorted(find_gcs_addresses()) or candidates
-    for candidate in candidates:
-        try:
-            ray.init(address=reach(candidate), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if candidate == candidates[-1]:
-                raise NotReady(f"no Ray cluster at {candidate!r}: {str(error).splitlines()[0]}") from None
-            continue
-        application = serve.status().applications.get(APP_NAME)
-        if application is not None:
-            return application
-        ray.shutdown()
-    return None
 
 
 def print_status(console: Console, snapshot: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from moe_ray import telemetry
 from moe_ray.config import Config
 from moe_ray.core import TrunkInfo
+from moe_ray.deploy.cards import hide_cards_of_others
 from moe_ray.errors import EngineError
 
 
@@ -23,6 +24,7 @@ class TrunkReplica:
         from moe_ray.deploy.trunk_actor import TrunkEngine
 
         telemetry.configure(config.log_level)
+        hide_cards_of_others(config.model.device)
         context = serve.get_replica_context()
         self._engine = TrunkEngine(config, experts, context.deployment, context.replica_id.to_full_id_str())
 

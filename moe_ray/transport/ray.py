@@ -65,21 +65,21 @@ class RayExpertServer:
 def own_address() -> str:
     """ "namespace/name" under which `ray.get_actor` finds the calling actor. Raises `ConfigError` if it has none.
 
-    Ray tells an actor its name but only the job's namespace, so candidates are checked against the actor's id.
+    Ray tells an actor its name but only the job's namespace, so candidates are compared with the actor itself.
     """
     context = ray.get_runtime_context()
-    actor_id = context.get_actor_id() if ray.is_initialized() else None
-    name = context.get_actor_name() if actor_id else None
-    if not actor_id or not name:
+    inside = ray.is_initialized() and context.get_actor_id() is not None
+    name = context.get_actor_name() if inside else None
+    if not name:
         raise ConfigError("the ray carrier needs a named Ray actor around the expert (a Serve replica is one)")
     likely = _SERVE_NAMESPACE if name.startswith(_SERVE_REPLICA) else context.namespace
-    others = (found["namespace"] for found in list_named_actors(all_namespaces=True) if found["name"] == name)
+    others = (each["namespace"] for each in list_named_actors(all_namespaces=True) if each["name"] == name)
     for namespace in itertools.chain([likely], others):
         try:
-            found_id = ray.get_actor(name, namespace)._actor_id.hex()
+            found = ray.get_actor(name, namespace)
         except ValueError:
             continue
-        if found_id == actor_id and "/" not in namespace:
+        if found == context.current_actor and "/" not in namespace:
             return f"{namespace}/{name}"
     raise ConfigError(f"Ray does not find the actor {name!r} by its name (a namespace must not contain '/')")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moe_ray.commands.balance_report import Balanced, balanced, print_balance
 from moe_ray.commands.network_report import Distance, print_distance
-from moe_ray.commands.plan_report import plan_json
+from moe_ray.commands.plan_report import plan_json, print_plan
 from moe_ray.commands.planned import Planned, planned
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
@@ -90,6 +90,25 @@ def test_the_plan_is_what_transformers_allocates() -> None:
         model = MixtralForCausalLM(MixtralConfig(**small))
         plan = make_plan(mixtral(**small), "float32")
         assert sum(actor.parameters for actor in plan.actors) == model.num_parameters()
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [(set(), "float32"), ({"avx512_bf16"}, "bfloat16")])
+def test_a_plan_for_cards_does_not_depend_on_the_cpu_that_plans(
+    flags: set[str], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_ray.native.build.cpu_flags", lambda: frozenset(flags))
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
+    config = load_config({"model": {"path": str(tmp_path)}})
+    here = planned(config, tmp_path, without_weights=True)
+    assert here.plan.dtype == dtype
+    on_cards = planned(config, tmp_path, without_weights=True, cards=True)
+    assert on_cards.plan.dtype == "bfloat16"
+    assert all(ok for _, ok, _ in on_cards.plan.fits(16 * 2**30))
+    out = io.StringIO()
+    print_plan(Console(file=out, width=80), on_cards, 16)
+    assert "on cards, in bfloat16" in out.getvalue()
+    asked = load_config({"model": {"path": str(tmp_path), "dtype": "float32"}})
+    assert planned(asked, tmp_path, without_weights=True, cards=True).plan.dtype == "float32"
 
 
 def test_what_fits_a_card() -> None:

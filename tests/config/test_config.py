@@ -220,7 +220,7 @@ def test_a_group_takes_the_override_of_its_experts(file: Path) -> None:
     file.write_text("experts: {experts_per_actor: 3, overrides: {4: {num_replicas: 2}, 6: {num_gpus: 1}}}\n")
     experts = load_config(None, file).experts
     assert [experts.of(e).num_replicas for e in range(8)] == [1, 1, 1, 2, 2, 2, 1, 1]
-    assert [experts.of(e).num_gpus for e in range(8)] == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert [experts.of(e).num_gpus for e in range(8)] == [None] * 6 + [1, 1]
     same = {"experts_per_actor": 2, "overrides": {2: {"num_gpus": 1}, 3: {"num_gpus": 1.0}}}
     assert load_config({"experts": same}).experts.of(2).num_gpus == 1
 
@@ -342,3 +342,34 @@ def test_trunks_scale_where_they_may_grow() -> None:
 )
 def test_faults_of_the_trunk_section_are_named(section: dict[str, Any], key: str) -> None:
     assert key in fault({"trunk": section})
+
+
+@pytest.mark.parametrize(("path", "name"), [(".", "inner"), ("./", "inner"), ("..", "outer"), ("../inner", "inner")])
+def test_a_relative_directory_is_served_by_its_name(
+    path: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    config = load_config({"model": {"path": path}})
+    assert config.served_name == name
+    assert Path(config.model.path).is_absolute(), "processes elsewhere have another current directory"
+    assert load_config({"model": {"path": path, "served_name": "mine"}}).served_name == "mine"
+
+
+def test_names_that_are_no_directory_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("demo", "mistralai/Mixtral-8x7B-v0.1", str(tmp_path)):
+        assert load_config({"model": {"path": path}}).model.path == path
+    assert load_config({"model": {"path": "/"}}).served_name == "model"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert load_config().cache_dir == Path("/nonexistent/.cache/moe-ray"), "which cannot be written, and is replaced"
+    with pytest.raises(ConfigError, match=r"`cache_dir`.*no home directory: give an absolute path"):
+        load_config({"cache_dir": "~/elsewhere"})

@@ -1,7 +1,8 @@
-"""By hand: `python tests/deploy/cluster_placement.py CASE` prints on which node and GPU Serve puts each actor.
+"""`python tests/deploy/cluster_placement.py CASE` prints on which node and GPU Serve puts each actor.
 
-Several raylets of this machine stand for nodes, with declared GPUs and labels; the actors hold nothing. Takes half a
-minute and a Ray of its own, so it is no test. `MODEL` names a directory with a config.json.
+Several raylets of this machine stand for nodes, with declared GPUs and labels; the actors hold nothing. A case takes
+half a minute and a Ray of its own: one is a test, the others are run by hand. `MODEL` names a directory with a
+config.json.
 """
 
 from __future__ import annotations
@@ -20,16 +21,23 @@ import ray  # noqa: E402 - after the environment is prepared
 from ray import serve  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 from ray.serve.schema import LoggingConfig  # noqa: E402
+from rich.console import Console  # noqa: E402
 
+from moe_ray.commands.placement import on_cluster_cards  # noqa: E402
+from moe_ray.commands.planned import planned  # noqa: E402
 from moe_ray.config import load_config  # noqa: E402
 from moe_ray.deploy import app  # noqa: E402
+from moe_ray.hub import resolve_model  # noqa: E402
 
 Nodes = list[dict[str, Any]]
 GPU: dict[str, Any] = {"num_gpus": 1}
+T4S: dict[str, Any] = {"num_gpus": 3, "labels": {"ray.io/accelerator-type": "T4"}}
 CASES: dict[str, tuple[dict[str, Any], Nodes]] = {
     "cpus": ({}, [{}, {}, {}]),
     "a-gpu-each": ({"trunk": GPU, "experts": GPU}, [{"num_gpus": 3}] * 3),
     "half-a-gpu-each": ({"trunk": GPU, "experts": {"num_gpus": 0.5}}, [{"num_gpus": 2}] * 3),
+    "planned": ({}, [T4S, T4S, T4S]),
+    "planned-shared": ({}, [{**T4S, "num_gpus": 1}, {**T4S, "num_gpus": 2}, {}]),
     "labels": (
         {
             "trunk": {"labels": {"pool": "trunk"}},
@@ -74,6 +82,9 @@ def main(flags: dict[str, Any], nodes: Nodes) -> None:
     try:
         serve.start(proxy_location="Disabled", logging_config=LoggingConfig(log_level="ERROR"))
         config = load_config({"model": {"path": os.environ["MODEL"]}, **flags})
+        model = resolve_model(config)
+        plan = planned(config, model, without_weights=True)
+        config, _ = on_cluster_cards(config, model, plan, Console())
         serve.api._run(app.build_app(config), name="placed", _blocking=False)
         end = time.monotonic() + TIMEOUT_S
         while (status := serve.status().applications["placed"]).status != "RUNNING" and time.monotonic() < end:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,3 +198,23 @@ def test_a_spare_of_what_the_model_lacks_is_refused(random_model: Path) -> None:
     config = load_config({"model": {"path": str(random_model)}, "experts": experts})
     with pytest.raises(ConfigError, match=r"`experts\.spares\.0\.experts\.1`: no layer 4: this model has 0 to 3"):
         build_app(config)
+
+
+def test_cards_that_a_cluster_reports_are_used(random_model: Path) -> None:
+    """Three cards on two of three nodes, and nothing said by hand: three actors on each card, wherever Ray begins."""
+    program = Path(__file__).with_name("cluster_placement.py")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, program, "planned-shared"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**inherited, "MODEL": str(random_model)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 cards (3 x T4, 16 GiB): at most 3 actors share one (num_gpus 0.3333 each)" in done.stdout
+    found = re.findall(r"((?:Trunk|Expert\d)) \(GPU (\d)\)", done.stdout)
+    assert sorted(name for name, _ in found) == [*(f"Expert{e}" for e in range(8)), "Trunk"], done.stdout
+    nodes = [line for line in done.stdout.splitlines() if line.startswith("node ")]
+    assert [line.count("GPU") for line in nodes] == [3, 6, 0]

@@ -19,7 +19,7 @@ from moe_ray.deploy.replica_targets import (
     measured_trunks,
     trunk_autoscaling_config,
 )
-from moe_ray.deploy.scale import parse_units
+from moe_ray.deploy.scale_by_hand import parse_units
 from moe_ray.deploy.trunk_autoscale import TrunkScaleOptions, TrunksState, decide, fitting
 from moe_ray.engine.blocks import ROOT_KEY, block_key
 from moe_ray.errors import ConfigError

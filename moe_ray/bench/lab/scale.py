@@ -22,7 +22,7 @@ from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
 from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.replica_targets import set_replicas
-from moe_ray.deploy.status import find_application
+from moe_ray.deploy.servers import find_application
 from moe_ray.errors import NotReady
 from moe_ray.model.model_config import ModelConfig
 
@@ -117,8 +117,7 @@ def run_scale(options: ScaleOptions, on_progress: Progress) -> Report:
     with own_server(directory) as server:
         on_progress("start the server", 1, 1)
         logging.getLogger("ray").setLevel(logging.ERROR)
-        if find_application(server.ray_address) is None:
-            raise NotReady(f"no application runs on the Ray at {server.ray_address}")
+        find_application(server.ray_address)
         try:
             answers, calm, phases = asyncio.run(_measure(options, server, prompts, on_progress))
         finally:

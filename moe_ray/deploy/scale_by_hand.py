@@ -1,4 +1,4 @@
-"""`moe-ray scale`: sets replicas of experts and trunk by hand while the application serves; waits until they run."""
+"""Sets replicas of experts and trunk by hand while the application serves, and waits until they run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.peers import find_peers
+from moe_ray.deploy.ray_internals import serve_details
 from moe_ray.deploy.replica_targets import POLICY, TRUNK, TRUNK_POLICY, set_replicas
-from moe_ray.deploy.status import find_application
+from moe_ray.deploy.servers import find_application
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.planning.placement import experts_in
 
@@ -70,10 +70,9 @@ def scale(
 
 def _deployments(application: str, address: str) -> Mapping[str, Any]:
     """Name → Serve's details of each deployment."""
-    if ray.is_initialized():
-        details = _get_global_client().get_serve_details()["applications"].get(application)
-        if details is not None:
-            return details["deployments"]
+    details = serve_details().get("applications", {}).get(application)
+    if details is not None:
+        return details["deployments"]
     where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
     raise NotReady(f"{where} runs no application {application!r}; start it with `moe-ray serve`")
 

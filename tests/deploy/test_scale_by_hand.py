@@ -9,7 +9,7 @@ from asking import Asking
 from rich.console import Console
 from served import Served, by_hand, complete, eventually, statuses
 
-from moe_ray.deploy.scale import scale
+from moe_ray.deploy.scale_by_hand import scale
 from moe_ray.errors import ConfigError, NotReady
 
 EXPERT = 2

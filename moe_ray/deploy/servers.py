@@ -1,0 +1,92 @@
+"""Finds the server that `status` and `scale` are about, among the Ray clusters of this machine or at an address."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+from moe_ray.deploy.app import APP_NAME
+from moe_ray.deploy.loading_board import NAMESPACE
+from moe_ray.deploy.local_ray import RAY_ADDRESS, join
+from moe_ray.deploy.ray_internals import local_clusters, serve_details
+from moe_ray.deploy.urls import url_of
+from moe_ray.errors import ConfigError, NotReady
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A Ray cluster that runs the application."""
+
+    address: str
+    url: str
+    """Where it listens for HTTP, as Serve was told."""
+
+
+def find_application(address: str) -> Any:
+    """Connect this process to the cluster that runs the application, and return the application's Serve status.
+
+    `auto` looks at $RAY_ADDRESS, else at every cluster of this machine. Raises `NotReady` where none runs the
+    application, and `ConfigError` naming them where several do.
+    """
+    if ray.is_initialized():
+        return _application(address)
+    candidates = [address]
+    if address == "auto" and not os.environ.get(RAY_ADDRESS):
+        candidates = local_clusters() or candidates
+    if len(candidates) == 1:
+        _join(candidates[0])
+        return _application(address)
+    servers = _servers(candidates)
+    if len(servers) > 1:
+        raise ConfigError(which_one(servers))
+    if not servers:
+        raise NotReady(nothing_runs(address))
+    _join(servers[0].address)
+    return _application(address)
+
+
+def which_one(servers: Sequence[Server]) -> str:
+    """The question that names every server."""
+    named = " and ".join(f"--address {server.address} ({server.url})" for server in servers)
+    return f"{len(servers)} servers run on this machine; say which one is meant: {named}"
+
+
+def nothing_runs(address: str) -> str:
+    """What is said where the application does not run."""
+    where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
+    return f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`"
+
+
+def _servers(candidates: Sequence[str]) -> list[Server]:
+    """Those of the clusters that run the application; this process is connected to none afterwards."""
+    found = []
+    for candidate in candidates:
+        try:
+            _join(candidate)
+        except NotReady as error:
+            logging.getLogger(__name__).warning("%s", error)
+            continue
+        try:
+            if APP_NAME in serve.status().applications:
+                http = serve_details().get("http_options") or {}
+                found.append(Server(candidate, url_of(http.get("host") or "", http.get("port") or 0)))
+        finally:
+            ray.shutdown()
+    return found
+
+
+def _join(address: str) -> None:
+    join(address, namespace=NAMESPACE, logging_level=logging.ERROR)
+
+
+def _application(address: str) -> Any:
+    application = serve.status().applications.get(APP_NAME)
+    if application is None:
+        raise NotReady(nothing_runs(address))
+    return application
