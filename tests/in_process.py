@@ -15,7 +15,7 @@ import torch
 import uvicorn
 
 from moe_ray.api.http import build_app
-from moe_ray.api.service import HttpOptions, Service
+from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import load_config
 from moe_ray.core import TokenEvent, TrunkInfo
 from moe_ray.engine.build import build_engine
@@ -99,7 +99,7 @@ async def served(
         return LOAD
 
     async with sessions_over(trunks) as sessions:
-        app = build_app(Service("random", tokenizer, sessions, options), load)
+        app = build_app(ServedModel("random", tokenizer, sessions, options), load)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from moe_ray import __version__
 from moe_ray.api.failure import Failure, failure_of
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
-from moe_ray.api.service import DEGRADED_HEADER, Service
+from moe_ray.api.service import DEGRADED_HEADER, ServedModel
 from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Api:
 
     prefix: str
     """Errors on paths that begin so are in its format."""
-    add_routes: Callable[[fastapi.FastAPI, Service], None]
+    add_routes: Callable[[fastapi.FastAPI, ServedModel], None]
     error_body: Callable[[Failure], dict[str, Any]]
 
 
@@ -40,7 +40,7 @@ APIS: Final = (Api("/", openai_routes.add_routes, openai_errors.error_body),)
 """The first whose prefix fits says how an error looks; the last fits all."""
 
 
-def build_app(service: Service, expert_load: Callable[[], Awaitable[dict[str, Any]]]) -> fastapi.FastAPI:
+def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]]) -> fastapi.FastAPI:
     """The application over one model. `expert_load` answers GET /experts."""
     # The pages at /docs and /redoc would load their scripts from another server.
     app = fastapi.FastAPI(title="moe_ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)

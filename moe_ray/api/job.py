@@ -35,7 +35,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportOptions:
     """What a stream tells besides the tokens."""
 
     usage: bool = False
@@ -61,7 +61,7 @@ class GenerationJob:
     choices: tuple[Choice, ...]
     """Those of one prompt side by side, prompts in the order of the request."""
     stream: bool = False
-    report: Report = Report()
+    report: ReportOptions = ReportOptions()
 
     @property
     def requests(self) -> list[tuple[int, Request]]:
@@ -78,7 +78,7 @@ def make_job(
     prompt_field: str,
     n: int = 1,
     stream: bool = False,
-    report: Report | None = None,
+    report: ReportOptions | None = None,
 ) -> GenerationJob:
     """Check a request against the model, and give each of the `n` choices of a prompt its own request and seed.
 
@@ -103,7 +103,7 @@ def make_job(
             choices.append(Choice(request, number, prompt.echo))
     if sampling.return_routed_experts:
         _check_routed(choices)
-    return GenerationJob(job_id, tuple(choices), stream, report or Report())
+    return GenerationJob(job_id, tuple(choices), stream, report or ReportOptions())
 
 
 def sampling_seed(sampling: SamplingParams) -> int:

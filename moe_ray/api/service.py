@@ -48,7 +48,7 @@ class HttpOptions:
     keep_alive_s: float = 5.0
 
 
-class Service:
+class ServedModel:
     """One model over its trunks. Runs on the loop of its `Sessions`."""
 
     def __init__(

@@ -22,16 +22,16 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MachineSpeed:
     """What was measured of a machine."""
 
     read_gb_per_s: float
     gflop_per_s: float
 
 
-def middle(machines: Sequence[Machine]) -> Machine:
+def middle(machines: Sequence[MachineSpeed]) -> MachineSpeed:
     """The median of several measurements."""
-    return Machine(
+    return MachineSpeed(
         statistics.median(each.read_gb_per_s for each in machines),
         statistics.median(each.gflop_per_s for each in machines),
     )
@@ -49,14 +49,14 @@ class Probe:
             for rows, inputs, outputs in (LARGE_MATMUL, *shapes)
         ]
 
-    def measure(self) -> Machine:
+    def measure(self) -> MachineSpeed:
         """The better of one thread and all of them, the best of the products; each the median of a few runs."""
         read, products = [], []
         for threads in self._threads:
             with torch_threads(threads), torch.inference_mode():
                 read.append(PROBE_BYTES / _median_s(self._buffer.sum))
                 products += [_flop_per_s(left, right) for left, right in self._pairs if threads == self._threads[-1]]
-        return Machine(max(read) / 1e9, max(products) / 1e9)
+        return MachineSpeed(max(read) / 1e9, max(products) / 1e9)
 
 
 def _flop_per_s(left: torch.Tensor, right: torch.Tensor) -> float:

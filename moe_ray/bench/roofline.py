@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_ray.bench.http_load import id_prompts
 from moe_ray.bench.m1 import resolve_bench_model
-from moe_ray.bench.probe import Machine, Probe, Shape, middle
+from moe_ray.bench.probe import MachineSpeed, Probe, Shape, middle
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
 from moe_ray.core import SamplingParams
@@ -119,7 +119,7 @@ def work_of(model: ModelConfig, dtype: str) -> Work:
     )
 
 
-def bound(work: Work, machine: Machine, concurrency: int, prompt_tokens: int, output_tokens: int) -> Bound:
+def bound(work: Work, machine: MachineSpeed, concurrency: int, prompt_tokens: int, output_tokens: int) -> Bound:
     """The bounds for `concurrency` requests that start together; the first token comes out of the prefill."""
     read, compute = 1e9 * machine.read_gb_per_s, 1e9 * machine.gflop_per_s
     step_bytes = work.step_bytes(concurrency, prompt_tokens + output_tokens / 2)
@@ -186,7 +186,9 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     return Report("roofline", rows, facts)
 
 
-def roofline_row(options: RooflineOptions, concurrency: int, work: Work, machine: Machine, rates: list[Rates]) -> Row:
+def roofline_row(
+    options: RooflineOptions, concurrency: int, work: Work, machine: MachineSpeed, rates: list[Rates]
+) -> Row:
     """One line of the table: medians of the repeats beside the bounds."""
     limit = bound(work, machine, concurrency, options.prompt_tokens, options.output_tokens)
     reached = statistics.median(each.tokens_per_s for each in rates)

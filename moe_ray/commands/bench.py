@@ -133,7 +133,7 @@ def engine(
     plot: PlotFile = None,
 ) -> None:
     """Generate offline with every expert in its own process, carrier by carrier, against one process on these cores."""
-    from moe_ray.bench.engine import PLOT, EngineBenchOptions, run_engine
+    from moe_ray.bench.offline import PLOT, EngineBenchOptions, run_engine
 
     options = EngineBenchOptions(
         model=model,

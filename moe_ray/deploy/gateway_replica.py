@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from moe_ray import telemetry
 from moe_ray.api.http import build_app
-from moe_ray.api.service import HttpOptions, Service
+from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import Config
 from moe_ray.deploy.discovery import ask_each, discover_trunks
 from moe_ray.deploy.link_options import link_options
@@ -43,7 +43,7 @@ class Gateway:
             headers_within_s=http.headers_within_s,
             keep_alive_s=http.keep_alive_s,
         )
-        self._service = Service(config.served_name, Tokenizer(resolve_model(config)), self._sessions, options)
+        self._service = ServedModel(config.served_name, Tokenizer(resolve_model(config)), self._sessions, options)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""

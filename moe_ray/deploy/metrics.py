@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec
 from ray.util.metrics import Counter, Gauge
 
 from moe_ray.core import EngineStats, ExpertKey
-from moe_ray.experts.server.load_counters import REPORT_S, LoadWindow, Sample
+from moe_ray.experts.server.load_counters import REPORT_S, LoadSample, LoadWindow
 from moe_ray.experts.server.worker import WorkerStats
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ExpertMetrics:
         self._per_call = Gauge("moe_ray_expert_rows_per_call", "Mean rows of a call in the last 10 s.", _REPLICA)
         self._queued = Gauge("moe_ray_expert_queued_rows", "Rows waiting or being computed.", _REPLICA)
 
-    def report(self, sample: Sample, window: LoadWindow) -> None:
+    def report(self, sample: LoadSample, window: LoadWindow) -> None:
         """Record the counters of this moment and the last seconds' rates."""
         for (layer, expert), rows in sample.rows.items():
             if (more := rows - self._reported.get((layer, expert), 0)) > 0:

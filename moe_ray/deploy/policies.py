@@ -23,16 +23,16 @@ from moe_ray.deploy.replica_targets import (
     within_serve,
 )
 from moe_ray.deploy.trunk_autoscale import TrunkScaleOptions, TrunksState
-from moe_ray.experts.planning.autoscale import ExpertState, ScaleOptions
+from moe_ray.experts.planning.autoscale import AutoscaleOptions, ExpertState
 
 
 class ExpertPolicy:
     """Asks the application's scaler how many replicas one deployment should have."""
 
     def __init__(self, expert: int, min_replicas: int, max_replicas: int, options: dict[str, Any]) -> None:
-        """`expert`: the deployment's first. `options` are the fields of `ScaleOptions`, as JSON has them."""
+        """`expert`: the deployment's first. `options` are the fields of `AutoscaleOptions`, as JSON has them."""
         self._expert, self._bounds = expert, (min_replicas, max_replicas)
-        self._options = ScaleOptions(**options)
+        self._options = AutoscaleOptions(**options)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Return (replicas, no state). Never raises: that would stop Serve's control loop."""

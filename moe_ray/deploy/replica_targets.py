@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from moe_ray.deploy import trunk_autoscale
 from moe_ray.deploy.ray_internals import key_value_store
 from moe_ray.deploy.trunk_autoscale import TrunkScaleOptions, TrunksState
-from moe_ray.experts.planning.autoscale import ExpertState, ScaleOptions, decide
+from moe_ray.experts.planning.autoscale import AutoscaleOptions, ExpertState, decide
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -58,7 +58,7 @@ def autoscaling_config(experts: ExpertsSection, expert: int) -> dict[str, Any]:
     """Serve's `autoscaling_config` of the deployment whose first expert this is: our policy, room for the hand."""
     mine, scale = experts.of(expert), experts.autoscale
     bounds = (mine.min_replicas, mine.most_replicas) if scale.enabled else (mine.num_replicas, mine.num_replicas)
-    options = ScaleOptions(
+    options = AutoscaleOptions(
         target_busy=scale.target_busy,
         up_after_s=scale.up_after_s,
         down_after_s=scale.down_after_s,
@@ -166,7 +166,7 @@ class Scaler:
         self._memory: dict[int, tuple[int, float]] = {}
         self._decided_at = float("-inf")
 
-    def replicas(self, expert: int, now: float, measure: Callable[[], ExpertState], options: ScaleOptions) -> int:
+    def replicas(self, expert: int, now: float, measure: Callable[[], ExpertState], options: AutoscaleOptions) -> int:
         """Return the replicas that `expert` should have. `measure` is called every `DECIDE_EVERY_S` at most."""
         if expert not in self._seen or now - self._seen[expert][0] >= DECIDE_EVERY_S:
             state = measure()
@@ -176,7 +176,7 @@ class Scaler:
             self._decide(options, now)
         return self._targets[expert]
 
-    def _decide(self, options: ScaleOptions, now: float) -> None:
+    def _decide(self, options: AutoscaleOptions, now: float) -> None:
         self._seen = {expert: seen for expert, seen in self._seen.items() if now - seen[0] < FORGOTTEN_S}
         if now - self._decided_at >= FORGOTTEN_S:
             self._memory = {}

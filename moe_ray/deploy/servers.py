@@ -20,7 +20,7 @@ from moe_ray.errors import ConfigError, NotReady
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class RunningServer:
     """A Ray cluster that runs the application."""
 
     address: str
@@ -51,7 +51,7 @@ def find_application(address: str) -> Any:
     return _application(address)
 
 
-def which_one(servers: Sequence[Server]) -> str:
+def which_one(servers: Sequence[RunningServer]) -> str:
     """The question that names every server."""
     named = " and ".join(f"--address {server.address} ({server.url})" for server in servers)
     return f"{len(servers)} servers run on this machine; say which one is meant: {named}"
@@ -63,7 +63,7 @@ def nothing_runs(address: str) -> str:
     return f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`"
 
 
-def _servers(candidates: Sequence[str]) -> list[Server]:
+def _servers(candidates: Sequence[str]) -> list[RunningServer]:
     """Those of the clusters that run the application; this process is connected to none afterwards."""
     found = []
     for candidate in candidates:
@@ -75,7 +75,7 @@ def _servers(candidates: Sequence[str]) -> list[Server]:
         try:
             if APP_NAME in serve.status().applications:
                 http = serve_details().get("http_options") or {}
-                found.append(Server(candidate, url_of(http.get("host") or "", http.get("port") or 0)))
+                found.append(RunningServer(candidate, url_of(http.get("host") or "", http.get("port") or 0)))
         finally:
             ray.shutdown()
     return found

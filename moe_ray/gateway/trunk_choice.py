@@ -88,15 +88,15 @@ class TrunkView:
         self.others = max(0, requests - self.live)
         self.kv_use, self.draining = kv_use, draining
 
-    def candidate(self, keys: Sequence[bytes], num_tokens: int) -> Candidate:
+    def candidate(self, keys: Sequence[bytes], num_tokens: int) -> TrunkCandidate:
         """The trunk as a choice for a sequence of `num_tokens`, whose full blocks have these keys in its block size."""
         usable = (num_tokens - 1) // self.block_size if self.block_size else 0  # one token is always computed
         known = self.known.match(keys[:usable]) * self.block_size
-        return Candidate(known, self.live + self.others, self.unanswered_tokens, self.kv_use)
+        return TrunkCandidate(known, self.live + self.others, self.unanswered_tokens, self.kv_use)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class TrunkCandidate:
     """What speaks for and against a trunk, for one sequence."""
 
     known_tokens: int
@@ -113,7 +113,7 @@ class Candidate:
         return self.unanswered_tokens + REQUEST_TOKENS * self.requests - self.known_tokens
 
 
-def choose(candidates: Sequence[Candidate], draw: random.Random) -> int:
+def choose(candidates: Sequence[TrunkCandidate], draw: random.Random) -> int:
     """Return the index of the trunk for a sequence (or several with the same prompt, which go together).
 
     Overloaded trunks are out (`MOST_AHEAD`, `TIMES_AHEAD`), then full ones (`FULL_KV`) unless all are. Of the others

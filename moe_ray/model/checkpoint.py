@@ -14,10 +14,10 @@ from moe_ray.model.families import Layout, Weight
 from moe_ray.model.foreign import INDEX, SINGLE, is_shard
 from moe_ray.model.formats import (
     FORMATS,
-    Entry,
     Place,
     ShapeMismatch,
     StoredWeight,
+    TensorEntry,
     TensorPart,
 )
 from moe_ray.model.model_config import ModelConfig
@@ -50,7 +50,7 @@ class Checkpoint:
     files: dict[str, str]
     """Tensor name → file name."""
     bytes_read: int = 0
-    _headers: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    _headers: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
     """File name → its header, of the files that were needed."""
     _opened_files: dict[str, BinaryIO] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: not a directory")
         config = ModelConfig.load(directory)
-        headers: dict[str, dict[str, Entry]] = {}
+        headers: dict[str, dict[str, TensorEntry]] = {}
         if (directory / INDEX).exists():
             files = _read_index(directory / INDEX)  # files are opened when a tensor of theirs is wanted, not before
         elif (directory / SINGLE).exists():
@@ -186,7 +186,7 @@ class Checkpoint:
             self._opened_files[file] = open(self.directory / file, "rb", buffering=0)  # noqa: SIM115 - until `close`
         return self._opened_files[file]
 
-    def _entry(self, name: str) -> Entry | None:
+    def _entry(self, name: str) -> TensorEntry | None:
         """The header of one tensor; None: there is none of this name. Raises `CheckpointError` on a damaged file."""
         if name not in self.files:
             return None
@@ -230,7 +230,7 @@ def _layout_of(config: ModelConfig, files: Collection[str]) -> Layout:
     return max(config.family.layouts, key=named)
 
 
-def _header(path: Path, wanted: str = "") -> dict[str, Entry]:
+def _header(path: Path, wanted: str = "") -> dict[str, TensorEntry]:
     """A file's header; `wanted` says in errors which tensor it was opened for. Raises `CheckpointError`."""
     try:
         return read_header(path)

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from moe_ray.model.formats import Entry
+from moe_ray.model.formats import TensorEntry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ class NotWhole(Exception):
     """A file is no safetensors file or a part of one. Raised and caught inside `model/`."""
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """Tensor name → what the header says of it, checked against the file's size. Raises `NotWhole`, `OSError`."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def numpy_dtype(stored: str) -> np.dtype[Any]:
     return np.dtype(DTYPES[stored][0])
 
 
-def _entry(fields: dict[str, Any], data_start: int) -> Entry:
+def _entry(fields: dict[str, Any], data_start: int) -> TensorEntry:
     begin, end = fields["data_offsets"]
     shape = tuple(fields["shape"])
     if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)) or end < begin:
@@ -87,4 +87,4 @@ def _entry(fields: dict[str, Any], data_start: int) -> Entry:
     dtype = fields["dtype"]
     if dtype in DTYPES and end - begin != DTYPES[dtype][1] * math.prod(shape):
         raise ValueError(f"{end - begin} bytes for {dtype} of shape {list(shape)}")
-    return Entry(str(fields["dtype"]), shape, data_start + begin, end - begin)
+    return TensorEntry(str(fields["dtype"]), shape, data_start + begin, end - begin)

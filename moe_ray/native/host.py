@@ -48,7 +48,7 @@ _FORWARD: Final = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_in
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HostEntry:
     """What a host calls to compute one (layer, expert): a `Forward` of calls.h, and the handle it is given."""
 
     function: int | None
@@ -76,7 +76,7 @@ def memory_at(address: int, size: int) -> memoryview:
     return memoryview((c_char * size).from_address(address)).cast("B")
 
 
-def interpreted(compute: Callable[[Buffers], None]) -> Entry:
+def interpreted(compute: Callable[[Buffers], None]) -> HostEntry:
     """An entry that runs `compute` in this interpreter, which fills `out`. What it raises, the trunk is told."""
 
     def forward(_: int, rows: int, weights: int, count: int, row_bytes: int, out: int, why: int) -> int:
@@ -90,7 +90,7 @@ def interpreted(compute: Callable[[Buffers], None]) -> Entry:
         return 1
 
     function = _FORWARD(forward)
-    return Entry(ctypes.cast(function, c_void_p).value, None, function)
+    return HostEntry(ctypes.cast(function, c_void_p).value, None, function)
 
 
 class Host:
@@ -114,7 +114,7 @@ class Host:
         first use: builds) the library. Raises `KernelsUnavailable`.
         """
         self._library = _library(cache_dir)
-        self._entries = list[Entry]()
+        self._entries = list[HostEntry]()
         code = 0 if dtype is None else DTYPE_CODES[dtype]
         self._host: int | None = self._library.host_new(
             hidden_size or 0, code, max_batched_rows, max_queued_rows, spread
@@ -125,14 +125,14 @@ class Host:
         """A host that returns the rows of (layer 0, expert 0) as they come: to measure what carries them."""
         host = Host(cache_dir, None, None, 0)
         function = ctypes.cast(host._library.echo, c_void_p).value
-        host.add(0, 0, Entry(function, None, host._library))
+        host.add(0, 0, HostEntry(function, None, host._library))
         return host
 
     def __del__(self) -> None:
         if getattr(self, "_host", None) is not None:
             self._library.host_free(self._host)
 
-    def add(self, layer: int, expert: int, entry: Entry) -> None:
+    def add(self, layer: int, expert: int, entry: HostEntry) -> None:
         """Serve this expert's layer from now on. Each key once."""
         self._entries.append(entry)
         self._library.host_add(self._host, layer, expert, entry.function, entry.handle)

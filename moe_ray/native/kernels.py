@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.native.build import KERNELS, declare, shared_library
-from moe_ray.native.host import Entry
+from moe_ray.native.host import HostEntry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ PANEL: Final = 16
 """Outputs of a linear layer that are packed side by side."""
 
 
-class Shape(ctypes.Structure):
+class ModelShape(ctypes.Structure):
     """`Shape` of kernels.cpp: what all layers of a model share."""
 
     _fields_ = (
@@ -42,7 +42,7 @@ class Layer(ctypes.Structure):
     )
 
 
-class Step(ctypes.Structure):
+class StepInputs(ctypes.Structure):
     """`Step` of kernels.cpp: the tokens of one forward pass."""
 
     _fields_ = (
@@ -68,7 +68,7 @@ _SIGNATURES: Final = {
     "linear_f32": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p)),
     "expert_ffn": (None, (*(c_void_p,) * 3, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p)),
     "layer_supported": (c_int, (c_int64, c_int64, c_int64)),
-    "layer_front": (None, (c_void_p, POINTER(Shape), POINTER(Layer), POINTER(Step), *(c_void_p,) * 5)),
+    "layer_front": (None, (c_void_p, POINTER(ModelShape), POINTER(Layer), POINTER(StepInputs), *(c_void_p,) * 5)),
     "combine": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "head": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_void_p)),
 }
@@ -162,11 +162,11 @@ class Kernels:
         )
         return out
 
-    def expert_entry(self, w13: Packed, w2: Packed) -> Entry:
+    def expert_entry(self, w13: Packed, w2: Packed) -> HostEntry:
         """What a host calls to compute as `expert_ffn` does, with these threads."""
         expert = Expert(self._pool, w13.address, w2.address, w13.k, w13.n)
         function = ctypes.cast(self.library.expert_forward, c_void_p).value
-        return Entry(function, ctypes.addressof(expert), (expert, w13, w2, self))
+        return HostEntry(function, ctypes.addressof(expert), (expert, w13, w2, self))
 
     def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> None:
         """Add to hidden [T, D] float32 each token's expert rows (of bfloat16 [T * K, D]), in expert order."""

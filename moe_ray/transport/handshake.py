@@ -27,7 +27,7 @@ _TCP_INFO = struct.Struct("=2xB21xI28xI")
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class PortKind:
     """What a port serves. A proof of the token is for one service and one role in it."""
 
     name: bytes
@@ -42,11 +42,11 @@ class Service:
 
 
 _VERSIONS: Final = b"0123456789abcdefghijklmnopqrstuvwxyz"
-CALLS = Service(b"moe-ray-expert-", b"trunk", b"expert")
-WEIGHTS = Service(b"moe-ray-weight-", b"newcomer", b"peer")
+CALLS = PortKind(b"moe-ray-expert-", b"trunk", b"expert")
+WEIGHTS = PortKind(b"moe-ray-weight-", b"newcomer", b"peer")
 
 
-def connect(address: str, options: LinkOptions, service: Service = CALLS) -> socket.socket:
+def connect(address: str, options: LinkOptions, service: PortKind = CALLS) -> socket.socket:
     """Connect to "host:port,name" and prove the token: the Unix socket if this machine has it, else TCP."""
     where, _, name = address.partition(",")
     if name and ABSTRACT_UNIX:
@@ -71,7 +71,7 @@ def connect(address: str, options: LinkOptions, service: Service = CALLS) -> soc
 
 
 def welcome(
-    connection: socket.socket, tls: ssl.SSLContext | None, options: LinkOptions, service: Service = CALLS
+    connection: socket.socket, tls: ssl.SSLContext | None, options: LinkOptions, service: PortKind = CALLS
 ) -> socket.socket:
     """The replica's side of the handshake; returns the socket to use. Raises `OSError`, `EOFError` on a wrong token."""
     connection.settimeout(options.connect_timeout_s)
@@ -88,7 +88,7 @@ def welcome(
     return connection
 
 
-def _introduce(sock: socket.socket, options: LinkOptions, service: Service) -> socket.socket:
+def _introduce(sock: socket.socket, options: LinkOptions, service: PortKind) -> socket.socket:
     try:
         hello = _exactly(sock, len(service.hello) + _NONCE)
         if not hello.startswith(service.name):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from moe_ray.errors import ConfigError, ProtocolError
 from moe_ray.transport.base import LinkOptions
-from moe_ray.transport.handshake import ABSTRACT_UNIX, CALLS, Service, tls_context, welcome
+from moe_ray.transport.handshake import ABSTRACT_UNIX, CALLS, PortKind, tls_context, welcome
 
 
 class Listener:
@@ -23,7 +23,7 @@ class Listener:
         host: str,
         port: int,
         options: LinkOptions,
-        service: Service = CALLS,
+        service: PortKind = CALLS,
         name: str = "expert",
     ) -> None:
         """`serve` has a connection to itself; it ends when it returns, or raises what ends one. Raises `ConfigError`.

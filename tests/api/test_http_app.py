@@ -16,7 +16,7 @@ import pytest
 from in_process import LOAD, Trunk, served
 
 from moe_ray.api.http import OPEN_PATHS, build_app
-from moe_ray.api.service import HttpOptions, Service
+from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.api.sse import KEEP_ALIVE, SseReader
 from moe_ray.config import load_config
 from moe_ray.errors import ConfigError, ExpertUnavailable
@@ -64,7 +64,7 @@ def app(readable_model: Path) -> fastapi.FastAPI:
         return []
 
     sessions = Sessions(nothing, LinkOptions())
-    return build_app(Service("m", Tokenizer(readable_model), sessions, HttpOptions(api_keys=KEYS)), _no_load)
+    return build_app(ServedModel("m", Tokenizer(readable_model), sessions, HttpOptions(api_keys=KEYS)), _no_load)
 
 
 def routes(app: fastapi.FastAPI) -> list[tuple[str, str]]:

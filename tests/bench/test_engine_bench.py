@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_ray.bench.engine import EngineBenchOptions, run_engine
 from moe_ray.bench.engine_process import random_prompts
+from moe_ray.bench.offline import EngineBenchOptions, run_engine
 from moe_ray.errors import CheckpointError, ConfigError
 
 

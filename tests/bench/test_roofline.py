@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_ray.bench.m1 import M1, config_json
-from moe_ray.bench.probe import Machine, middle
+from moe_ray.bench.probe import MachineSpeed, middle
 from moe_ray.bench.report import Report
 from moe_ray.bench.roofline import (
     Rates,
@@ -30,7 +30,7 @@ SMALL = Work(
     flop_per_token=3_000_000_000,
     head_flop=1_000_000_000,
 )
-MACHINE = Machine(read_gb_per_s=10, gflop_per_s=100)
+MACHINE = MachineSpeed(read_gb_per_s=10, gflop_per_s=100)
 
 
 def test_distinct_experts() -> None:
@@ -67,7 +67,7 @@ def test_bounds_of_one_request() -> None:
 
 
 def test_a_large_batch_is_bound_by_arithmetic() -> None:
-    found = bound(SMALL, Machine(1000, 100), 50, prompt_tokens=100, output_tokens=20)
+    found = bound(SMALL, MachineSpeed(1000, 100), 50, prompt_tokens=100, output_tokens=20)
     assert found.decode_tokens_per_s == pytest.approx(100e9 / 4e9)
     assert found.tokens_per_s == pytest.approx(50 * 20 / (50 * 3.01 + 19 * 50 * 0.04))
 
@@ -90,7 +90,7 @@ def test_a_row() -> None:
 
 
 def test_middle_and_shapes() -> None:
-    assert middle([Machine(1, 30), Machine(2, 20), Machine(9, 10)]) == Machine(2, 20)
+    assert middle([MachineSpeed(1, 30), MachineSpeed(2, 20), MachineSpeed(9, 10)]) == MachineSpeed(2, 20)
     assert matmul_shapes(ModelConfig.from_dict(config_json(M1))) == [
         (512, 1024, 1024),
         (128, 1024, 7168),

@@ -20,7 +20,7 @@ from moe_ray.deploy.replica_targets import (
     wait_until_quiet,
     within_serve,
 )
-from moe_ray.experts.planning.autoscale import ExpertState, ScaleOptions
+from moe_ray.experts.planning.autoscale import AutoscaleOptions, ExpertState
 
 CONTEXT_FIELDS = list(inspect.signature(AutoscalingContext).parameters)
 
@@ -72,10 +72,12 @@ class Store:
         return dict(self.numbers)
 
 
-OPTIONS = ScaleOptions(target_busy=0.5, up_after_s=0, down_after_s=0, max_total=3)
+OPTIONS = AutoscaleOptions(target_busy=0.5, up_after_s=0, down_after_s=0, max_total=3)
 
 
-def tick(scaler: Scaler, now: float, *busy: float, present: list[int], options: ScaleOptions = OPTIONS) -> list[int]:
+def tick(
+    scaler: Scaler, now: float, *busy: float, present: list[int], options: AutoscaleOptions = OPTIONS
+) -> list[int]:
     """One round of Serve's loop: asks for every expert, then acts; `present` becomes what was decided."""
     states = [ExpertState(now_there, b, max_replicas=8) for now_there, b in zip(present, busy, strict=True)]
     present[:] = [scaler.replicas(e, now, lambda s=state: s, options) for e, state in enumerate(states)]
@@ -93,7 +95,7 @@ def test_one_budget_for_all_and_no_ping_pong() -> None:
 
 def test_steps_down_are_taken_once() -> None:
     scaler, present = Scaler(Store()), [3, 3]
-    options = ScaleOptions(target_busy=0.5, up_after_s=1, down_after_s=10, max_total=9)
+    options = AutoscaleOptions(target_busy=0.5, up_after_s=1, down_after_s=10, max_total=9)
     seen = [tick(scaler, 0.1 * step, 0.0, 0.0, present=present, options=options) for step in range(300)]
     assert [numbers for i, numbers in enumerate(seen) if i and numbers != seen[i - 1]] == [[2, 2], [1, 1]]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from moe_ray.deploy.servers import Server, which_one
+from moe_ray.deploy.servers import RunningServer, which_one
 from moe_ray.deploy.urls import listen_address, missing_at, taken_by_proxy, url_of
 from moe_ray.errors import ConfigError
 
@@ -40,10 +40,10 @@ def health(status: int, body: bytes, family: socket.AddressFamily = socket.AF_IN
         def log_message(self, *_: object) -> None:
             pass
 
-    class Server(http.server.HTTPServer):
+    class RunningServer(http.server.HTTPServer):
         address_family = family
 
-    server = Server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), Handler)
+    server = RunningServer(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -118,7 +118,10 @@ def test_a_port_in_use_is_named(family: socket.AddressFamily) -> None:
 
 
 def test_every_server_is_named() -> None:
-    two = [Server("127.0.0.1:6379", "http://127.0.0.1:8000"), Server("127.0.0.1:6380", "http://[::1]:9101")]
+    two = [
+        RunningServer("127.0.0.1:6379", "http://127.0.0.1:8000"),
+        RunningServer("127.0.0.1:6380", "http://[::1]:9101"),
+    ]
     said = which_one(two)
     assert said.startswith("2 servers run on this machine")
     for server in two:

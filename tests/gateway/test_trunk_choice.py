@@ -27,8 +27,8 @@ from moe_ray.gateway.trunk_choice import (
     FULL_KV,
     MOST_AHEAD,
     REQUEST_TOKENS,
-    Candidate,
     KnownPrefixes,
+    TrunkCandidate,
     TrunkView,
     choose,
     extend_keys,
@@ -50,7 +50,7 @@ def view(*prompts: range) -> TrunkView:
     return made
 
 
-def always(*candidates: Candidate) -> int:
+def always(*candidates: TrunkCandidate) -> int:
     """The choice, which no drawing changes."""
     (chosen,) = {choose(candidates, random.Random(seed)) for seed in range(20)}
     return chosen
@@ -117,36 +117,36 @@ def test_what_a_trunk_tells_includes_what_was_sent_to_it() -> None:
 
 
 def test_balanced_the_one_that_knows_most() -> None:
-    assert always(Candidate(0), Candidate(64), Candidate(128)) == 2
-    assert always(Candidate(200, requests=3), Candidate(0)) == 0
+    assert always(TrunkCandidate(0), TrunkCandidate(64), TrunkCandidate(128)) == 2
+    assert always(TrunkCandidate(200, requests=3), TrunkCandidate(0)) == 0
 
 
 def test_a_short_prefix_does_not_outweigh_many_requests() -> None:
-    assert always(Candidate(REQUEST_TOKENS - 16, requests=1), Candidate(0)) == 1
-    assert always(Candidate(REQUEST_TOKENS + 16, requests=1), Candidate(0)) == 0
-    assert always(Candidate(128, unanswered_tokens=2000), Candidate(0)) == 1
+    assert always(TrunkCandidate(REQUEST_TOKENS - 16, requests=1), TrunkCandidate(0)) == 1
+    assert always(TrunkCandidate(REQUEST_TOKENS + 16, requests=1), TrunkCandidate(0)) == 0
+    assert always(TrunkCandidate(128, unanswered_tokens=2000), TrunkCandidate(0)) == 1
 
 
 def test_an_overloaded_trunk_gets_none_whatever_it_knows() -> None:
-    knows = Candidate(100_000, requests=MOST_AHEAD + 1)
-    assert always(knows, Candidate(0)) == 1
-    assert always(replace(knows, requests=MOST_AHEAD), Candidate(0)) == 0
-    busy = Candidate(0, requests=40)
+    knows = TrunkCandidate(100_000, requests=MOST_AHEAD + 1)
+    assert always(knows, TrunkCandidate(0)) == 1
+    assert always(replace(knows, requests=MOST_AHEAD), TrunkCandidate(0)) == 0
+    busy = TrunkCandidate(0, requests=40)
     assert always(replace(knows, requests=60), busy) == 0, "of many requests a few more are no imbalance"
     assert always(replace(knows, requests=61), busy) == 1
 
 
 def test_a_full_cache_gets_none_while_another_has_room() -> None:
-    full = Candidate(500, kv_use=FULL_KV)
-    assert always(full, Candidate(0)) == 1
-    assert always(full, Candidate(0, kv_use=FULL_KV)) == 0
+    full = TrunkCandidate(500, kv_use=FULL_KV)
+    assert always(full, TrunkCandidate(0)) == 1
+    assert always(full, TrunkCandidate(0, kv_use=FULL_KV)) == 0
 
 
 def test_among_equals_two_are_drawn_and_the_roomier_is_taken() -> None:
-    equal = [Candidate(0, kv_use=use) for use in (0.1, 0.2, 0.3)]
+    equal = [TrunkCandidate(0, kv_use=use) for use in (0.1, 0.2, 0.3)]
     draws = [choose(equal, random.Random(seed)) for seed in range(300)]
     assert {0, 1} == set(draws), "the fullest of three never wins a draw of two"
-    same = [Candidate(0)] * 3
+    same = [TrunkCandidate(0)] * 3
     assert {choose(same, random.Random(seed)) for seed in range(50)} == {0, 1, 2}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.foreign import SINGLE
-from moe_ray.model.formats import FORMATS, Entry, Place, ShapeMismatch, StoredWeight, TensorPart, dtype_bytes
+from moe_ray.model.formats import FORMATS, Place, ShapeMismatch, StoredWeight, TensorEntry, TensorPart, dtype_bytes
 from moe_ray.model.formats.weight_format import Lookup
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
@@ -24,18 +24,18 @@ from moe_ray.model.weights import weights_of_model
 SHAPE = (6, 32)
 
 
-def stored_as(tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
+def stored_as(tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
     """What a file's header would say of tensors that are written one after the other."""
     codes = {dtype: code for code, (dtype, _) in DTYPES.items()}
     entries, at = {}, 0
     for name, tensor in tensors.items():
         code = codes[str(tensor.dtype).removeprefix("torch.")]
-        entries[name] = Entry(code, tuple(tensor.shape), at, tensor.nbytes)
+        entries[name] = TensorEntry(code, tuple(tensor.shape), at, tensor.nbytes)
         at += tensor.nbytes
     return entries
 
 
-def read(data: bytes, entries: dict[str, Entry], row: str, place: Place) -> np.ndarray:
+def read(data: bytes, entries: dict[str, TensorEntry], row: str, place: Place) -> np.ndarray:
     stored = FORMATS[row].find(place, SHAPE, entries.get)
     assert stored is not None
     assert (stored.format, stored.shape) == (row, SHAPE)

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, Report, make_job
+from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, ReportOptions, make_job
 from moe_ray.api.openai.schemas import UNION_RULES, UNSUPPORTED, Body, ChatRequest, CompletionRequest
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
@@ -58,7 +58,7 @@ def to_job(body: Body, tokenizer: Tokenizer, limits: ModelLimits, job_id: str) -
         prompt_field="messages" if chat else "prompt",
         n=body.n,
         stream=body.stream,
-        report=None if options is None else Report(options.include_usage, options.continuous_usage_stats),
+        report=None if options is None else ReportOptions(options.include_usage, options.continuous_usage_stats),
     )
 
 

@@ -14,10 +14,10 @@ from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.openai.parse import parse_chat, parse_completion, to_job
 from moe_ray.api.openai.render import ChatRenderer, CompletionRenderer, OpenAIRenderer
 from moe_ray.api.openai.schemas import Body
-from moe_ray.api.service import Service
+from moe_ray.api.service import ServedModel
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, service: ServedModel) -> None:
     """Add the routes to `app`; they answer from `service`."""
 
     @app.get("/v1/models")
@@ -43,7 +43,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _answer(
-    service: Service, raw: bytes, parse: Callable[[bytes], Body], renderer: type[OpenAIRenderer]
+    service: ServedModel, raw: bytes, parse: Callable[[bytes], Body], renderer: type[OpenAIRenderer]
 ) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
     body = parse(raw)
@@ -57,7 +57,7 @@ async def _answer(
     return await service.respond(job, partial(renderer, tokenizer=service.tokenizer, model=service.served_name))
 
 
-def _card(service: Service) -> dict[str, Any]:
+def _card(service: ServedModel) -> dict[str, Any]:
     return {
         "id": service.served_name,
         "object": "model",

@@ -17,7 +17,7 @@ from typing import Final
 from moe_ray.bench.http_load import id_prompts, percentile, served_model
 from moe_ray.bench.lab.hosts import Hosts, check_machine, echo, hosts, ping_pong
 from moe_ray.bench.lab.storm import Answer, Storm, changed_tokens
-from moe_ray.bench.lab.switch import Shape
+from moe_ray.bench.lab.switch import LinkShape
 from moe_ray.bench.m1 import RECIPE_VERSION, Recipe, make_model, resolve_bench_model
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
@@ -44,12 +44,12 @@ WIDE = Recipe(
     vocab_size=4096,
 )
 """Rows as wide as those of real models, in as many layers as M1, and little to compute: the network is what counts."""
-UNSHAPED = Shape()
-GRID: Final = [Shape(latency, gbit) for latency in (0.1, 0.5, 5.0) for gbit in (25.0, 10.0, 1.0)]
-SOME: Final[Mapping[str, Sequence[Shape]]] = {  # in ten minutes, of the whole grid
-    "socket": [*GRID[:3], Shape(0.5, 10.0), Shape(0.5, 1.0), Shape(5.0, 10.0)],
-    "grpc": [Shape(0.1, 10.0), Shape(0.5, 1.0), Shape(5.0, 10.0)],
-    "ray": [Shape(0.1, 10.0), Shape(0.5, 1.0)],
+UNSHAPED = LinkShape()
+GRID: Final = [LinkShape(latency, gbit) for latency in (0.1, 0.5, 5.0) for gbit in (25.0, 10.0, 1.0)]
+SOME: Final[Mapping[str, Sequence[LinkShape]]] = {  # in ten minutes, of the whole grid
+    "socket": [*GRID[:3], LinkShape(0.5, 10.0), LinkShape(0.5, 1.0), LinkShape(5.0, 10.0)],
+    "grpc": [LinkShape(0.1, 10.0), LinkShape(0.5, 1.0), LinkShape(5.0, 10.0)],
+    "ray": [LinkShape(0.1, 10.0), LinkShape(0.5, 1.0)],
 }
 TRUNK, EXPERT = {"role": "trunk"}, {"role": "expert"}
 SETTINGS: Final = {  # the head alone has CPUs: gateway and trunk are placed there, experts elsewhere
@@ -132,7 +132,7 @@ def spelled(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def predicted(unshaped_ms: float, model: ModelConfig, dtype: str, shape: Shape, streams: int) -> float:
+def predicted(unshaped_ms: float, model: ModelConfig, dtype: str, shape: LinkShape, streams: int) -> float:
     """Milliseconds of a step over a network, from those of an unshaped one, by `footprint.network_step`."""
     return network_step(model, dtype, Network(shape.latency_ms, shape.gbit), streams).step_ms(unshaped_ms)
 
@@ -158,7 +158,7 @@ def round_trips(cluster: Hosts, count: int = 200) -> list[Row]:
     address = cluster[1].address, echo(cluster[1])
     with cluster[0].inside():
         for latency in (0.0, *dict.fromkeys(shape.latency_ms for shape in GRID)):
-            cluster.switch.shape(Shape(latency))
+            cluster.switch.shape(LinkShape(latency))
             times = ping_pong(address, count if latency < 1 else count // 4)
             figures = {f"p{p}_us": round(percentile(times, p) or 0.0) for p in (50, 99)}
             rows.append({"one_way_ms": latency, "asked_us": round(2e3 * latency), **figures})
@@ -206,7 +206,7 @@ class _Bench:
             raise NotReady(f"a request failed: {error}")
         return storm.answers[streams:]
 
-    def _row(self, carrier: str, shape: Shape, unshaped: Sequence[Answer], answers: Sequence[Answer]) -> Row:
+    def _row(self, carrier: str, shape: LinkShape, unshaped: Sequence[Answer], answers: Sequence[Answer]) -> Row:
         streams, (base, step) = len(answers), (percentile(gaps_ms(each), 50) or 0.0 for each in (unshaped, answers))
         expected = predicted(base, self.model, self.dtype, shape, streams)
         return {

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_ray.experts.planning.autoscale import ExpertState, Memory, ScaleOptions, decide
+from moe_ray.experts.planning.autoscale import AutoscaleOptions, ExpertState, Memory, decide
 
 TOP_K = 2
 """Experts of a token, as Mixtral has it; what follows is exact for two."""
@@ -16,7 +16,7 @@ RESTORED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceTime:
     """How long an emulated expert takes."""
 
     fixed_us: float
@@ -101,7 +101,7 @@ Samples = Mapping[str, ReplicaSample]
 class Autoscaler:
     """The window that `decide` looks back over, and its memory."""
 
-    def __init__(self, options: ScaleOptions, window_s: float, most: int) -> None:
+    def __init__(self, options: AutoscaleOptions, window_s: float, most: int) -> None:
         """`most`: replicas that one expert may have."""
         self._options, self._window_s, self._most = options, window_s, most
         self._memory: Memory = {}

@@ -14,7 +14,7 @@ import torch
 
 from moe_ray.bench.child import Child
 from moe_ray.bench.expert_process import unpacked
-from moe_ray.bench.lab.emulate import TOP_K, ReplicaSample, Service
+from moe_ray.bench.lab.emulate import TOP_K, ReplicaSample, ServiceTime
 from moe_ray.core import ReplicaInfo
 from moe_ray.errors import MoeRayError
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
@@ -29,7 +29,7 @@ DRAIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class FleetShape:
     """What the trunks and the experts agree on."""
 
     num_experts: int
@@ -37,7 +37,7 @@ class Shape:
     tokens: int
     """Of one step of one micro-batch."""
     hidden: int
-    service: Service
+    service: ServiceTime
     trunk_us: float = 0.0
     """What a trunk computes by itself before each layer's calls; asleep."""
 
@@ -55,7 +55,7 @@ class Fleet:
     """The replicas, as Serve would see them: asked for, started after a delay, drained, stopped. Used by one thread."""
 
     children: list[Child]
-    shape: Shape
+    shape: FleetShape
     token: str
     start_delay_s: float = 0.0
     stalls: tuple[float, float] = (0.0, 0.0)

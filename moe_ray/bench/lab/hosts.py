@@ -48,7 +48,7 @@ _RAY_SETTINGS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class NetworkHost:
     """A network namespace: an address, a loopback and ports of its own. Files and processes are the machine's."""
 
     number: int
@@ -84,13 +84,13 @@ class Server:
 class Hosts:
     """Hosts, the switch between them, and (after `start_ray`) a Ray cluster on them."""
 
-    hosts: Sequence[Host]
+    hosts: Sequence[NetworkHost]
     switch: SwitchProcess
     directory: Path
     """Of Ray's sessions."""
     _environment: Mapping[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, number: int) -> Host:
+    def __getitem__(self, number: int) -> NetworkHost:
         return self.hosts[number]
 
     @property
@@ -191,7 +191,7 @@ def hosts(count: int, cache_dir: Path) -> Iterator[Hosts]:
         directory = Path(tempfile.mkdtemp(prefix="moe-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         switch = stack.enter_context(SwitchProcess(cache_dir, count, NETWORK))
-        made = [Host(i, switch.addresses[i], switch.netns[i]) for i in range(count)]
+        made = [NetworkHost(i, switch.addresses[i], switch.netns[i]) for i in range(count)]
         for host in made:
             _configure(host)
         token = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(directory)}
@@ -214,7 +214,7 @@ def check_machine() -> None:
         raise ConfigError(f"hosts on one machine are network namespaces; this machine lacks {', '.join(lacking)}")
 
 
-def echo(host: Host) -> int:
+def echo(host: NetworkHost) -> int:
     """Send back what connections to a port of `host` send, from threads of this process; the port."""
     with host.inside():
         listener = socket.create_server((host.address, 0))
@@ -247,7 +247,7 @@ def ping_pong(address: tuple[str, int], count: int) -> list[float]:
     return times[WARM_UP:]
 
 
-def _configure(host: Host) -> None:
+def _configure(host: NetworkHost) -> None:
     batch = [
         "link set lo up",
         f"addr add {host.address}/24 dev {DEVICE}",

@@ -19,8 +19,8 @@ from moe_ray.bench.lab.emulate import (
     RESTORED,
     Autoscaler,
     ReplicaSample,
-    Service,
     ServiceQueue,
+    ServiceTime,
     busy_shares,
     even,
     max_over_mean,
@@ -33,7 +33,7 @@ from moe_ray.bench.report import Row
 from moe_ray.config.experts import AutoscaleSection
 from moe_ray.experts.client.replica import backlog_rows
 from moe_ray.experts.client.selection import select_replica
-from moe_ray.experts.planning.autoscale import ScaleOptions
+from moe_ray.experts.planning.autoscale import AutoscaleOptions
 
 PERIOD_S = 1.0
 
@@ -46,11 +46,11 @@ class SimulationOptions:
     trunks: int = 32
     layers: int = 4
     tokens: int = 512
-    service: Service = field(default_factory=lambda: Service(6000.0, 1500.0))
+    service: ServiceTime = field(default_factory=lambda: ServiceTime(6000.0, 1500.0))
     skew: float = 2.3
     start_delay_s: float = 2.0
     window_s: float = AutoscaleSection().look_back_s
-    scale: ScaleOptions = field(default_factory=lambda: ScaleOptions(max_total=192))
+    scale: AutoscaleOptions = field(default_factory=lambda: AutoscaleOptions(max_total=192))
     settle_s: float = 60.0
     measure_s: float = 10.0
 

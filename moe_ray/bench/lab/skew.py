@@ -14,38 +14,28 @@ from pathlib import Path
 
 from moe_ray.bench.child import Child, children
 from moe_ray.bench.lab.emulate import (
-    RESTORED,
     Autoscaler,
-    Samples,
-    Service,
-    busy_shares,
+    ServiceTime,
     even,
-    max_over_mean,
-    percentile,
     popularity,
-    restored_after_s,
     row_shares,
     shifted,
 )
-from moe_ray.bench.lab.fleet import Fleet, Shape, Trunks
+from moe_ray.bench.lab.fleet import Fleet, FleetShape, Trunks
 from moe_ray.bench.lab.simulate import SimulationOptions, simulate
+from moe_ray.bench.lab.watched_run import WARM_S, WatchedRun
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
 from moe_ray.config.experts import AutoscaleSection
 from moe_ray.console import Report as Progress
-from moe_ray.errors import ConfigError, NotReady
+from moe_ray.errors import ConfigError
 from moe_ray.experts.client.options import DispatchOptions
-from moe_ray.experts.planning.autoscale import ScaleOptions
+from moe_ray.experts.planning.autoscale import AutoscaleOptions
 
-PERIOD_S = 0.5
-"""How often the autoscaler looks."""
 WINDOW_S = AutoscaleSection().look_back_s
 """What it looks back over."""
-RESTORED_S = 2.0
-"""For how long throughput must be up again to be taken for restored."""
-WARM_S = 1.5
 STALL_S, STALL_SHARE = 0.2, 0.01
-QUICK = Service(1000.0, 50.0)
+QUICK = ServiceTime(1000.0, 50.0)
 """Of the experts whose stalls are hedged: a step of theirs is short against a stall."""
 PLOT = Plot(x="at_s", y="tokens_per_s", series="run")
 
@@ -62,7 +52,7 @@ class SkewOptions:
     layers: int = 4
     tokens: int = 64
     hidden: int = 32
-    service: Service = field(default_factory=lambda: Service(6000.0, 1500.0))
+    service: ServiceTime = field(default_factory=lambda: ServiceTime(6000.0, 1500.0))
     skew: float = 2.3
     """max/mean of the rows of experts."""
     shifts: int = 1
@@ -92,12 +82,12 @@ class SkewOptions:
             raise ConfigError("--start-delay and --seconds: must not be negative")
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.num_experts, self.layers, self.tokens, self.hidden, self.service)
+    def shape(self) -> FleetShape:
+        return FleetShape(self.num_experts, self.layers, self.tokens, self.hidden, self.service)
 
     @property
-    def scale(self) -> ScaleOptions:
-        return ScaleOptions(
+    def scale(self) -> AutoscaleOptions:
+        return AutoscaleOptions(
             up_after_s=self.up_after_s,
             down_after_s=self.down_after_s,
             max_total=self.replicas,
@@ -112,79 +102,6 @@ class SkewOptions:
     def seconds(self) -> float:
         """How long it takes, but for the simulation."""
         return (4 + self.shifts) * (WARM_S + self.measure_s) + (1 + self.shifts) * self.settle_s
-
-
-class Run:
-    """One fleet and its trunks, watched."""
-
-    def __init__(self, name: str, fleet: Fleet, trunks: Trunks, tick: Progress) -> None:
-        self.name, self._fleet, self._trunks, self._tick = name, fleet, trunks, tick
-
-    def link(self) -> None:
-        """Wait until every trunk is linked to every replica. Raises `NotReady` after half a minute."""
-        deadline = time.monotonic() + 30
-        while self._trunks.linked() < sum(self._fleet.planned().values()):
-            if time.monotonic() > deadline:
-                raise NotReady(f"bench skew: {self.name}: the trunks do not find every replica")
-            time.sleep(0.05)
-
-    def scale(self, scaler: Autoscaler, seconds: float) -> None:
-        """Let the autoscaler act for so long."""
-        until = time.monotonic() + seconds
-        while (now := time.monotonic()) < until:
-            self._fleet.scale(scaler.wanted(now, self._fleet.samples(), self._fleet.planned()))
-            self._pause(PERIOD_S)
-
-    def measure(self, case: str, seconds: float) -> Row:
-        """A row of what happens in the next seconds, after a short warm-up."""
-        self._pause(WARM_S)
-        before, began = self._fleet.samples(), time.monotonic()
-        calls, hedges = self._counted()
-        self._pause(seconds)
-        after, ended = self._fleet.samples(), time.monotonic()
-        steps = self._trunks.between(began, ended)
-        took = [1e3 * step.took_s for step in steps]
-        sent, again = (now - was for now, was in zip(self._counted(), (calls, hedges), strict=True))
-        return {
-            "case": case,
-            "replicas": len(after),
-            "tokens_per_s": len(steps) * self._fleet.shape.tokens / (ended - began),
-            "step_p50_ms": percentile(took, 0.5),
-            "step_p99_ms": percentile(took, 0.99),
-            "max_over_mean_busy": max_over_mean(busy_shares(before, after, ended - began)),
-            "mean_busy": _mean_busy(before, after, ended - began),
-            "relief_s": None,
-            "extra_calls_share": again / max(1, sent - again),
-        }
-
-    def relief_s(self, since: float, tokens_per_s: float) -> float | None:
-        """Seconds from `since` until the throughput is restored to that of before."""
-        ends, rate = [step.ended for step in self._trunks.steps], tokens_per_s / self._fleet.shape.tokens
-        return restored_after_s(ends, since, time.monotonic(), RESTORED * rate, RESTORED_S)
-
-    def curve(self, since: float) -> list[Row]:
-        """Tokens per second, second by second, from `since`."""
-        ends = [step.ended for step in self._trunks.steps]
-        return [
-            {
-                "run": self.name,
-                "at_s": second,
-                "tokens_per_s": self._fleet.shape.tokens * sum(since + second <= e < since + second + 1 for e in ends),
-            }
-            for second in range(int(time.monotonic() - since))
-        ]
-
-    def _counted(self) -> tuple[int, int]:
-        counters = [pool.counters for pool in self._trunks.dispatchers]
-        return sum(c.calls for c in counters), sum(c.hedges for c in counters)
-
-    def _pause(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, PERIOD_S))
-            self._tick("emulated seconds", 0, 0)
-            if self._trunks.failure is not None:
-                raise self._trunks.failure
 
 
 def run_skew(options: SkewOptions, progress: Progress) -> Report:
@@ -240,7 +157,7 @@ def _skewed(options: SkewOptions, hosts: list[Child], token: str, tick: Progress
     trunks = Trunks(
         fleet, options.trunks, options.micro_batches, options.weights, options.native_dir, DispatchOptions()
     )
-    run = Run("skewed", fleet, trunks, tick)
+    run = WatchedRun("skewed", fleet, trunks, tick)
     scaler = Autoscaler(options.scale, WINDOW_S, options.replicas)
     trunks.start()
     try:
@@ -269,7 +186,7 @@ def _balanced(options: SkewOptions, hosts: list[Child], token: str, total: int, 
     fleet.scale(even(options.num_experts, total), at_once=True)
     alike = [1.0] * options.num_experts
     trunks = Trunks(fleet, options.trunks, options.micro_batches, alike, options.native_dir, DispatchOptions())
-    run = Run("balanced", fleet, trunks, tick)
+    run = WatchedRun("balanced", fleet, trunks, tick)
     trunks.start()
     try:
         run.link()
@@ -281,12 +198,12 @@ def _balanced(options: SkewOptions, hosts: list[Child], token: str, total: int, 
 
 def _hedged(options: SkewOptions, hosts: list[Child], token: str, hedge: bool, tick: Progress) -> Row:
     """One trunk, one step at a time, two replicas of each expert, of which one stalls now and then."""
-    shape = Shape(options.num_experts, options.layers, options.tokens, options.hidden, QUICK)
+    shape = FleetShape(options.num_experts, options.layers, options.tokens, options.hidden, QUICK)
     fleet = Fleet(hosts, shape, token, stalls=(STALL_S, STALL_SHARE))
     fleet.scale(even(options.num_experts, 2 * options.num_experts), at_once=True)
     alike = [1.0] * options.num_experts
     trunks = Trunks(fleet, 1, 1, alike, options.native_dir, DispatchOptions(hedge=hedge))
-    run = Run("stalls", fleet, trunks, tick)
+    run = WatchedRun("stalls", fleet, trunks, tick)
     trunks.start()
     try:
         run.link()
@@ -329,8 +246,3 @@ def _headline(rows: list[Row]) -> dict[str, object]:
         "hedged_step_p99_ms": hedged["step_p99_ms"],
         "hedged_extra_calls_share": hedged["extra_calls_share"],
     }
-
-
-def _mean_busy(before: Samples, after: Samples, seconds: float) -> float:
-    shares = busy_shares(before, after, seconds)
-    return sum(shares) / max(1, len(shares))

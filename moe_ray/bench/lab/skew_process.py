@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.expert_process import packed
-from moe_ray.bench.lab.emulate import Service, ServiceQueue, percentile
+from moe_ray.bench.lab.emulate import ServiceQueue, ServiceTime, percentile
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.socket import SocketExpertServer
@@ -27,7 +27,7 @@ class EmulatedReplica:
     A stall is like a lost packet's or a paused process's: what the replica says that it computed does not show it.
     """
 
-    def __init__(self, service: Service, stall_s: float, stall_share: float, seed: int, late: deque[float]) -> None:
+    def __init__(self, service: ServiceTime, stall_s: float, stall_share: float, seed: int, late: deque[float]) -> None:
         """`late`: gets the seconds by which each call ended too late."""
         self._service, self._stall_s, self._stall_share = service, stall_s, stall_share
         self._draw, self._late = random.Random(seed), late
@@ -77,7 +77,7 @@ def main() -> None:
     def start(
         name: str, expert: int, layers: int, token: str, service: list[float], stall_s: float, stall_share: float
     ) -> dict[str, Any]:
-        replica = EmulatedReplica(Service(*service), stall_s, stall_share, len(running), late)
+        replica = EmulatedReplica(ServiceTime(*service), stall_s, stall_share, len(running), late)
         server = SocketExpertServer(replica.handle, options=LinkOptions(token=token))
         running[name] = replica, server
         keys = frozenset((layer, expert) for layer in range(layers))

@@ -44,7 +44,7 @@ _SIGNATURES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class LinkShape:
     """What lies between two hosts, in each direction."""
 
     latency_ms: float = 0.0
@@ -113,7 +113,7 @@ class SwitchProcess:
             self.close()
             raise
 
-    def shape(self, shape: Shape, between: tuple[int, int] | None = None) -> None:
+    def shape(self, shape: LinkShape, between: tuple[int, int] | None = None) -> None:
         """From now on packets take `shape`, in both directions; `between`: those of two hosts, default: all."""
         self._ask(command="shape", latency_ns=shape.latency_ns, ns_per_byte=shape.ns_per_byte, between=between)
 

@@ -19,8 +19,8 @@ import httpx
 
 from moe_ray.bench.child import Child, children
 from moe_ray.bench.http_load import LEAST_ID, connect, id_prompts, percentile, served_model
-from moe_ray.bench.lab.emulate import Service, even
-from moe_ray.bench.lab.fleet import Fleet, Shape, Trunks
+from moe_ray.bench.lab.emulate import ServiceTime, even
+from moe_ray.bench.lab.fleet import Fleet, FleetShape, Trunks
 from moe_ray.bench.lab.storm import Storm, changed_tokens
 from moe_ray.bench.m1 import SMALL, bench_model, resolve_bench_model
 from moe_ray.bench.processes import MOE_RAY, OwnServer, own_server
@@ -39,7 +39,7 @@ WARM_UPS: Final = 20
 """How often the load is sent until every trunk has had some."""
 COUNTED: Final = ("calls", "batches", "rows", "busy_s")
 """Fields of `Counts`, as experts name them."""
-EMULATED: Final = Shape(8, 8, 8, 32, Service(6000.0, 50.0), trunk_us=4000.0)
+EMULATED: Final = FleetShape(8, 8, 8, 32, ServiceTime(6000.0, 50.0), trunk_us=4000.0)
 """8 experts, 8 layers, 8 tokens a step."""
 EMULATED_WARM_S, EMULATED_S = 3.0, 8.0
 ASK_S: Final = 60.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.expert_process import packed
-from moe_ray.bench.lab.emulate import Service
+from moe_ray.bench.lab.emulate import ServiceTime
 from moe_ray.bench.lab.skew_process import sleep_until
 from moe_ray.core import ReplicaInfo
 from moe_ray.experts.server.worker import ExpertWorker
@@ -28,7 +28,7 @@ class EmulatedFFN:
 
     nbytes = 0
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceTime) -> None:
         self._service = service
 
     def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def main() -> None:
         **_: float,
     ) -> dict[str, Any]:
         keys = frozenset((layer, expert) for layer in range(layers))
-        ffns = ExpertFFN(dict.fromkeys(keys, EmulatedFFN(Service(*service))))
+        ffns = ExpertFFN(dict.fromkeys(keys, EmulatedFFN(ServiceTime(*service))))
         worker = ExpertWorker(ffns, hidden, compute, max_batched_rows=max_batched_rows)
         server = SocketExpertServer(worker.forward, options=LinkOptions(token=token))
         running[name] = worker, server

@@ -49,7 +49,7 @@ class ExpertState:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleOptions:
+class AutoscaleOptions:
     """What the policy aims at."""
 
     target_busy: float = 0.6
@@ -65,7 +65,7 @@ class ScaleOptions:
 
 
 def decide(
-    states: Mapping[int, ExpertState], options: ScaleOptions, memory: Memory, now: float
+    states: Mapping[int, ExpertState], options: AutoscaleOptions, memory: Memory, now: float
 ) -> tuple[dict[int, int], dict[int, tuple[int, float]]]:
     """Return (expert → replicas it should have, the memory for the next call). `now` is in seconds of any clock.
 
@@ -127,7 +127,7 @@ def expected_growth(states: Iterable[ExpertState]) -> float:
 
 
 def _wish(
-    state: ExpertState, growth: float, options: ScaleOptions, asked: tuple[int, float] | None, now: float
+    state: ExpertState, growth: float, options: AutoscaleOptions, asked: tuple[int, float] | None, now: float
 ) -> tuple[int, tuple[int, float] | None]:
     """Return (the replicas one expert would have without a budget, its memory)."""
     present = _within(state, state.replicas)

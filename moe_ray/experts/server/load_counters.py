@@ -36,7 +36,7 @@ class KeyLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class LoadSample:
     """A replica's counters at one moment."""
 
     at_s: float
@@ -45,9 +45,9 @@ class Sample:
     """Of every (layer, expert) held."""
 
     @staticmethod
-    def of(at_s: float, loads: Mapping[ExpertKey, KeyLoad]) -> Sample:
+    def of(at_s: float, loads: Mapping[ExpertKey, KeyLoad]) -> LoadSample:
         """Add up what a worker's `key_loads` says."""
-        return Sample(at_s, sum(loads.values(), KeyLoad()), {key: load.rows for key, load in loads.items()})
+        return LoadSample(at_s, sum(loads.values(), KeyLoad()), {key: load.rows for key, load in loads.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class LoadWindow:
     """Expert → its rows of each layer, 0 where that layer is not held."""
 
 
-def between(first: Sample, last: Sample) -> LoadWindow:
+def between(first: LoadSample, last: LoadSample) -> LoadWindow:
     """Return what happened from one sample to a later one; all zeros where no time passed."""
     seconds = max(last.at_s - first.at_s, 0.0)
     calls, rows = last.total.calls - first.total.calls, last.total.rows - first.total.rows
@@ -88,7 +88,7 @@ def between(first: Sample, last: Sample) -> LoadWindow:
     )
 
 
-def window(samples: Sequence[Sample], seconds: float) -> LoadWindow:
+def window(samples: Sequence[LoadSample], seconds: float) -> LoadWindow:
     """Return what happened in the last `seconds` before the newest of `samples` (oldest first, at least one).
 
     The stretch begins at the newest sample that is old enough, or at the oldest of all.
@@ -104,13 +104,13 @@ class LoadSampler:
     def __init__(
         self,
         read: Callable[[], Mapping[ExpertKey, KeyLoad]],
-        report: Callable[[Sample, LoadWindow], None] | None = None,
+        report: Callable[[LoadSample, LoadWindow], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`read` is a worker's `key_loads`; `report` is called on the thread every few seconds."""
         self._read, self._report, self._clock = read, report, clock
         self._lock = threading.Lock()
-        self._samples: deque[Sample] = deque([self._now()], maxlen=int(KEEP_S / PERIOD_S) + 1)
+        self._samples: deque[LoadSample] = deque([self._now()], maxlen=int(KEEP_S / PERIOD_S) + 1)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="expert-load", daemon=True)
 
@@ -122,7 +122,7 @@ class LoadSampler:
         """Stop sampling; what is kept stays."""
         self._closed.set()
 
-    def sample(self) -> Sample:
+    def sample(self) -> LoadSample:
         """Keep the counters of this moment, and return them."""
         with self._lock:
             self._samples.append(self._now())
@@ -133,8 +133,8 @@ class LoadSampler:
         with self._lock:
             return window([*self._samples, self._now()], seconds)
 
-    def _now(self) -> Sample:
-        return Sample.of(self._clock(), self._read())
+    def _now(self) -> LoadSample:
+        return LoadSample.of(self._clock(), self._read())
 
     def _run(self) -> None:
         reported = self._clock()

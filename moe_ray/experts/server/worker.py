@@ -16,7 +16,7 @@ from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.expert import ExpertFFN
-from moe_ray.native.host import Entry, Host
+from moe_ray.native.host import Host, HostEntry
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ class ExpertWorker:
             host.add(*key, self._entry(self._ffn[key]))
         return host
 
-    def _entry(self, ffn: FFN) -> Entry:
+    def _entry(self, ffn: FFN) -> HostEntry:
         entry = ffn.entry()
         if entry is not None:
             return entry

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from moe_ray.core import Batch
     from moe_ray.model.moe import Routed
-    from moe_ray.native.host import Entry
+    from moe_ray.native.host import HostEntry
 
 
 class KVCacheView(Protocol):
@@ -65,6 +65,6 @@ class FFN(Protocol):
         """The bytes of its weights, in the order in which `ExpertReader.blank` takes them."""
         ...
 
-    def entry(self) -> Entry | None:
+    def entry(self) -> HostEntry | None:
         """What a host calls to compute this network without the interpreter; None: only `forward` computes it."""
         ...

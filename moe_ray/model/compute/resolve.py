@@ -38,7 +38,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class KernelSet:
     """What one build of the native kernels can compute."""
 
     name: str
@@ -54,7 +54,7 @@ class Kernels:
 
 
 NATIVE: Final = (
-    Kernels(
+    KernelSet(
         name="avx512_bf16",
         instructions=frozenset({"avx512_bf16"}),
         dtypes=frozenset({"bfloat16"}),
@@ -135,7 +135,7 @@ def resolve(model: ModelConfig, wanted: Wanted, machine: Machine, weight_format:
     )
 
 
-def _lacks_in_common(kernels: Kernels, backend: Backend, weight_format: str, machine: Machine) -> tuple[str, ...]:
+def _lacks_in_common(kernels: KernelSet, backend: Backend, weight_format: str, machine: Machine) -> tuple[str, ...]:
     lacks = []
     if backend.device != "cpu" or backend.dtype not in kernels.dtypes:
         computes = "a CPU" if backend.device == "cpu" else backend.device.upper()
@@ -147,7 +147,7 @@ def _lacks_in_common(kernels: Kernels, backend: Backend, weight_format: str, mac
     return tuple(lacks)
 
 
-def _trunk_lacks(kernels: Kernels, model: ModelConfig) -> tuple[str, ...]:
+def _trunk_lacks(kernels: KernelSet, model: ModelConfig) -> tuple[str, ...]:
     lacks = []
     if not model.router.renormalise:
         lacks.append("their router renormalises the weights of a token's experts, this model's does not")
@@ -159,7 +159,7 @@ def _trunk_lacks(kernels: Kernels, model: ModelConfig) -> tuple[str, ...]:
     return tuple(lacks)
 
 
-def _experts_lack(kernels: Kernels, model: ModelConfig) -> tuple[str, ...]:
+def _experts_lack(kernels: KernelSet, model: ModelConfig) -> tuple[str, ...]:
     lacks = []
     if model.hidden_act not in kernels.activations:
         lacks.append(f"they compute {', '.join(sorted(kernels.activations))}, not {model.hidden_act}")

@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Final
 
 from moe_ray.model.formats.floats import FloatFormat
-from moe_ray.model.formats.weight_format import Entry, Place, ShapeMismatch, StoredWeight, TensorPart, WeightFormat
+from moe_ray.model.formats.weight_format import (
+    Place,
+    ShapeMismatch,
+    StoredWeight,
+    TensorEntry,
+    TensorPart,
+    WeightFormat,
+)
 
 __all__ = [
     "FORMATS",
-    "Entry",
     "Place",
     "ShapeMismatch",
     "StoredWeight",
+    "TensorEntry",
     "TensorPart",
     "WeightFormat",
     "dtype_bytes",

@@ -45,7 +45,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """What a file's header says of one tensor."""
 
     dtype: str
@@ -82,7 +82,7 @@ class StoredWeight:
         return sum(part.nbytes for part in self.parts)
 
 
-Lookup = Callable[[str], Entry | None]
+Lookup = Callable[[str], TensorEntry | None]
 """What a checkpoint says of a tensor; None: it has none of this name."""
 
 

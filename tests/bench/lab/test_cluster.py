@@ -26,7 +26,7 @@ from moe_ray.bench.http_load import percentile
 from moe_ray.bench.lab.cluster import GRID, SETTINGS, SOME, UNSHAPED, gaps_ms, longest_ms, predicted, spelled
 from moe_ray.bench.lab.hosts import Hosts, check_machine, echo, hosts, ping_pong
 from moe_ray.bench.lab.storm import Answer
-from moe_ray.bench.lab.switch import Shape, SwitchProcess, Traffic, members
+from moe_ray.bench.lab.switch import LinkShape, SwitchProcess, Traffic, members
 from moe_ray.bench.m1 import M1 as RECIPE
 from moe_ray.bench.m1 import config_json, write_tokenizer
 from moe_ray.config import load_config
@@ -52,11 +52,11 @@ needs_hosts = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 
 
 def test_a_shape_in_the_switchs_units() -> None:
-    assert (Shape(0.5, 10.0).latency_ns, Shape(0.5, 10.0).ns_per_byte) == (500_000, 0.8)
+    assert (LinkShape(0.5, 10.0).latency_ns, LinkShape(0.5, 10.0).ns_per_byte) == (500_000, 0.8)
     assert (UNSHAPED.latency_ns, UNSHAPED.ns_per_byte) == (0, 0.0)
     for wrong in ((-0.1, None), (0.0, 0.0), (0.0, -1.0)):
         with pytest.raises(ConfigError, match=r"latency from 0 ms and a bandwidth above 0 Gbit/s"):
-            Shape(*wrong)
+            LinkShape(*wrong)
 
 
 def test_traffic_adds_and_subtracts_by_kind() -> None:
@@ -73,7 +73,7 @@ def test_the_default_networks_are_of_the_grid() -> None:
 def test_a_prediction_is_the_unshaped_step_and_the_network() -> None:
     model = ModelConfig.from_dict(config_json(RECIPE))
     expected = network_step(model, "bfloat16", Network(0.5, 10.0), 8).network_ms
-    assert predicted(7.0, model, "bfloat16", Shape(0.5, 10.0), 8) == pytest.approx(7.0 + expected)
+    assert predicted(7.0, model, "bfloat16", LinkShape(0.5, 10.0), 8) == pytest.approx(7.0 + expected)
     assert predicted(7.0, model, "bfloat16", UNSHAPED, 8) == 7.0
 
 
@@ -106,10 +106,10 @@ def test_round_trips_take_what_is_asked(two: Hosts) -> None:
     address = two[1].address, echo(two[1])
     with two[0].inside():
         for latency_ms in (0.0, 1.0, 5.0):
-            two.switch.shape(Shape(latency_ms))
+            two.switch.shape(LinkShape(latency_ms))
             median_ms = (percentile(ping_pong(address, 100), 50) or 0.0) / 1e3
             assert 2 * latency_ms <= median_ms < 2 * latency_ms + SLACK_MS
-        two.switch.shape(Shape(20.0), between=(0, 1))
+        two.switch.shape(LinkShape(20.0), between=(0, 1))
         assert min(ping_pong(address, 3)) >= 40_000
     with pytest.raises(OSError, match=r"refused|unreachable|timed out"):  # the machine itself is on no such network
         socket.create_connection(address, timeout=0.5)
@@ -118,7 +118,7 @@ def test_round_trips_take_what_is_asked(two: Hosts) -> None:
 @needs_hosts
 @pytest.mark.parametrize(("gbit", "megabytes"), [(0.1, 3), (0.5, 20)])
 def test_a_port_lets_through_what_is_asked(two: Hosts, gbit: float, megabytes: int) -> None:
-    two.switch.shape(Shape(0.1, gbit))
+    two.switch.shape(LinkShape(0.1, gbit))
     with two[1].inside():
         listener = socket.create_server((two[1].address, 0))
     with two[0].inside():
@@ -176,9 +176,9 @@ def test_who_is_killed_leaves_nobody_behind(tmp_path: Path) -> None:
 import subprocess, time
 from pathlib import Path
 from moe_ray.bench.lab.switch import SwitchProcess
-from moe_ray.bench.lab.hosts import Host
+from moe_ray.bench.lab.hosts import NetworkHost
 switch = SwitchProcess(Path({str(load_config().cache_dir)!r}), 1, "10.77.0.0")
-with Host(0, switch.addresses[0], switch.netns[0]).inside():
+with NetworkHost(0, switch.addresses[0], switch.netns[0]).inside():
     print(subprocess.Popen(["sleep", "100"], start_new_session=True).pid, flush=True)
 time.sleep(100)
 """
@@ -239,7 +239,7 @@ def test_hosts_serve_the_right_tokens_and_outlive_one_of_them(model: Path, rando
     with hosts(3, load_config().cache_dir) as cluster:
         for number in range(3):
             cluster.start_ray(number, {"role": "expert" if number else "trunk"})
-        cluster.switch.shape(Shape(0.1, 10.0))
+        cluster.switch.shape(LinkShape(0.1, 10.0))
         for carrier in ("grpc", "socket"):
             with (
                 cluster.serving(model, {**settings, "MOE_RAY_TRANSPORT": carrier}) as server,

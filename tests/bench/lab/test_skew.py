@@ -11,8 +11,8 @@ import pytest
 from moe_ray.bench.lab.emulate import (
     Autoscaler,
     ReplicaSample,
-    Service,
     ServiceQueue,
+    ServiceTime,
     busy_shares,
     even,
     max_over_mean,
@@ -25,7 +25,7 @@ from moe_ray.bench.lab.simulate import SimulationOptions, simulate
 from moe_ray.bench.lab.skew import SkewOptions, curves, run_skew
 from moe_ray.bench.report import as_json
 from moe_ray.errors import ConfigError
-from moe_ray.experts.planning.autoscale import ScaleOptions
+from moe_ray.experts.planning.autoscale import AutoscaleOptions
 
 TINY = SkewOptions(
     num_experts=4,
@@ -34,7 +34,7 @@ TINY = SkewOptions(
     micro_batches=2,
     layers=2,
     tokens=16,
-    service=Service(4000.0, 1000.0),
+    service=ServiceTime(4000.0, 1000.0),
     skew=1.8,
     start_delay_s=0.1,
     up_after_s=0.2,
@@ -76,7 +76,7 @@ def test_a_queue_computes_one_call_at_a_time() -> None:
     assert (queue.computed_s(4.0), queue.left_s(4.0)) == (3.0, 1.0)
     assert queue.take(10.0, 1.0) == 11.0
     assert (queue.computed_s(20.0), queue.left_s(20.0)) == (5.0, 0.0)
-    assert Service(1000.0, 10.0).seconds(100) == pytest.approx(0.002)
+    assert ServiceTime(1000.0, 10.0).seconds(100) == pytest.approx(0.002)
 
 
 def test_relief_is_from_the_fall_to_the_return() -> None:
@@ -87,7 +87,7 @@ def test_relief_is_from_the_fall_to_the_return() -> None:
 
 
 def test_the_window_tells_the_policy_who_was_busy() -> None:
-    scaler = Autoscaler(ScaleOptions(up_after_s=0.0, max_total=3), 5.0, 8)
+    scaler = Autoscaler(AutoscaleOptions(up_after_s=0.0, max_total=3), 5.0, 8)
     planned = {0: 1, 1: 1}
     for now in (0.0, 1.0, 2.0):
         samples = {"a": ReplicaSample(0, 1.0 * now, 0), "b": ReplicaSample(1, 0.2 * now, 0)}
@@ -130,7 +130,7 @@ def test_a_simulation_is_repeatable_and_scaling_helps() -> None:
         trunks=4,
         layers=2,
         tokens=32,
-        scale=ScaleOptions(up_after_s=1.0, max_total=16),
+        scale=AutoscaleOptions(up_after_s=1.0, max_total=16),
         settle_s=20.0,
         measure_s=5.0,
     )

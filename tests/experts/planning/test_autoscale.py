@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from moe_ray.experts.planning.autoscale import MOST_GROWTH, ExpertState, ScaleOptions, decide, expected_growth
+from moe_ray.experts.planning.autoscale import MOST_GROWTH, AutoscaleOptions, ExpertState, decide, expected_growth
 
-AT_ONCE = ScaleOptions(target_busy=0.5, up_after_s=0, down_after_s=0)
+AT_ONCE = AutoscaleOptions(target_busy=0.5, up_after_s=0, down_after_s=0)
 
 
-def one(replicas: int, busy: float, *, least: int = 1, most: int = 8, options: ScaleOptions = AT_ONCE) -> int:
+def one(replicas: int, busy: float, *, least: int = 1, most: int = 8, options: AutoscaleOptions = AT_ONCE) -> int:
     """The number decided for an expert that is alone."""
     state = ExpertState(replicas, busy, min_replicas=least, max_replicas=most)
     return decide({3: state}, options, {}, 100.0)[0][3]
@@ -39,7 +39,7 @@ def test_busy_over_target_is_what_it_takes(replicas: int, busy: float, target: i
 
 
 def test_rounding_makes_no_replica() -> None:
-    assert one(1, 0.6, options=ScaleOptions(target_busy=0.2, up_after_s=0)) == 3
+    assert one(1, 0.6, options=AutoscaleOptions(target_busy=0.2, up_after_s=0)) == 3
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_never_out_of_bounds(replicas: int, busy: float, least: int, most: int, 
 class Course:
     """One expert over time, its replicas always as decided."""
 
-    def __init__(self, replicas: int, options: ScaleOptions) -> None:
+    def __init__(self, replicas: int, options: AutoscaleOptions) -> None:
         self.replicas, self.options = replicas, options
         self.memory: Mapping[int, tuple[int, float]] = {}
 
@@ -65,30 +65,30 @@ class Course:
 
 
 def test_demand_must_hold_before_more_are_started() -> None:
-    course = Course(1, ScaleOptions(target_busy=0.5, up_after_s=3, down_after_s=30))
+    course = Course(1, AutoscaleOptions(target_busy=0.5, up_after_s=3, down_after_s=30))
     assert [course.at(t, 1.0) for t in (0, 1, 2.9)] == [1, 1, 1]
     assert course.at(3, 1.0) == 2
 
 
 def test_a_lull_starts_the_wait_anew() -> None:
-    course = Course(1, ScaleOptions(target_busy=0.5, up_after_s=3))
+    course = Course(1, AutoscaleOptions(target_busy=0.5, up_after_s=3))
     assert [course.at(t, busy) for t, busy in ((0, 1.0), (2, 0.5), (3, 1.0), (5, 1.0), (6, 1.0))] == [1, 1, 1, 1, 2]
 
 
 def test_each_step_down_waits_anew() -> None:
-    course = Course(4, ScaleOptions(target_busy=0.5, down_after_s=30))
+    course = Course(4, AutoscaleOptions(target_busy=0.5, down_after_s=30))
     seen = [course.at(t, 0.1) for t in (0, 29, 30, 31, 59, 60, 90, 120, 500)]
     assert seen == [4, 4, 3, 3, 3, 2, 1, 1, 1]
 
 
 def test_turning_around_forgets_the_other_direction() -> None:
-    course = Course(2, ScaleOptions(target_busy=0.5, up_after_s=10, down_after_s=10))
+    course = Course(2, AutoscaleOptions(target_busy=0.5, up_after_s=10, down_after_s=10))
     assert [course.at(t, busy) for t, busy in ((0, 0.1), (9, 2.0), (11, 0.1), (18, 0.1), (20, 0.1))] == [2, 2, 2, 2, 2]
     assert course.at(21, 0.1) == 1
 
 
 def test_replicas_on_their_way_are_waited_for() -> None:
-    course = Course(1, ScaleOptions(target_busy=0.5, up_after_s=0, down_after_s=30))
+    course = Course(1, AutoscaleOptions(target_busy=0.5, up_after_s=0, down_after_s=30))
     assert [course.at(t, 1.0) for t in range(20)] == [2] * 20, "one computes, the other is still starting"
 
 
@@ -134,8 +134,8 @@ def hot(*busy: float, replicas: int = 1, most: int = 8) -> dict[int, ExpertState
     return {expert: ExpertState(replicas, b, max_replicas=most) for expert, b in enumerate(busy)}
 
 
-def total(most: int) -> ScaleOptions:
-    return ScaleOptions(target_busy=0.25, up_after_s=0, down_after_s=0, max_total=most)
+def total(most: int) -> AutoscaleOptions:
+    return AutoscaleOptions(target_busy=0.25, up_after_s=0, down_after_s=0, max_total=most)
 
 
 def test_the_hottest_get_what_there_is() -> None:
@@ -158,20 +158,20 @@ def test_a_budget_below_the_minima_leaves_the_minima() -> None:
 
 
 def test_a_replica_moves_to_who_needs_it_more() -> None:
-    options = ScaleOptions(target_busy=0.5, up_after_s=0, down_after_s=1000, max_total=3)
+    options = AutoscaleOptions(target_busy=0.5, up_after_s=0, down_after_s=1000, max_total=3)
     states = {0: ExpertState(2, 0.3, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
     assert decide(states, options, {}, 0)[0] == {0: 1, 1: 2}
 
 
 def test_a_replica_does_not_move_for_a_little() -> None:
-    options = ScaleOptions(target_busy=0.25, up_after_s=0, max_total=3)
+    options = AutoscaleOptions(target_busy=0.25, up_after_s=0, max_total=3)
     for first, second in ((0.90, 0.91), (0.91, 0.90), (0.9, 0.93)):
         states = {0: ExpertState(2, first, max_replicas=4), 1: ExpertState(1, second, max_replicas=4)}
         assert decide(states, options, {}, 0)[0] == {0: 2, 1: 1}
 
 
 def test_a_replica_moves_only_after_a_while() -> None:
-    options = ScaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
+    options = AutoscaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
     states = {0: ExpertState(2, 0.6, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
     lull = {0: ExpertState(2, 0.98, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
     memory = {1: (1, -3.0)}
@@ -183,7 +183,7 @@ def test_a_replica_moves_only_after_a_while() -> None:
 
 
 def test_for_a_small_imbalance_a_replica_moves_only_if_it_lasts() -> None:
-    options = ScaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
+    options = AutoscaleOptions(target_busy=0.25, up_after_s=3, down_after_s=1000, max_total=3)
     states = {0: ExpertState(2, 0.9, max_replicas=4), 1: ExpertState(1, 1.0, max_replicas=4)}
     memory: Mapping[int, tuple[int, float]] = {1: (1, -3.0)}
     seen = []
@@ -230,7 +230,7 @@ def test_ten_thousand_random_clusters() -> None:
             busy, waiting = chance.random() * replicas, chance.choice([0.0, chance.random() * 50])
             states[expert] = ExpertState(replicas, busy, waiting, least, most, wanted)
         budget = chance.choice([None, chance.randint(1, 40)])
-        options = ScaleOptions(0.6, 0.1, chance.choice([0, 3]), chance.choice([0, 30]), budget)
+        options = AutoscaleOptions(0.6, 0.1, chance.choice([0, 3]), chance.choice([0, 30]), budget)
         memory = {e: (chance.choice([1, -1]), chance.random() * 60) for e in states if chance.random() < 0.5}
         targets, after = decide(states, options, memory, 60.0)
         assert decide(dict(reversed(states.items())), options, memory, 60.0) == (targets, after)

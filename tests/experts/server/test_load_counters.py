@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from moe_ray.experts.server import load_counters as load
-from moe_ray.experts.server.load_counters import KeyLoad, LoadSampler, LoadWindow, Sample, between, window
+from moe_ray.experts.server.load_counters import KeyLoad, LoadSample, LoadSampler, LoadWindow, between, window
 
 Loads = dict[tuple[int, int], KeyLoad]
 
@@ -33,13 +33,13 @@ class Worker:
 def test_a_sample_adds_up_what_a_replica_holds() -> None:
     loads = {(2, 5): KeyLoad(1, 4, 0.5, 0.25), (0, 5): KeyLoad(2, 8, 1.0, 0.5), (2, 6): KeyLoad(4, 16, 2.0, 1.0)}
     rows = {(2, 5): 4, (0, 5): 8, (2, 6): 16}
-    assert Sample.of(3.0, loads) == Sample(3.0, KeyLoad(7, 28, 3.5, 1.75), rows)
-    assert Sample.of(3.0, {}) == Sample(3.0, KeyLoad(), {})
+    assert LoadSample.of(3.0, loads) == LoadSample(3.0, KeyLoad(7, 28, 3.5, 1.75), rows)
+    assert LoadSample.of(3.0, {}) == LoadSample(3.0, KeyLoad(), {})
 
 
 def test_rates_are_differences_over_the_time_between() -> None:
-    first = Sample(10.0, KeyLoad(5, 50, 1.0, 0.5), {(0, 5): 20, (1, 5): 30})
-    last = Sample(14.0, KeyLoad(15, 90, 2.0, 0.53), {(0, 5): 40, (1, 5): 50})
+    first = LoadSample(10.0, KeyLoad(5, 50, 1.0, 0.5), {(0, 5): 20, (1, 5): 30})
+    last = LoadSample(14.0, KeyLoad(15, 90, 2.0, 0.53), {(0, 5): 40, (1, 5): 50})
     got = between(first, last)
     assert (got.seconds, got.busy, got.rows_per_s, got.calls_per_s) == (4.0, 0.25, 10.0, 2.5)
     assert (got.rows_per_call, got.rows_per_layer) == (4.0, {5: (20, 20)})
@@ -47,27 +47,27 @@ def test_rates_are_differences_over_the_time_between() -> None:
 
 
 def test_rows_are_told_by_expert_and_layer() -> None:
-    first = Sample(0.0, KeyLoad(), {(0, 3): 1, (2, 3): 2, (1, 5): 4})
-    last = Sample(1.0, KeyLoad(), {(0, 3): 11, (2, 3): 2, (1, 5): 40})
+    first = LoadSample(0.0, KeyLoad(), {(0, 3): 1, (2, 3): 2, (1, 5): 4})
+    last = LoadSample(1.0, KeyLoad(), {(0, 3): 11, (2, 3): 2, (1, 5): 40})
     assert between(first, last).rows_per_layer == {3: (10, 0, 0), 5: (0, 36, 0)}
 
 
 def test_nothing_done_and_no_time_passed_are_zeros() -> None:
-    idle = Sample(10.0, KeyLoad(5, 50, 1.0, 0.5), {(0, 5): 50})
-    assert between(idle, Sample(12.0, idle.total, idle.rows)) == LoadWindow(2.0, 0, 0, 0, 0, 0, {5: (0,)})
+    idle = LoadSample(10.0, KeyLoad(5, 50, 1.0, 0.5), {(0, 5): 50})
+    assert between(idle, LoadSample(12.0, idle.total, idle.rows)) == LoadWindow(2.0, 0, 0, 0, 0, 0, {5: (0,)})
     assert between(idle, idle) == LoadWindow(0.0, 0, 0, 0, 0, 0, {5: (0,)})
-    nobody = Sample(10.0, KeyLoad(), {})
+    nobody = LoadSample(10.0, KeyLoad(), {})
     assert between(nobody, nobody).rows_per_layer == {}
 
 
 def test_a_long_call_that_ends_in_a_short_window_is_not_more_than_busy() -> None:
-    first, last = Sample(0.0, KeyLoad(), {(0, 5): 0}), Sample(1.0, KeyLoad(1, 900, 7.0, 0.0), {(0, 5): 900})
+    first, last = LoadSample(0.0, KeyLoad(), {(0, 5): 0}), LoadSample(1.0, KeyLoad(1, 900, 7.0, 0.0), {(0, 5): 900})
     assert between(first, last).busy == 1.0
 
 
 @pytest.mark.parametrize(("seconds", "begins"), [(0, 9), (1, 8), (2.5, 6), (9, 0), (60, 0)])
 def test_a_window_begins_at_the_newest_sample_that_is_old_enough(seconds: float, begins: int) -> None:
-    samples = [Sample(float(t), KeyLoad(t, t * t), {(0, 5): t * t}) for t in range(10)]
+    samples = [LoadSample(float(t), KeyLoad(t, t * t), {(0, 5): t * t}) for t in range(10)]
     got = window(samples, seconds)
     assert got.seconds == 9 - begins
     assert got.rows_per_layer == {5: (81 - begins**2,)}
@@ -102,14 +102,14 @@ def test_a_minute_is_kept_and_no_more() -> None:
 
 def test_the_thread_samples_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "PERIOD_S", 0.001)
-    worker, seen, enough = Worker(), list[tuple[Sample, LoadWindow]](), threading.Event()
+    worker, seen, enough = Worker(), list[tuple[LoadSample, LoadWindow]](), threading.Event()
 
     def read() -> Loads:
         worker.at_s += 1.0
         worker.work(0, 1, 3)
         return worker.key_loads()
 
-    def report(sample: Sample, made: LoadWindow) -> None:
+    def report(sample: LoadSample, made: LoadWindow) -> None:
         seen.append((sample, made))
         if len(seen) == 3:
             enough.set()

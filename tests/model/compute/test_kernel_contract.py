@@ -15,7 +15,7 @@ from moe_ray.model.compute.base import FFN, Pass
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.torch.hosted import tensor_entry
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.native.host import Entry
+from moe_ray.native.host import HostEntry
 
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 """Of the largest value, per dtype."""
@@ -120,7 +120,7 @@ def test_what_a_host_calls_is_forward(expert: Expert, compute: Compute, count: i
 
     native = expert.ffn.entry()
     assert (native is not None) == (compute.kernels is not None)
-    entry: Entry = native or tensor_entry(expert.ffn.forward, compute.torch_dtype, compute.torch_device)
+    entry: HostEntry = native or tensor_entry(expert.ffn.forward, compute.torch_dtype, compute.torch_device)
     x, weights = expert.rows(count)
     out, why = torch.full_like(x, 7.0), ctypes.create_string_buffer(512)
     assert entry.function is not None

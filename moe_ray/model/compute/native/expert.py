@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_ray.native.host import Entry
+from moe_ray.native.host import HostEntry
 from moe_ray.native.kernels import Kernels, Packed
 
 if TYPE_CHECKING:
@@ -36,6 +36,6 @@ class NativeFFN:
     def buffers(self) -> list[memoryview]:
         return [memoryview(self.w13.memory), memoryview(self.w2.memory)]
 
-    def entry(self) -> Entry:
+    def entry(self) -> HostEntry:
         """The kernel's own function over the packed weights."""
         return self.kernels.expert_entry(self.w13, self.w2)

@@ -18,7 +18,7 @@ from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.layers import rope_table
 from moe_ray.model.trunk_weights import TrunkWeights
-from moe_ray.native.kernels import Kernels, Layer, Packed, Shape, Step
+from moe_ray.native.kernels import Kernels, Layer, ModelShape, Packed, StepInputs
 
 
 class NativeTrunk:
@@ -39,7 +39,7 @@ class NativeTrunk:
         half = c.head_dim // 2
         table = rope_table(c, max_model_len, torch.float32, weights.device)
         self.rope = table[..., :half].contiguous()  # [max_model_len, 2, head_dim / 2]
-        self.shape = Shape(
+        self.shape = ModelShape(
             *(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
             *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.head_dim**-0.5, c.sliding_window or 0),
         )
@@ -79,7 +79,7 @@ class NativePass:
         self._tables = np.fromiter(chain.from_iterable(tables), dtype=np.int32)
         self._table_start = np.array([0, *accumulate(map(len, tables))][:-1], dtype=np.int64)
         arrays = (self._positions, self._slots, self._sequence, self._tables, self._table_start)
-        self._step = Step(
+        self._step = StepInputs(
             *(batch.num_tokens, cache.block_size), *(array.ctypes.data for array in arrays), trunk.rope.data_ptr()
         )
         self._counts = np.zeros(trunk.config.num_local_experts, dtype=np.int64)

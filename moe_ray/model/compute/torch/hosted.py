@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from moe_ray.native.host import Buffers, Entry, interpreted, memory_at
+from moe_ray.native.host import Buffers, HostEntry, interpreted, memory_at
 
 _MAX_VIEWS: Final = 64
 """Kept of one network: a connection uses the same memory for call after call, and making views takes longer than many a
@@ -16,7 +16,7 @@ product."""
 
 def tensor_entry(
     forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> Entry:
+) -> HostEntry:
     """An entry that calls `forward(rows [T, D], weights [T])` on `device`: on a CPU, on the host's own buffers."""
     known: dict[Buffers, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
