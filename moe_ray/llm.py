@@ -18,7 +18,7 @@ from moe_ray.config import load_config
 from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
 from moe_ray.engine.build import build_engine
 from moe_ray.errors import InvalidRequest
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.text.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ class LLM:
         self._engine = build_engine(
             self.config,
             checkpoint,
-            lambda compute: local_pool(checkpoint, compute, lambda expert: watch(f"Expert{expert}") or _ignore),
+            lambda compute: local_experts(checkpoint, compute, lambda expert: watch(f"Expert{expert}") or _ignore),
             watch("Trunk"),
         )
         checkpoint.close()

@@ -21,7 +21,7 @@ from moe_ray.core import TokenEvent, TrunkInfo
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.loop import EngineLoop
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class Trunk:
         torch.set_num_threads(1)
         config = load_config({"model": {"dtype": "float32"}, "engine": {"kv_cache_gib": 0.05, **engine}})
         checkpoint = Checkpoint.open(directory)
-        self.engine = Paused(build_engine(config, checkpoint, lambda compute: local_pool(checkpoint, compute)))
+        self.engine = Paused(build_engine(config, checkpoint, lambda compute: local_experts(checkpoint, compute)))
         checkpoint.close()
         self.loop = EngineLoop(self.engine)  # type: ignore[arg-type]
         self._server = TrunkServer(self.loop, lambda: [], "127.0.0.1", LinkOptions())

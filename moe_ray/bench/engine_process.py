@@ -20,7 +20,7 @@ from moe_ray.engine.engine import Engine
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import local_pool, model_keys
+from moe_ray.experts.local import local_experts, model_keys
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.transport import connect
@@ -99,7 +99,7 @@ class EngineHost:
             dtypes.append(compute.dtype)
             if carrier == "local":
                 bars = partial(self._expert_bar, name)
-                return local_pool(checkpoint, compute, bars)
+                return local_experts(checkpoint, compute, bars)
             keys = model_keys(model.num_hidden_layers, model.num_local_experts)
             return self._linked(settings, infos, keys, carrier, token)
 

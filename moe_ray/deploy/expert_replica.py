@@ -25,7 +25,7 @@ from moe_ray.deploy.replica_targets import BATCHES, BUSY, CALLS, QUEUE, wait_unt
 from moe_ray.errors import EngineError
 from moe_ray.experts.planning.placement import Holding
 from moe_ray.experts.server.load_counters import WINDOW_S, LoadSampler
-from moe_ray.experts.server.weight_loader import CARRIER, Arrival
+from moe_ray.experts.server.weight_loader import CARRIER, WeightLoader
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import limit_torch_threads, open_compute
@@ -54,8 +54,8 @@ class ExpertReplica:
         wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
         compute = open_compute(model, wanted, config.cache_dir, threads)
         reader = ExpertReader(checkpoint, holding.keys, compute, reporter(name))
-        self._arrival = Arrival(name, reader, model.hidden_size, compute, link_options(config).native_dir)
-        self._worker = self._arrival.worker
+        self._weight_loader = WeightLoader(name, reader, model.hidden_size, compute, link_options(config).native_dir)
+        self._worker = self._weight_loader.worker
         self._servers = self._listen(config)
         self._linger_s, self._handover_s = config.experts.refresh_s + 1, config.experts.handover_s
         context, replica = ray.get_runtime_context(), serve.get_replica_context()
@@ -81,7 +81,7 @@ class ExpertReplica:
         self._sampler.start()
         self._application = replica.app_name
         self._find_peers = find_peers(replica.deployment, replica.app_name)
-        self._arrival.start(self._find_peers, *(self._info.replica_id, self._info.node_id, link_options(config)))
+        self._weight_loader.start(self._find_peers, *(self._info.replica_id, self._info.node_id, link_options(config)))
 
     def _listen(self, config: Config) -> dict[str, ExpertServer]:
         servers: dict[str, ExpertServer] = {}
@@ -101,12 +101,12 @@ class ExpertReplica:
 
             servers["ray"] = RayExpertServer(self._worker.forward)
         if config.transport != "ray":  # which opens no ports
-            servers[CARRIER] = WeightsServer(self._arrival.offer, host, options=options)
+            servers[CARRIER] = WeightsServer(self._weight_loader.offer, host, options=options)
         return servers
 
     async def endpoint(self) -> ReplicaInfo:
         """Who this replica is, where it listens and what it serves by now."""
-        loading = self._arrival.loading  # asked first: once it is False, the keys are all there
+        loading = self._weight_loader.loading  # asked first: once it is False, the keys are all there
         return replace(self._info, keys=self._worker.keys, loading=loading)
 
     async def record_replica_metadata(self) -> dict[str, Any]:
@@ -136,16 +136,16 @@ class ExpertReplica:
             **telemetry.process_status(psutil.Process()),
             **await self.load(),
             "addresses": dict(self._info.addresses),
-            "bytes_read": self._arrival.bytes_read,
-            "bytes_from_peers": self._arrival.bytes_from_peers,
+            "bytes_read": self._weight_loader.bytes_read,
+            "bytes_from_peers": self._weight_loader.bytes_from_peers,
             "loaded_keys": len(self._worker.keys),
-            "keys": self._arrival.num_keys,
+            "keys": self._weight_loader.num_keys,
         }
 
     def check_health(self) -> None:
         """Raise when loading has failed, so that Serve replaces this replica."""
-        if self._arrival.failure is not None:
-            raise EngineError(f"loading failed: {self._arrival.failure!r}")
+        if self._weight_loader.failure is not None:
+            raise EngineError(f"loading failed: {self._weight_loader.failure!r}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve hands to the scaling policy."""
@@ -154,7 +154,7 @@ class ExpertReplica:
 
     def __del__(self) -> None:
         if hasattr(self, "_arrival"):
-            self._arrival.stop()
+            self._weight_loader.stop()
         if hasattr(self, "_find_peers"):
             mine = self._info.replica_id
             wait_for_successor(self._find_peers, lambda: is_ending(self._application), mine, self._handover_s)
@@ -164,4 +164,4 @@ class ExpertReplica:
         for server in getattr(self, "_servers", {}).values():
             server.close()
         if hasattr(self, "_arrival"):
-            self._arrival.close()
+            self._weight_loader.close()

@@ -24,7 +24,7 @@ from moe_ray.engine.loop import EngineLoop
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import local_pool, model_keys
+from moe_ray.experts.local import local_experts, model_keys
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
@@ -49,7 +49,7 @@ class TrunkEngine:
             if experts:
                 pools.append(_remote_pool(config, checkpoint.config, experts))
             else:
-                pools.append(local_pool(checkpoint, compute, lambda expert: reporter(f"Expert{expert}")))
+                pools.append(local_experts(checkpoint, compute, lambda expert: reporter(f"Expert{expert}")))
             return pools[0]
 
         engine = build_engine(config, checkpoint, make_experts, reporter(deployment))

@@ -21,7 +21,7 @@ def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
 
 
-def local_pool(
+def local_experts(
     checkpoint: Checkpoint, compute: Compute, progress: Callable[[int], Progress] | None = None
 ) -> ExpertDispatcher:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.

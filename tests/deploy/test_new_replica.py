@@ -12,7 +12,7 @@ from moe_ray.core import ReplicaInfo
 from moe_ray.deploy.expert_replica import ExpertReplica
 from moe_ray.deploy.peers import find_peers
 from moe_ray.errors import CheckpointError, EngineError, NotReady
-from moe_ray.experts.server.weight_loader import CARRIER, Arrival, peer_of
+from moe_ray.experts.server.weight_loader import CARRIER, WeightLoader, peer_of
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -69,7 +69,7 @@ class Broken(ExpertReader):
 def test_serve_hears_of_a_replica_that_could_not_load(random_model: Path) -> None:
     replica = ExpertReplica.__new__(ExpertReplica)
     reader = Broken(Checkpoint.open(random_model), {(layer, 0) for layer in range(4)}, Compute(Backend("float32")))
-    replica._arrival = Arrival("Expert0", reader, 64, Compute(Backend("float32")))
+    replica._arrival = WeightLoader("Expert0", reader, 64, Compute(Backend("float32")))
     replica.check_health()
     replica._arrival.start(list, "me", "here", None)  # type: ignore[arg-type]
     assert replica._arrival.wait(20)

@@ -17,7 +17,7 @@ from moe_ray.engine.loop import EngineLoop
 from moe_ray.errors import ConfigError, EngineError, ExpertUnavailable, InvalidRequest, Overloaded
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.moe import Experts, PendingCalls, Routed
 
@@ -45,7 +45,7 @@ class Rig:
         checkpoint = Checkpoint.open(directory)
 
         def experts(compute: Any) -> Fragile:
-            self.experts = Fragile(local_pool(checkpoint, compute))
+            self.experts = Fragile(local_experts(checkpoint, compute))
             return self.experts
 
         self.engine: Engine = build_engine(config, checkpoint, experts)

@@ -16,7 +16,7 @@ from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.routed_experts import RoutedRows, as_array
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import ProtocolError
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.llm import LLM
 from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trunk(directory: Path) -> Iterator[Trunk]:
     checkpoint, compute = Checkpoint.open(directory), Compute(Backend("float32"))
-    yield Trunk.load(checkpoint, local_pool(checkpoint, compute), compute, 256)
+    yield Trunk.load(checkpoint, local_experts(checkpoint, compute), compute, 256)
     checkpoint.close()
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_ray.errors import CheckpointError
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -186,7 +186,7 @@ def test_missing_tensor(whole: Path) -> None:
     name = "model.layers.2.block_sparse_moe.experts.6.w2.weight"
     change(whole, lambda tensors: tensors.pop(name))
     refused(lambda: check_all(whole), str(whole), name, "missing")
-    refused(lambda: local_pool(Checkpoint.open(whole), Compute(Backend("float32"))), name)
+    refused(lambda: local_experts(Checkpoint.open(whole), Compute(Backend("float32"))), name)
 
 
 def test_tensor_that_the_index_names_and_the_file_lacks(sharded: Path) -> None:

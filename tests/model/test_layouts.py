@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moe_ray.core import Request, SamplingParams
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.errors import CheckpointError
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -82,7 +82,7 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 def ours(directory: Path) -> list[int]:
     checkpoint = Checkpoint.open(directory)
     compute = Compute(Backend("float32"))
-    trunk = Trunk.load(checkpoint, local_pool(checkpoint, compute), compute, 64)
+    trunk = Trunk.load(checkpoint, local_experts(checkpoint, compute), compute, 64)
     engine = Engine(trunk, EngineOptions(16, 8, max_model_len=64))
     engine.submit(Request("r", PROMPT, SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)))
     tokens: list[int] = []

@@ -15,7 +15,7 @@ from moe_ray.core import Batch, Request, SamplingParams, Sequence
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.scheduler import SchedulerLimits
-from moe_ray.experts.local import local_pool
+from moe_ray.experts.local import local_experts
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -70,7 +70,7 @@ class Parts:
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         checkpoint = Checkpoint.open(directory)
         compute = Compute(Backend(str(dtype).removeprefix("torch."), device))
-        self.pool = local_pool(checkpoint, compute)
+        self.pool = local_experts(checkpoint, compute)
         self.trunk = Trunk.load(checkpoint, self.pool, compute, 512)
 
     def engine(

@@ -26,7 +26,7 @@ from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import local_pool, model_keys
+from moe_ray.experts.local import local_experts, model_keys
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -55,7 +55,7 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
 
     def experts(compute: object) -> ExpertDispatcher:
         if carrier == "local":
-            pool = local_pool(checkpoint, Compute(Backend("float32")))
+            pool = local_experts(checkpoint, Compute(Backend("float32")))
         else:
             model = checkpoint.config
             handles = [

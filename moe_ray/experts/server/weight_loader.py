@@ -63,7 +63,7 @@ def peer_of(found: Sequence[ReplicaInfo], replica_id: str, node_id: str, keys: C
     return random.choice(near).addresses[CARRIER] if near else None
 
 
-class Arrival:
+class WeightLoader:
     """Loads one replica: the first layer in the constructor, the others on a thread of its own, from `start` on."""
 
     def __init__(

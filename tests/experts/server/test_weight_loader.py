@@ -16,7 +16,7 @@ from moe_ray.core import ExpertCall, ExpertKey, ReplicaInfo
 from moe_ray.errors import CallRefused, CheckpointError, KernelsUnavailable, NotReady
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.load_counters import KeyLoad
-from moe_ray.experts.server.weight_loader import CARRIER, Arrival, FasterSource, peer_of
+from moe_ray.experts.server.weight_loader import CARRIER, FasterSource, WeightLoader, peer_of
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -100,12 +100,12 @@ class Replica:
     """What `serve.expert.ExpertReplica` is made of, without Ray."""
 
     name: str
-    arrival: Arrival
+    arrival: WeightLoader
     servers: dict[str, ExpertServer]
 
     @staticmethod
     def of(name: str, reader: ExpertReader, compute: Compute) -> Replica:
-        arrival = Arrival(name, reader, WIDTH, compute, load_config().cache_dir)
+        arrival = WeightLoader(name, reader, WIDTH, compute, load_config().cache_dir)
         worker = arrival.worker
         calls = SocketExpertServer(worker.forward, options=OPTIONS, native=worker.native)
         return Replica(name, arrival, {"socket": calls, CARRIER: WeightsServer(arrival.offer, options=OPTIONS)})
