@@ -36,7 +36,10 @@ from moe_ray.deploy.replica_targets import forget_replicas
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import ConfigError, MoeRayError, NotReady
 from moe_ray.hub import resolve_model
-from moe_ray.native.build import prepare
+from moe_ray.model.compute.compute import has_cuda
+from moe_ray.model.compute.resolve import Machine, Wanted, resolve
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.native.build import cpu_flags, prepare
 from moe_ray.text.tokenizer import Tokenizer
 
 INGRESSES = ("python", "haproxy")
@@ -90,6 +93,8 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         config, plan = on_cluster_cards(config, directory, plan, console)
         print_plan(console, plan, None)
+        if options.address is None:
+            _print_backend(config, plan.model, console)
         _deploy(config, options, plan, console, timeline)
         url = url_of(options.host, options.port)
         greet(config, url, ray.get_runtime_context().gcs_address, dashboard, console, timeline)
@@ -104,6 +109,16 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _stop(options)
     console.print("stopped")
+
+
+def _print_backend(config: Config, model: ModelConfig, console: Console) -> None:
+    """Say what trunk and experts compute with on this machine, and what makes that slower than it could be."""
+    section = config.model
+    machine = Machine(cpu_flags(), section.device != "cpu" and has_cuda())
+    backend = resolve(model, Wanted(section.dtype, section.device, section.kernels), machine)
+    console.print(f"computing {backend}", highlight=False, soft_wrap=True)
+    if backend.slower_because:
+        console.print(f"  {backend.slower_because}", style="yellow", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

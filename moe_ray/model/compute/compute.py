@@ -76,7 +76,7 @@ def open_compute(model: ModelConfig, wanted: Wanted, cache_dir: Path, threads: i
             backend = backend.on_reference(str(error))
     logger.info("computing %s", backend)
     if backend.missing:
-        logger.warning("without native kernels, torch's are used instead: %s", "; ".join(backend.missing))
+        logger.warning(backend.slower_because)
     return Compute(backend, kernels, threads)
 
 

@@ -90,6 +90,11 @@ class Backend:
         """The same without native kernels, because `why`."""
         return replace(self, trunk="torch", experts="torch", missing=(*self.missing, why))
 
+    @property
+    def slower_because(self) -> str:
+        """Why torch computes what native kernels would compute faster, in one line; empty where that is not so."""
+        return f"torch computes, which is slower: {'; '.join(self.missing)}" if self.missing else ""
+
     def __str__(self) -> str:
         return f"{self.dtype} on {self.device}, trunk: {self.trunk} kernels, experts: {self.experts} kernels"
 
@@ -139,9 +144,12 @@ def _lacks_in_common(kernels: KernelSet, backend: Backend, weight_format: str, m
     lacks = []
     if backend.device != "cpu" or backend.dtype not in kernels.dtypes:
         computes = "a CPU" if backend.device == "cpu" else backend.device.upper()
-        lacks.append(f"they compute {', '.join(sorted(kernels.dtypes))} on a CPU, not {backend.dtype} on {computes}")
+        lacks.append(
+            f"native kernels take {', '.join(sorted(kernels.dtypes))} on a CPU, not {backend.dtype} on {computes}"
+        )
     if weight_format not in kernels.formats:
-        lacks.append(f"they compute weights of format {', '.join(sorted(kernels.formats))}, not {weight_format}")
+        formats = ", ".join(sorted(kernels.formats))
+        lacks.append(f"native kernels take weights of format {formats}, not {weight_format}")
     if absent := kernels.instructions - machine.cpu_flags:
         lacks.append(f"this CPU has no {', '.join(sorted(absent))} instructions")
     return tuple(lacks)
@@ -162,7 +170,7 @@ def _trunk_lacks(kernels: KernelSet, model: ModelConfig) -> tuple[str, ...]:
 def _experts_lack(kernels: KernelSet, model: ModelConfig) -> tuple[str, ...]:
     lacks = []
     if model.hidden_act not in kernels.activations:
-        lacks.append(f"they compute {', '.join(sorted(kernels.activations))}, not {model.hidden_act}")
+        lacks.append(f"native kernels compute {', '.join(sorted(kernels.activations))}, not {model.hidden_act}")
     for name, size in (("hidden_size", model.hidden_size), ("intermediate_size", model.intermediate_size)):
         if size % kernels.lanes:
             lacks.append(f"{name} {size} is not a multiple of {kernels.lanes}")

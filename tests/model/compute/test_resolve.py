@@ -80,7 +80,14 @@ def test_what_is_chosen(changes: dict[str, Any], wanted: Wanted, machine: Machin
     [
         ({}, Wanted(), AVX2, "torch", "torch", "not float32 on a CPU; this CPU has no avx512_bf16 instructions"),
         ({}, Wanted("bfloat16"), AVX2, "torch", "torch", "this CPU has no avx512_bf16 instructions"),
-        ({}, Wanted("float32"), AVX512_BF16, "torch", "torch", "they compute bfloat16 on a CPU, not float32 on a CPU"),
+        (
+            {},
+            Wanted("float32"),
+            AVX512_BF16,
+            "torch",
+            "torch",
+            "native kernels take bfloat16 on a CPU, not float32 on a CPU",
+        ),
         (
             {"head_dim": 48},
             Wanted(),
@@ -97,7 +104,14 @@ def test_what_is_chosen(changes: dict[str, Any], wanted: Wanted, machine: Machin
             "native",
             "trunk: no attention for head_dim 64 with 9 query heads per KV head",
         ),
-        ({"hidden_act": "gelu"}, Wanted(), AVX512_BF16, "native", "torch", "experts: they compute silu, not gelu"),
+        (
+            {"hidden_act": "gelu"},
+            Wanted(),
+            AVX512_BF16,
+            "native",
+            "torch",
+            "experts: native kernels compute silu, not gelu",
+        ),
         (
             {"intermediate_size": 112},
             Wanted(),
@@ -128,7 +142,7 @@ def test_native_kernels_on_a_card_are_refused() -> None:
 
 def test_a_weight_format_without_kernels() -> None:
     backend = resolve(model(), Wanted(), Machine(AVX512_BF16), "int4")
-    assert backend.missing == ("they compute weights of format float, not int4",)
+    assert backend.missing == ("native kernels take weights of format float, not int4",)
 
 
 def test_cuda_that_is_not_there() -> None:
