@@ -67,7 +67,7 @@ class GrpcLink:
         return self._calls.broken is not None
 
     def probe(self) -> None:
-        """Nothing: who is gone is noticed without."""
+        """Nothing: gRPC's own keepalive notices a peer that is gone."""
 
     def send(self, call: ExpertCall) -> Pending[pb.ExpertReply]:
         """Copy `call` into a message and queue it for the stream. Raises `LinkBroken` or `InvalidCall`."""

@@ -61,7 +61,7 @@ class LocalLink:
         return self.reason is not None
 
     def probe(self) -> None:
-        """Nothing: who is gone is noticed without."""
+        """Nothing: a server of this process breaks its links when it closes."""
 
     def send(self, call: ExpertCall) -> LocalPending:
         """Note `call` for its result to be asked for. Raises `LinkBroken`, `InvalidCall`."""

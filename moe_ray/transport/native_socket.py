@@ -33,7 +33,7 @@ def links_library(cache_dir: Path) -> Links | None:
 
 
 class NativeSocketLink:
-    """`base.Link` over one connection; whoever waits receives."""
+    """`base.Link` over one connection; the thread that waits receives."""
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions, library: Links) -> None:
         """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""

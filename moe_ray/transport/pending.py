@@ -1,4 +1,4 @@
-"""The calls in flight on one link: who waits for which reply, and how all of them fail at once when the link ends."""
+"""The calls in flight on one link: which thread waits for which reply, and how all fail at once when the link ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def peer_name(info: ReplicaInfo, carrier: str) -> str:
 
 
 class Pending(Generic[M]):
-    """A reply under way (`base.PendingReply`): set once by the link's thread, waited for by the caller's."""
+    """A reply in flight (`base.PendingReply`): set once by the link's thread, waited for by the caller's."""
 
     __slots__ = ("_broken", "_call", "_done", "_message", "_table", "call_id")
 
@@ -99,7 +99,7 @@ class CallTable(Generic[M]):
         with self._lock:
             pending = self._pending.pop(call_id, None)
         if pending is None:
-            return self._broken is not None  # a reply that crossed our own close() is nobody's fault
+            return self._broken is not None  # a reply that crossed our own close() is no fault
         pending.settle(message)
         return True
 

@@ -1,6 +1,6 @@
 """The `ray` carrier: the call is run on the expert's own actor, found by name; rows travel as Ray objects.
 
-Nothing but Ray's ports is needed, and the guard is Ray's too: whoever may talk to the cluster can run code in any
+Nothing but Ray's ports is needed, and the guard is Ray's: a process that may talk to the cluster can run code in any
 actor, so the cluster token of `LinkOptions` would add nothing here and is not used. Calls to one actor are computed
 one after another. An async actor (a Serve replica) computes them on its event loop: its health checks wait meanwhile.
 

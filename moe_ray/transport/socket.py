@@ -104,7 +104,7 @@ class SocketLink:
             self._broke(OVER)
         elif self._using.acquire(blocking=False):  # else a thread reads it
             try:
-                self._withdraw(0)  # a call that nobody made: the replica ignores it
+                self._withdraw(0)  # of a call that does not exist: the replica ignores it
             finally:
                 self._using.release()
 
@@ -138,7 +138,7 @@ class SocketLink:
                 raise self._broke(say(error)) from None
 
     def cancel(self, call_id: int) -> None:
-        """Tell the replica that nobody waits for a call, if that takes no waiting."""
+        """Tell the replica that a call is cancelled, if that takes no waiting."""
         with self._using:
             self._withdraw(call_id)
 

@@ -110,7 +110,7 @@ def decide(
 
 
 def expected_growth(states: Iterable[ExpertState]) -> float:
-    """How many times as much all experts would compute if those that are saturated kept nobody waiting; 1 if none is.
+    """How many times as much all experts would compute if no call waited for the saturated ones; 1 if none is.
 
     At most what the expert with the fewest replicas to spare could take, for it would be the next to keep the others
     waiting, and at most `MOST_GROWTH`.

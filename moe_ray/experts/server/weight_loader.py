@@ -1,6 +1,6 @@
 """How a replica comes by its weights: the first layer at once, the others while it serves, from disk or from a peer.
 
-The checkpoint is read a layer at a time; meanwhile somebody looks for a replica that holds the same. If there is one, a
+The checkpoint is read a layer at a time; meanwhile a thread looks for a replica that holds the same. If there is one, a
 layer is taken from its memory, and from then on each comes from where the last one came faster.
 """
 
