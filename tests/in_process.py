@@ -20,13 +20,14 @@ from moe_ray.config import load_config
 from moe_ray.core import TokenEvent, TrunkInfo
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
-from moe_ray.engine.loop import EngineLoop
+from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.local import local_experts
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.compute import Compute
 from moe_ray.text.tokenizer import Tokenizer
 from moe_ray.transport.base import LinkOptions
-from moe_ray.trunk.server import TrunkServer
+from moe_ray.trunk.runtime import TrunkPlace, TrunkRuntime
 
 LOAD: dict[str, Any] = {"experts": []}
 """What GET /experts answers."""
@@ -39,15 +40,20 @@ class Trunk:
         torch.set_num_threads(1)
         config = load_config({"model": {"dtype": "float32"}, "engine": {"kv_cache_gib": 0.05, **engine}})
         checkpoint = Checkpoint.open(directory)
-        self.engine = Paused(build_engine(config, checkpoint, lambda compute: local_experts(checkpoint, compute)))
+        experts: list[ExpertDispatcher] = []
+
+        def make_experts(compute: Compute) -> ExpertDispatcher:
+            experts.append(local_experts(checkpoint, compute))
+            return experts[0]
+
+        self.engine = Paused(build_engine(config, checkpoint, make_experts))
         checkpoint.close()
-        self.loop = EngineLoop(self.engine)  # type: ignore[arg-type]
-        self._server = TrunkServer(self.loop, lambda: [], "127.0.0.1", LinkOptions())
-        self.info = TrunkInfo("trunk-1", "node", 1, self._server.address, self.engine.options.max_model_len, 4096, 16)
+        place = TrunkPlace("trunk-1", "node", "127.0.0.1")
+        self.runtime = TrunkRuntime(self.engine, experts[0], place, LinkOptions(), affinity=True)  # type: ignore[arg-type]
+        self.info = self.runtime.info
 
     def close(self) -> None:
-        self.loop.close()
-        self._server.close()
+        self.runtime.close(drain_s=0)
 
 
 class Paused:

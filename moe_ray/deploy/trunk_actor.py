@@ -1,26 +1,22 @@
-"""A served trunk: the engine, its links to the experts, and a port for gateways."""
+"""What a trunk's Serve replica holds: its weights and links, made with Ray's help, and the runtime over them."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray.serve.handle import DeploymentHandle
 
 from moe_ray.config import Config
-from moe_ray.core import TrunkInfo
 from moe_ray.deploy.discovery import ExpertDiscovery
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.loading_board import reporter
 from moe_ray.deploy.metrics import Reporter, TrunkMetrics
 from moe_ray.deploy.replica_targets import KV_USE, RUNNING, WAITING
 from moe_ray.engine.build import build_engine
-from moe_ray.engine.loop import EngineLoop
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
@@ -30,47 +26,38 @@ from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.transport import CARRIERS, best_carrier, connect
-from moe_ray.trunk.server import TrunkServer
+from moe_ray.trunk.runtime import TrunkPlace, TrunkRuntime
 
 logger = logging.getLogger(__name__)
 
 
-class TrunkEngine:
-    """What a trunk's actor holds."""
+class TrunkActor:
+    """A trunk in a Ray actor."""
 
     def __init__(self, config: Config, experts: Sequence[DeploymentHandle], deployment: str, replica_id: str) -> None:
         """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`."""
         started = time.perf_counter()
         limit_torch_threads(config.trunk.threads or 1)
         checkpoint = Checkpoint.open(resolve_model(config))
-        pools: list[ExpertDispatcher] = []
+        made: list[ExpertDispatcher] = []
 
         def make_experts(compute: Compute) -> ExpertDispatcher:
             if experts:
-                pools.append(_remote_pool(config, checkpoint.config, experts))
+                made.append(_remote_experts(config, checkpoint.config, experts))
             else:
-                pools.append(local_experts(checkpoint, compute, lambda expert: reporter(f"Expert{expert}")))
-            return pools[0]
+                made.append(local_experts(checkpoint, compute, lambda expert: reporter(f"Expert{expert}")))
+            return made[0]
 
         engine = build_engine(config, checkpoint, make_experts, reporter(deployment))
         checkpoint.close()
-        (self._pool,) = pools
-        self._bytes_read, self._kv_bytes = checkpoint.bytes_read, engine.kv_cache_bytes
-        self._loop = EngineLoop(engine)
-        self._server = TrunkServer(self._loop, self._pool.missing, ray.util.get_node_ip_address(), link_options(config))
-        options = engine.options
-        self.info = TrunkInfo(
-            replica_id=replica_id,
-            node_id=ray.get_runtime_context().get_node_id(),
-            pid=os.getpid(),
-            address=self._server.address,
-            max_model_len=options.max_model_len,
-            kv_cache_tokens=options.num_blocks * options.block_size,
-            block_size=options.block_size if config.trunk.affinity and options.limits.enable_prefix_caching else 0,
-        )
+        node_id = ray.get_runtime_context().get_node_id()
+        place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())
+        self._bytes_read = checkpoint.bytes_read
         self._drain_s = config.trunk.drain_s
+        self._runtime = TrunkRuntime(engine, made[0], place, link_options(config), affinity=config.trunk.affinity)
+        self.info = self._runtime.info
         # Serve takes this trunk for running once it is made, and sends requests (or a whole rollout) its way.
-        if away := self._pool.table.wait_complete(config.experts.deadline_s):
+        if away := self._runtime.wait_complete(config.experts.deadline_s):
             logger.warning("%s: goes on without experts %s for now", deployment, ", ".join(map(str, away)))
         logger.info(
             "%s: read %d bytes (shared tensors%s) in %.1f s; KV cache %d tokens, %.2f x %d; listening on %s",
@@ -79,47 +66,35 @@ class TrunkEngine:
             "" if experts else " and all experts",
             time.perf_counter() - started,
             self.info.kv_cache_tokens,
-            self.info.kv_cache_tokens / options.max_model_len,
-            options.max_model_len,
+            self.info.kv_cache_tokens / self.info.max_model_len,
+            self.info.max_model_len,
             self.info.address,
         )
-        self._reporter = Reporter(TrunkMetrics(replica_id, self._loop.stats, self._pool.counters).report)
+        metrics = TrunkMetrics(replica_id, self._runtime.stats, self._runtime.call_counters)
+        self._reporter = Reporter(metrics.report)
 
     def status(self) -> dict[str, Any]:
         """Memory and load."""
-        return {
-            "addresses": {"grpc": self.info.address},
-            "bytes_read": self._bytes_read,
-            "kv_cache_bytes": self._kv_bytes,
-            "kv_cache_tokens": self.info.kv_cache_tokens,
-            "max_model_len": self.info.max_model_len,
-            "missing": [f"Expert{e}" for e in self._pool.missing()],
-            "expert_calls": asdict(self._pool.counters),
-            "links": {r.info.replica_id: r.calls for r in self._pool.table.replicas()},
-            **asdict(self._loop.stats()),
-        }
+        return {"bytes_read": self._bytes_read, **self._runtime.status()}
 
     @property
     def failure(self) -> BaseException | None:
         """Why the engine stopped; None while it runs."""
-        return self._loop.failure
+        return self._runtime.failure
 
     def load(self) -> dict[str, float]:
         """What the scaling policy goes by: requests running and waiting, the share of KV blocks that they hold."""
-        stats = self._loop.stats()
+        stats = self._runtime.stats()
         kv_use = 1 - stats.kv_blocks_free / max(stats.kv_blocks_total, 1)
         return {RUNNING: stats.num_running, WAITING: stats.num_waiting, KV_USE: kv_use}
 
     def close(self) -> None:
         """Let running requests end for at most `trunk.drain_s`, then end everything. Idempotent."""
-        self._server.drain(self._drain_s)
-        self._server.close()  # first: gateways replay elsewhere what still runs, and see no error
-        self._loop.close()
+        self._runtime.close(self._drain_s)
         self._reporter.close()
-        self._pool.close()
 
 
-def _remote_pool(config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle]) -> ExpertDispatcher:
+def _remote_experts(config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle]) -> ExpertDispatcher:
     keys = model_keys(model.num_hidden_layers, model.num_local_experts)
     options = link_options(config)
     carriers = CARRIERS if config.transport == "auto" else (config.transport,)

@@ -21,12 +21,12 @@ class TrunkReplica:
 
     def __init__(self, config: Config, experts: Sequence[DeploymentHandle]) -> None:
         """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`."""
-        from moe_ray.deploy.trunk_actor import TrunkEngine
+        from moe_ray.deploy.trunk_actor import TrunkActor
 
         telemetry.configure(config.log_level)
         hide_cards_of_others(config.model.device)
         context = serve.get_replica_context()
-        self._engine = TrunkEngine(config, experts, context.deployment, context.replica_id.to_full_id_str())
+        self._engine = TrunkActor(config, experts, context.deployment, context.replica_id.to_full_id_str())
 
     async def endpoint(self) -> TrunkInfo:
         """Who this trunk is and where it listens."""

@@ -44,7 +44,7 @@ async def post(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
 async def idle(trunk: Trunk) -> None:
     """Wait until nothing runs or waits in the trunk."""
     end = time.monotonic() + 10
-    while (stats := trunk.loop.stats()).num_running or stats.num_waiting:
+    while (stats := trunk.runtime.stats()).num_running or stats.num_waiting:
         assert time.monotonic() < end, stats
         await asyncio.sleep(0.02)
 
@@ -229,7 +229,7 @@ def test_a_client_that_leaves_before_the_first_token_frees_its_sequences(slow: T
                 await anext(pieces)
             slow.engine.pause_s = 0.0
             await idle(slow)
-            assert slow.loop.stats().generated_tokens < 400
+            assert slow.runtime.stats().generated_tokens < 400
 
     asyncio.run(ask())
 
