@@ -28,6 +28,10 @@ protos: venv  ## regenerate moe_ray/pb from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=moe_ray/pb --pyi_out=moe_ray/pb --grpc_python_out=moe_ray/pb protos/moe_ray.proto
 	sed -i 's/^import moe_ray_pb2 as/from moe_ray.pb import moe_ray_pb2 as/' moe_ray/pb/moe_ray_pb2_grpc.py
 
+.PHONY: docs
+docs: venv  ## write docs/configuration.md anew from moe_ray/config
+	$(BIN)/python docs/generate_configuration.py
+
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml

@@ -19,16 +19,20 @@ class ActorOptions(Section):
     """What Ray reserves for one actor. CPU shares are small: they place actors, they do not limit them."""
 
     num_cpus: float = Field(default=0.1, ge=0)
+    """CPU cores that Ray reserves for each actor."""
     num_gpus: float | None = Field(default=None, ge=0)
-    """Cards, or the share of one. Where no actor's is set, `moe-ray serve` plans it from the cluster's cards."""
+    """GPUs, or the share of one, that Ray reserves for each actor. Where no actor's is set, `moe-ray serve` plans them
+    from the cluster's cards."""
     resources: Mapping[str, float] = {}
+    """Custom Ray resources that Ray reserves for each actor: name → amount."""
     accelerator_type: str | None = None
-    """Ray's name of the card it must have, such as T4 or L4."""
+    """Ray's name of the card that its node must have, such as T4 or L4."""
     labels: Mapping[str, str] = {}
     """Labels that its node must have: label → a value, `!value`, `in(a,b)` or `!in(a,b)`."""
     num_replicas: int = Field(default=1, ge=1)
+    """Number of replicas at the start."""
     threads: int | None = Field(default=None, ge=1)
-    """Compute threads of the process (CPU); default: a trunk with native kernels takes all cores, else one."""
+    """Compute threads of the process on a CPU. Default: all cores for a trunk with native kernels, else one."""
 
     @field_validator("labels")
     @classmethod
@@ -45,9 +49,9 @@ class ScaledOptions(ActorOptions):
     """Actors whose number may change while they serve; they start with `num_replicas`."""
 
     min_replicas: int = Field(default=1, ge=1)
-    """Fewest that autoscaling leaves."""
+    """Fewest replicas that autoscaling leaves running."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """Most that autoscaling starts; default: `num_replicas`, so that it does not grow."""
+    """Most replicas that autoscaling starts. Default: `num_replicas`, so the number does not grow."""
 
     @field_validator("min_replicas")
     @classmethod
@@ -75,9 +79,9 @@ class ReportsSection(Section):
     """What replicas tell the scaling policy."""
 
     interval_s: float = Field(default=1.0, gt=0)
-    """How often replicas report."""
+    """Seconds between two reports of a replica."""
     look_back_s: float = Field(default=3.0, gt=0, validate_default=True)
-    """The time over which that is averaged. A longer one delays each step of the way to enough replicas by itself."""
+    """Seconds over which the reports are averaged. A longer time delays every scaling step by as much."""
 
     @field_validator("look_back_s")
     @classmethod

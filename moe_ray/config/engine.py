@@ -13,21 +13,28 @@ class EngineSection(Section):
     """Continuous batching and the KV cache of one trunk."""
 
     block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens of one block of the paged KV cache. Prefixes are cached in whole blocks."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
-    """Default: a fifth of the free memory on CPU (at most 4 GiB), most of the free memory on a GPU."""
+    """Memory of the KV cache. Default: a fifth of the free memory on a CPU (at most 4 GiB), most of it on a GPU."""
     max_num_seqs: int = Field(default=64, ge=1)
+    """Most sequences that are computed in one step."""
     max_num_batched_tokens: int = Field(default=512, ge=1)
+    """Most tokens of one step. A longer prompt is computed in chunks."""
     max_waiting: int = Field(default=1024, ge=1)
+    """Most requests in the waiting queue; further ones are refused with 429."""
     enable_prefix_caching: bool = True
+    """Keep the KV blocks of finished requests and reuse them for prompts that begin alike."""
     micro_batches: Literal["auto"] | Annotated[int, Field(ge=1, le=8)] = "auto"
-    """Parts of a step that take turns computing and waiting for experts. auto: as many as turn out to be fastest."""
+    """Parts of a step that take turns: one computes while another waits for its experts.
+    auto: time 1, 2 and 3 for each size of step and keep the fastest."""
     speculative: Literal["off", "ngram"] = "off"
-    """ngram: guess tokens from what followed the last ones before, and verify several in one step."""
+    """ngram: guess tokens from what followed the last ones earlier in the text, and verify several in one step."""
     num_speculative_tokens: int = Field(default=4, ge=1, le=16)
     """Most guesses per sequence and step."""
     prompt_lookup_max: int = Field(default=4, ge=1, le=16)
-    """Longest run of last tokens that is looked up; shorter ones follow."""
+    """Longest run of last tokens that is looked up in the text; shorter runs are tried next."""
     prompt_lookup_min: int = Field(default=2, ge=1, le=16, validate_default=True)
+    """Shortest run of last tokens that is looked up; at most `prompt_lookup_max`."""
 
     @field_validator("prompt_lookup_min")
     @classmethod

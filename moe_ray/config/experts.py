@@ -18,21 +18,24 @@ class ExpertOptions(ScaledOptions):
     """What holds for the actors of one expert, or of a group of them."""
 
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
-    """Most replicas of one expert on a node; more wait for another node. Default: spread where there is room."""
+    """Most replicas of one expert on a node; further ones wait for another node. Default: no limit, spread where there
+    is room."""
 
 
 class AutoscaleSection(ReportsSection):
     """When experts get and lose replicas by themselves."""
 
     enabled: bool = False
+    """Change the number of replicas of each expert by its load."""
     target_busy: float = Field(default=0.6, gt=0, le=1)
-    """The share of its time that a replica should compute."""
+    """Share of its time that a replica should spend computing."""
     up_after_s: float = Field(default=1.0, ge=0)
-    """How long more must be asked for before it is given."""
+    """Seconds for which more replicas must be wanted before one is started."""
     down_after_s: float = Field(default=30.0, ge=0)
-    """How long less must be asked for before one replica goes."""
+    """Seconds for which fewer replicas must be enough before one is stopped."""
     max_total_replicas: int | None = Field(default=None, ge=1)
-    """Replicas of all experts together; where they do not suffice, the hottest experts have them."""
+    """Most replicas of all experts together; where they do not suffice, the hottest experts get them.
+    Default: no limit."""
 
 
 def _checked_runs(text: str) -> str:
@@ -72,24 +75,26 @@ class ExpertsSection(ExpertOptions):
     """The expert actors and the calls to them."""
 
     experts_per_actor: int = Field(default=1, ge=1)
-    """So many consecutive experts share an actor: 2 makes Experts0-1, Experts2-3, …"""
+    """Number of consecutive experts that share one actor: 2 makes Experts0-1, Experts2-3, …"""
     autoscale: AutoscaleSection = AutoscaleSection()
+    """When experts get and lose replicas by load."""
     max_replicas_by_hand: int = Field(default=64, ge=1)
-    """Most that `moe-ray scale` may ask for."""
+    """Most replicas of one expert that `moe-ray scale` may ask for."""
     overrides: Mapping[int, Mapping[str, Any]] = {}
     """Expert number → keys of this section that differ for its actors, e.g. {3: {num_replicas: 2}}."""
     spares: tuple[Spare, ...] = ()
     """Further actors with hot layers of hot experts, e.g. [{experts: {3: 8-15, 5: all}}]; they do not autoscale."""
     deadline_s: float = Field(default=60.0, gt=0)
-    """How long a call waits for a live replica before its requests fail with 503."""
+    """Seconds that a call waits for a live replica before its requests fail with 503."""
     on_expert_loss: Literal["wait", "fail", "renormalise"] = "wait"
     """What happens to a call while its expert has no live replica. wait: at most `deadline_s`. fail: 503 at once.
     renormalise: the token goes on with its other experts, and the response says so."""
     call_timeout_s: float = Field(default=30.0, gt=0)
+    """Seconds that a replica has to answer a call; then it is sent again, to another replica if there is one."""
     handover_s: float = Field(default=120.0, ge=0)
-    """How long a replica that is told to go serves on, at most, while its successor loads."""
+    """Most seconds that a replica which is being replaced goes on serving while its successor loads."""
     refresh_s: float = Field(default=5.0, gt=0)
-    """How often a trunk asks who the replicas are; at once when a link breaks."""
+    """Seconds between two look-ups of the replicas by a trunk; when a link breaks it looks at once."""
 
     @field_validator("spares")
     @classmethod

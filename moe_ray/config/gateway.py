@@ -11,9 +11,11 @@ class GatewaySection(Section):
     """The HTTP side."""
 
     num_replicas: int = Field(default=1, ge=1)
+    """Number of gateways."""
     num_cpus: float = Field(default=0.1, ge=0)
+    """CPU cores that Ray reserves for each gateway."""
     max_ongoing_requests: int = Field(default=512, ge=1)
-    """Requests in flight per gateway; beyond that Serve answers 503."""
+    """Most requests in flight per gateway; beyond that Serve answers 503."""
     retry_after_s: int = Field(default=1, ge=1)
     """Told in the Retry-After header of 429 and 503."""
     headers_within_s: float = Field(default=1.0, ge=0)

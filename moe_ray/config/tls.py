@@ -9,7 +9,10 @@ class TlsSection(Section):
     """PEM files for mutual TLS on expert and trunk ports."""
 
     certificate: str
+    """PEM file with the certificate of this process."""
     key: str
+    """PEM file with its private key."""
     ca: str
+    """PEM file with the authorities whose certificates are accepted."""
     server_name: str | None = None
-    """The name in the certificates, where peers are addressed by IP."""
+    """The name in the peers' certificates. Default: the address that is connected to."""

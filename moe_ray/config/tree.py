@@ -54,12 +54,16 @@ class Config(BaseSettings):
     experts: ExpertsSection = ExpertsSection()
     gateway: GatewaySection = GatewaySection()
     transport: Transport = "auto"
+    """Carrier of the calls to experts. auto: the first of socket, grpc and ray that reaches the replica. local: experts
+    in the trunk's own process."""
     cluster_token: str | None = None
-    """Expert and trunk ports refuse who does not show it; default: derived from Ray's own token where there is one."""
+    """Secret that expert and trunk ports demand. Default: derived from Ray's own token where Ray uses one."""
     tls: TlsSection | None = None
+    """Certificates of expert and trunk ports. Default: no TLS."""
     cache_dir: Path = Field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME") or _CACHE) / "moe-ray")
-    """Where the demo model is kept; default: $XDG_CACHE_HOME/moe-ray."""
+    """Directory of the demo model and the native libraries. Default: $XDG_CACHE_HOME/moe-ray."""
     log_level: LogLevel = "info"
+    """Least severe log records that are written."""
 
     @field_validator("cache_dir")
     @classmethod
