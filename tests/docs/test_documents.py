@@ -163,6 +163,15 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert set(PAGES) <= reached
 
 
+def test_every_room_is_on_the_floor_plan() -> None:
+    plan = set(inline(ROOT / "docs" / "architecture.md"))
+    for path in sorted((ROOT / "moe_ray").iterdir()):
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert any(code.startswith(f"moe_ray/{path.name}/") for code in plan), f"{path.name} is missing"
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            assert f"moe_ray/{path.name}" in plan, f"{path.name} is missing"
+
+
 @pages
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
