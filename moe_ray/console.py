@@ -29,8 +29,9 @@ def accept_every_character() -> None:
 
 
 def shows_unicode(stream: IO[str]) -> bool:
-    """Whether the encoding of `stream` has every character."""
-    return (getattr(stream, "encoding", None) or "").lower().replace("_", "-").startswith("utf")
+    """Whether the encoding of `stream` has every character; a stream in memory has none, and takes them all."""
+    encoding: str | None = getattr(stream, "encoding", None)
+    return encoding is None or encoding.lower().replace("_", "-").startswith("utf")
 
 
 @contextmanager

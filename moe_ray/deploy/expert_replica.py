@@ -153,7 +153,7 @@ class ExpertReplica:
         return {BUSY: stats.busy_s, QUEUE: stats.queue_s, CALLS: stats.calls, BATCHES: stats.batches}
 
     def __del__(self) -> None:
-        if hasattr(self, "_arrival"):
+        if hasattr(self, "_weight_loader"):
             self._weight_loader.stop()
         if hasattr(self, "_find_peers"):
             mine = self._info.replica_id
@@ -163,5 +163,5 @@ class ExpertReplica:
             self._sampler.close()
         for server in getattr(self, "_servers", {}).values():
             server.close()
-        if hasattr(self, "_arrival"):
+        if hasattr(self, "_weight_loader"):
             self._weight_loader.close()

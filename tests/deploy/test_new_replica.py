@@ -69,9 +69,9 @@ class Broken(ExpertReader):
 def test_serve_hears_of_a_replica_that_could_not_load(random_model: Path) -> None:
     replica = ExpertReplica.__new__(ExpertReplica)
     reader = Broken(Checkpoint.open(random_model), {(layer, 0) for layer in range(4)}, Compute(Backend("float32")))
-    replica._arrival = WeightLoader("Expert0", reader, 64, Compute(Backend("float32")))
+    replica._weight_loader = WeightLoader("Expert0", reader, 64, Compute(Backend("float32")))
     replica.check_health()
-    replica._arrival.start(list, "me", "here", None)  # type: ignore[arg-type]
-    assert replica._arrival.wait(20)
+    replica._weight_loader.start(list, "me", "here", None)  # type: ignore[arg-type]
+    assert replica._weight_loader.wait(20)
     with pytest.raises(EngineError, match=r"loading failed: .*the disk is gone"):
         replica.check_health()
