@@ -61,7 +61,7 @@ def exported() -> frozenset[str]:
     """Every name that moe_ray and this version of Ray export, as their sources spell them."""
     import ray
 
-    ours = (ROOT / "moe_ray" / "serve" / "metrics.py").read_text()
+    ours = (ROOT / "moe_ray" / "deploy" / "metrics.py").read_text()
     names = set(re.findall(r'"(moe_ray_\w+)"', ours))
     names |= {f"moe_ray_pool_{field.name}_total" for field in fields(Counters)}
     names |= {f"moe_ray_trunk_{f.name}_total" for f in fields(EngineStats) if f.name not in ENGINE_GAUGES}

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,11 +155,15 @@ def test_a_malformed_reply_is_never_used(request: pytest.FixtureRequest) -> None
 
 
 def test_a_reply_to_no_call_breaks_the_link(request: pytest.FixtureRequest) -> None:
+    both_sent = threading.Event()
+
     def reply(message: pb.ExpertCall) -> pb.ExpertReply:
+        both_sent.wait(WAIT_S)
         return pb.ExpertReply(header=pb.ExpertReplyHeader(call_id=77))
 
     link = GrpcLink(serve_rogue(request, reply))
     first, second = link.send(make_call()), link.send(make_call())
+    both_sent.set()
     for pending in (first, second):
         with pytest.raises(LinkBroken, match="answered call 77, which is not in flight"):
             pending.result(WAIT_S)

@@ -90,7 +90,7 @@ def test_waiting_calls_of_a_layer_are_one_batch(worker: ExpertWorker, layers: li
     assert layers[1].batches == [8]
     for one, reply in zip(calls, replies, strict=True):
         alone = TorchFFN.forward(layers[one.layer], one.rows, one.weights)
-        torch.testing.assert_close(reply.rows, alone)
+        torch.testing.assert_close(reply.rows, alone, rtol=1e-5, atol=1e-4)  # sums in an order of the CPU's own
         assert reply.call_id == one.call_id
         assert reply.load.compute_us >= 0
     stats = worker.stats()
