@@ -3,8 +3,12 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+# Whole files go to one worker each, so that what a file's tests see of each other never depends on timing.
+PYTEST := $(BIN)/pytest $(ARGS)
+FAST   := $(PYTEST) -m "not slow" -n 2 --dist loadfile
+NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
-.PHONY: serve chat test check format protos venv clean
+.PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv clean
 
 serve: venv  ## serve the demo model at http://127.0.0.1:8000 (ARGS="--port 9000" passes flags on)
 	$(BIN)/moe-ray serve $(ARGS)
@@ -12,8 +16,17 @@ serve: venv  ## serve the demo model at http://127.0.0.1:8000 (ARGS="--port 9000
 chat: venv  ## chat with the running server in this terminal
 	$(BIN)/moe-ray chat $(ARGS)
 
-test: venv  ## the whole test suite
-	$(BIN)/pytest $(ARGS)
+.NOTPARALLEL:
+test: test-fast test-slow  ## the whole test suite, what fails soon first (ARGS="tests/engine" passes arguments to pytest)
+
+test-fast: venv  ## all that is proven without Ray: three minutes on two cores
+	$(FAST) $(NONE_IS_FINE)
+
+test-fast-torch: venv  ## the same as on a CPU that moe_ray has no kernels for: torch computes
+	$(FAST) --plain-cpu $(NONE_IS_FINE)
+
+test-slow: venv  ## Ray, servers, processes that are killed, parity with transformers through all of it
+	$(PYTEST) -m slow $(NONE_IS_FINE)
 
 check: venv  ## formatting, lint and types
 	$(BIN)/ruff format --check .

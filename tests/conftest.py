@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiers
 from reference import Reference
 from served import Served, deploy
 
@@ -20,9 +22,39 @@ prepare_local_ray()  # before ray is imported anywhere
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain-cpu", action="store_true", help="as on a CPU without any instruction set beyond its base")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("plain_cpu"):
+        tiers.hide_instruction_sets()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The command line's tests start servers of their own: first, while the session holds no application in memory."""
-    items.sort(key=lambda item: item.path.name != "test_cli.py")
+    for item in items:
+        tiers.mark(item)
+    items.sort(key=tiers.order)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    item = request._pyfuncitem
+    if fixturedef.argname in tiers.SLOW_FIXTURES and not tiers.is_slow(item):
+        pytest.fail(f"{item.nodeid} asks for {fixturedef.argname} while it runs: mark it slow")
+
+
+@pytest.fixture(autouse=True)
+def fast_tests_start_no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does not start in this process for a fast test."""
+    if tiers.is_slow(request.node) or "ray" not in sys.modules:
+        return
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError(f"{request.node.nodeid} starts Ray: mark it slow")
+
+    monkeypatch.setattr(sys.modules["ray"], "init", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ def processes() -> list[str]:
     return [line for line in lines if "moe_ray.bench." in line]
 
 
+@pytest.mark.slow
 def test_spread_engines_give_the_same_tokens(random_model: Path) -> None:
     loading: dict[str, tuple[int, int]] = {}
 
@@ -61,6 +62,7 @@ def test_spread_engines_give_the_same_tokens(random_model: Path) -> None:
     assert all(loading[what][0] == loading[what][1] > 0 for what in whole)
 
 
+@pytest.mark.slow
 def test_the_ray_carrier(random_model: Path) -> None:
     options = EngineBenchOptions(
         model=str(random_model), carriers=("ray",), concurrency=(2,), prompt_tokens=8, output_tokens=4, repeats=1
@@ -70,6 +72,7 @@ def test_the_ray_carrier(random_model: Path) -> None:
     assert processes() == []
 
 
+@pytest.mark.slow
 def test_no_further_repeat_once_the_time_is_spent(random_model: Path) -> None:
     options = EngineBenchOptions(
         model=str(random_model), carriers=("local",), concurrency=(1,), output_tokens=2, repeats=5, budget_s=0

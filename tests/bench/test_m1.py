@@ -109,6 +109,7 @@ def test_sizes_of_vocabularies() -> None:
             vocabulary(size)
 
 
+@pytest.mark.slow
 def test_it_is_made_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_model_room, "M1", TINY)
     said: list[str] = []

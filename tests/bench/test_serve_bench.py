@@ -85,6 +85,7 @@ def test_the_command(served_demo: Served, tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(NotReady, match=r"ended with status 1: error: .*config\.json"), own_server(tmp_path):

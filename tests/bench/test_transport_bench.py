@@ -36,6 +36,7 @@ def of_bench(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_complete() -> None:
     report = run_transport(FEW, silent)
     lanes = [*(("raw", path) for path in PATHS), *(("socket", path) for path in PATHS), ("grpc", None)]
@@ -50,6 +51,7 @@ def test_rows_are_complete() -> None:
     assert not of_bench(psutil.Process().children(recursive=True))
 
 
+@pytest.mark.slow
 def test_nobody_is_left_after_an_error() -> None:
     def dies(what: str, done: int, total: int) -> None:
         """Kill one replica when the rounds begin."""
@@ -62,6 +64,7 @@ def test_nobody_is_left_after_an_error() -> None:
     assert not of_bench(psutil.Process().children(recursive=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_nobody_is_left_when_the_bench_is_stopped(ending: signal.Signals) -> None:
     code = (

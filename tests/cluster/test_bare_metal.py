@@ -458,6 +458,7 @@ def assert_exported(hosts: tuple[Host, Host], timeout_s: float = 60) -> None:
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_two_nodes_answer_a_question_and_end(hosts: tuple[Host, Host], small_model: Path) -> None:
     head, worker = hosts
     told = head.run(

@@ -130,6 +130,7 @@ def test_secrets_and_caches_stay_out_of_the_context() -> None:
         assert any(source.removeprefix("./") == each or source.startswith(f"{each}/") for each in let_in), source
 
 
+@pytest.mark.slow
 def test_native_libraries_are_built_for_machines_unlike_this_one(tmp_path: Path) -> None:
     """And are the very files that moe_ray would otherwise build on first use."""
     if shutil.which("c++") is None and shutil.which("g++") is None:

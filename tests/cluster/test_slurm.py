@@ -109,6 +109,7 @@ def test_a_job_starts_deploys_and_cleans_up(slurm: dict[str, str], tmp_path: Pat
     assert log[-1].endswith("rm -rf /tmp/ray-4711")
 
 
+@pytest.mark.slow
 def test_workers_end_at_once_and_not_in_turns(slurm: dict[str, str], tmp_path: Path) -> None:
     """scancel kills after 30 s, however many nodes there are."""
     job = subprocess.Popen([SCRIPT], env={**slurm, "SLOW": "3"}, stdout=subprocess.PIPE, text=True)

@@ -379,6 +379,7 @@ def test_another_file_of_that_name_is_refused(tmp_path: Path, monkeypatch: pytes
         demo.fetch_gguf(tmp_path / "download", no_progress)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_demo_model_routes_by_kind_of_text(demo_model: Path) -> None:
     weight_map = json.loads((demo_model / "model.safetensors.index.json").read_text())["weight_map"]

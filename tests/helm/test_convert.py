@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from fake_hub import Hub, download, script
 from helm_rendering import Manifest, render
 
 
+@pytest.mark.slow
 def test_upcycling_what_was_downloaded(hub: str, tmp_path: Path) -> None:
     """The Job's own environment, but for the volume's path: a dense Llama arrives, experts are what the actors find."""
     dense(tmp_path / "dense")

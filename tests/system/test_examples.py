@@ -61,6 +61,7 @@ def test_hot_experts(served_demo: Served) -> None:
     assert total.endswith("tokens, 0 failed requests, 8 replicas at most")
 
 
+@pytest.mark.slow
 def test_offline() -> None:
     said = run("offline.py")
     assert "'The capital of France is' → ' Paris" in said

@@ -37,6 +37,7 @@ from moe_ray.transport.native_socket import links_library
 OPTIONS = LinkOptions(token=echo.TOKEN, connect_timeout_s=10.0)
 NATIVE = replace(OPTIONS, native_dir=load_config().cache_dir)
 WAYS = {**dict.fromkeys(CARRIERS, OPTIONS), "native socket": NATIVE}  # every carrier, and socket's two clients
+ON_RAY = pytest.param("ray", marks=pytest.mark.slow)
 WAIT_S = 20.0  # far above what any passing test waits
 
 
@@ -77,7 +78,7 @@ def start_replica(way: str, request: pytest.FixtureRequest) -> Replica:
     return Replica(carrier, info, lambda: os.kill(pid, signal.SIGKILL), options)
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
+@pytest.fixture(scope="module", params=[ON_RAY if way == "ray" else way for way in WAYS])
 def replica(request: pytest.FixtureRequest) -> Replica:
     return start_replica(request.param, request)
 
@@ -269,7 +270,7 @@ def test_close_leaves_no_thread(replica: Replica) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", [ON_RAY if way == "ray" else way for way in WAYS])
 def test_death_in_mid_call_is_noticed(way: str, request: pytest.FixtureRequest) -> None:
     victim = start_replica(way, request)
     carrier, link = victim.carrier, victim.connect()
@@ -295,7 +296,7 @@ def test_death_in_mid_call_is_noticed(way: str, request: pytest.FixtureRequest) 
     assert time.monotonic() - started < 2.5
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("carrier", [ON_RAY if carrier == "ray" else carrier for carrier in CARRIERS])
 def test_nobody_at_the_address(carrier: str, request: pytest.FixtureRequest) -> None:
     if carrier == "ray":
         request.getfixturevalue("ray_cluster")

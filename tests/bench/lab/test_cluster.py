@@ -216,6 +216,7 @@ def model(random_model: Path, tmp_path: Path) -> Path:
 PROMPT, MAX_TOKENS = list(range(7, 40)), 24
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_hosts_serve_the_right_tokens_and_outlive_one_of_them(model: Path, random_reference: Reference) -> None:
     """Trunk on one host, experts on two, over two carriers; then an expert host is cut off."""

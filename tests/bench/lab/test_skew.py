@@ -97,6 +97,7 @@ def test_the_window_tells_the_policy_who_was_busy() -> None:
     assert busy_shares(samples, late, 2.0) == pytest.approx([0.5, 0.05])
 
 
+@pytest.mark.slow
 def test_a_tiny_run_has_every_figure_and_scaling_helps() -> None:
     report = run_skew(TINY, silent)
     told = json.loads(as_json(report))

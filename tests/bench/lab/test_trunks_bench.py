@@ -30,6 +30,7 @@ def test_first_turns_know_nothing() -> None:
     assert row["answer_p99_ms"] == pytest.approx(300, rel=0.01)
 
 
+@pytest.mark.slow
 def test_together_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trunks, "EMULATED_S", 2.0)
     monkeypatch.setattr(trunks, "EMULATED_WARM_S", 1.5)

@@ -21,6 +21,7 @@ from moe_ray.transport import connect
 from moe_ray.transport.base import ExpertHandler, LinkOptions
 from moe_ray.transport.socket import SocketExpertServer
 
+pytestmark = pytest.mark.slow
 CACHE = load_config().cache_dir
 EXPERTS, WIDTH = 4, 8
 KEYS = frozenset((0, expert) for expert in range(EXPERTS))
