@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import ForkServer
 
 BIN = Path(sys.executable).parent
 READY = re.compile(r"ready in [\d.]+ s: (http://\S+)/v1")
@@ -48,9 +49,18 @@ def moe_ray_on(flags: frozenset[str], *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
 
 
+FORKS = ForkServer(environment())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forks_end() -> Iterator[None]:
+    yield
+    FORKS.close()
+
+
 def refused(*arguments: str, **env: str) -> str:
     """Run a command that must fail; return its error."""
-    done = moe_ray(*arguments, **env)
+    done = FORKS.run(*arguments, **env)
     assert done.returncode in (1, 2), done
     assert "Traceback" not in done.stderr + done.stdout
     assert "ERROR" not in done.stderr
@@ -134,6 +144,7 @@ def test_plan_of_mixtral_8x7b_from_its_config_alone(mixtral_config: Path) -> Non
     assert moe_ray_on(AVX512_BF16, *arguments, "8").stdout.count("does not fit") == 8
 
 
+@pytest.mark.slow
 def test_generate(demo_model: Path) -> None:
     done = moe_ray("generate", "The capital of France is", "--max-tokens", "8")
     assert done.returncode == 0, done.stderr
@@ -237,6 +248,7 @@ def test_scale_says_what_it_needs() -> None:
 # ---- the life of a server
 
 
+@pytest.mark.slow
 def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
     port = free_port()
     with served(port) as (process, said):
