@@ -15,7 +15,7 @@ from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.peers import find_peers
 from moe_ray.deploy.ray_internals import serve_details
 from moe_ray.deploy.replica_targets import POLICY, TRUNK, TRUNK_POLICY, set_replicas
-from moe_ray.deploy.servers import find_application
+from moe_ray.deploy.servers import find_application, nothing_runs
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.planning.placement import experts_in
 
@@ -53,7 +53,7 @@ def scale(
     application serves or replicas do not come up.
     """
     if not ray.is_initialized():
-        find_application(address)
+        find_application(address, application)
     deployments = _deployments(application, address)
     names = {expert: _holder(expert, deployments) for expert in sorted(u for u in set(units) if isinstance(u, int))}
     for expert, name in names.items():
@@ -73,8 +73,7 @@ def _deployments(application: str, address: str) -> Mapping[str, Any]:
     details = serve_details().get("applications", {}).get(application)
     if details is not None:
         return details["deployments"]
-    where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
-    raise NotReady(f"{where} runs no application {application!r}; start it with `moe-ray serve`")
+    raise NotReady(nothing_runs(address, application))
 
 
 def _holder(expert: int, deployments: Mapping[str, Any]) -> str:

@@ -28,27 +28,27 @@ class RunningServer:
     """Where it listens for HTTP, as Serve was told."""
 
 
-def find_application(address: str) -> Any:
-    """Connect this process to the cluster that runs the application, and return the application's Serve status.
+def find_application(address: str, name: str = APP_NAME) -> Any:
+    """Connect this process to the cluster that runs application `name`, and return its Serve status.
 
     `auto` looks at $RAY_ADDRESS, else at every cluster of this machine. Raises `NotReady` where none runs the
     application, and `ConfigError` naming them where several do.
     """
     if ray.is_initialized():
-        return _application(address)
+        return _application(address, name)
     candidates = [address]
     if address == "auto" and not os.environ.get(RAY_ADDRESS):
         candidates = local_clusters() or candidates
     if len(candidates) == 1:
         _join(candidates[0])
-        return _application(address)
-    servers = _servers(candidates)
+        return _application(address, name)
+    servers = _servers(candidates, name)
     if len(servers) > 1:
         raise ConfigError(which_one(servers))
     if not servers:
-        raise NotReady(nothing_runs(address))
+        raise NotReady(nothing_runs(address, name))
     _join(servers[0].address)
-    return _application(address)
+    return _application(address, name)
 
 
 def which_one(servers: Sequence[RunningServer]) -> str:
@@ -57,13 +57,13 @@ def which_one(servers: Sequence[RunningServer]) -> str:
     return f"{len(servers)} servers run on this machine; say which one is meant: {named}"
 
 
-def nothing_runs(address: str) -> str:
+def nothing_runs(address: str, name: str) -> str:
     """What is said where the application does not run."""
     where = "this machine" if address == "auto" else f"the Ray cluster at {address}"
-    return f"{where} runs no application {APP_NAME!r}; start it with `moe-ray serve`"
+    return f"{where} runs no application {name!r}; start it with `moe-ray serve`"
 
 
-def _servers(candidates: Sequence[str]) -> list[RunningServer]:
+def _servers(candidates: Sequence[str], name: str) -> list[RunningServer]:
     """Those of the clusters that run the application; this process is connected to none afterwards."""
     found = []
     for candidate in candidates:
@@ -73,7 +73,7 @@ def _servers(candidates: Sequence[str]) -> list[RunningServer]:
             logging.getLogger(__name__).warning("%s", error)
             continue
         try:
-            if APP_NAME in serve.status().applications:
+            if name in serve.status().applications:
                 http = serve_details().get("http_options") or {}
                 found.append(RunningServer(candidate, url_of(http.get("host") or "", http.get("port") or 0)))
         finally:
@@ -85,8 +85,8 @@ def _join(address: str) -> None:
     join(address, namespace=NAMESPACE, logging_level=logging.ERROR)
 
 
-def _application(address: str) -> Any:
-    application = serve.status().applications.get(APP_NAME)
+def _application(address: str, name: str) -> Any:
+    application = serve.status().applications.get(name)
     if application is None:
-        raise NotReady(nothing_runs(address))
+        raise NotReady(nothing_runs(address, name))
     return application

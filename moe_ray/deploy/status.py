@@ -19,26 +19,26 @@ from moe_ray.experts.planning.placement import holds_experts, rank
 TIMEOUT_S = 5.0
 
 
-def collect(address: str = "auto") -> dict[str, Any]:
-    """Return {application, deployments: [{name, status, message, replica_states, actors: [...]}], load}.
+def collect(address: str = "auto", name: str = APP_NAME) -> dict[str, Any]:
+    """Return {name, application, deployments: [{name, status, message, replica_states, actors: [...]}], load}.
 
     `load` is what the gateway answers to `GET /experts`.
 
     `address` and errors are those of `servers.find_application`.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    application = find_application(address)
+    application = find_application(address, name)
     deployments = []
-    for name, state in sorted(application.deployments.items(), key=lambda item: _order(item[0])):
+    for deployment, state in sorted(application.deployments.items(), key=lambda item: _order(item[0])):
         actors: list[Any] = []
         try:
-            handle = serve.get_deployment_handle(name, APP_NAME)
+            handle = serve.get_deployment_handle(deployment, name)
             actors = handle.broadcast("status").results(timeout_s=TIMEOUT_S, return_exceptions=True)
         except (RayServeException, RayError, TimeoutError):
             actors = []
         deployments.append(
             {
-                "name": name,
+                "name": deployment,
                 "status": state.status.value,
                 "message": state.message,
                 "replica_states": {str(getattr(k, "value", k)): n for k, n in state.replica_states.items()},
@@ -46,13 +46,13 @@ def collect(address: str = "auto") -> dict[str, Any]:
             }
         )
     load = overview({d["name"]: d["actors"] for d in deployments if holds_experts(d["name"])})
-    return {"application": application.status.value, "deployments": deployments, "load": load}
+    return {"name": name, "application": application.status.value, "deployments": deployments, "load": load}
 
 
 def print_status(console: Console, snapshot: dict[str, Any]) -> None:
     """Print a snapshot of `collect` as a table that fits 80 columns."""
     nodes = {actor["node_id"] for deployment in snapshot["deployments"] for actor in deployment["actors"]}
-    console.print(f"application [bold]{APP_NAME}[/]: {snapshot['application']}, {len(nodes)} node(s)")
+    console.print(f"application [bold]{snapshot['name']}[/]: {snapshot['application']}, {len(nodes)} node(s)")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("actor", "state", *(["node"] if len(nodes) > 1 else []), "pid", "memory", "weights", "load"):
         table.add_column(column, justify="right" if column in ("pid", "memory", "weights") else "left")

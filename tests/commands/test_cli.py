@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,15 +134,15 @@ def test_plan_of_the_demo_model(demo_model: Path, flags: frozenset[str], wider: 
 
 def test_plan_of_mixtral_8x7b_from_its_config_alone(mixtral_config: Path) -> None:
     arguments = ("plan", "--model", str(mixtral_config), "--gpu-memory")
-    plan = json.loads(moe_ray_on(AVX512_BF16, *arguments, "16", "--json").stdout)
+    plan = json.loads(moe_ray_on(AVX2, *arguments, "16", "--json").stdout)  # for cards: this CPU does not count
     assert plan["model"] == "Mixtral-8x7B"
     assert sum(row["parameters"] for row in plan["rows"]) == 46_702_792_704
     assert plan["kv_bytes_per_token"] == 2 * 32 * 8 * 128 * 2
     assert {row["read_bytes"] for row in plan["rows"]} == {None}
     assert all(row["fits"] for row in plan["rows"])
-    small = json.loads(moe_ray_on(AVX512_BF16, *arguments, "8", "--json").stdout)["rows"]
+    small = json.loads(moe_ray_on(AVX2, *arguments, "8", "--json").stdout)["rows"]
     assert [row["actor"] for row in small if row["fits"]] == ["Trunk"]
-    assert moe_ray_on(AVX512_BF16, *arguments, "8").stdout.count("does not fit") == 8
+    assert moe_ray_on(AVX2, *arguments, "8").stdout.count("does not fit") == 8
 
 
 @pytest.mark.slow
@@ -251,13 +252,13 @@ def test_scale_says_what_it_needs() -> None:
 @pytest.mark.slow
 def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
     port = free_port()
-    with served(port) as (process, said):
+    with served(port, **PROXY) as (process, said):  # of which no request of ours makes use
         assert READY.search(said)[1] == f"http://127.0.0.1:{port}"  # type: ignore[index]
-        assert [line for line in said.splitlines() if len(line) > 80 and "curl" not in line] == []
+        assert [line for line in said.splitlines() if len(line) > 80 and not re.search("curl|NO_PROXY", line)] == []
         assert said.count("✓") == 9
 
         (curl,) = (line.strip() for line in said.splitlines() if line.strip().startswith("curl "))
-        answer = json.loads(run(curl + " -s"))
+        answer = json.loads(run(curl + " -s", **PROXY))
         assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
         (status,) = re.findall(r"moe-ray (status --address \S+)", said)
@@ -286,7 +287,7 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
 
         (chat,) = re.findall(r"moe-ray (chat --url \S+)", said)
         dialogue = "What is the capital of France?\nAnd of Italy?\n/reset\n/quit\n"
-        assert ok(moe_ray(*chat.split(), "--temperature", "0", stdin=dialogue)).splitlines() == [
+        assert ok(moe_ray(*chat.split(), "--temperature", "0", stdin=dialogue, **PROXY)).splitlines() == [
             "The capital of France is Paris.",
             "The capital of Italy is Rome.",
         ]
@@ -294,6 +295,8 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         # not on loopback: Serve says "[::]" in its code.
         everywhere = [pid for pid, address in listening(own) if not address.startswith(("127.", "::1", "::ffff:127."))]
         assert sorted(everywhere) == sorted(found[0]["pid"] for found in actors.values())
+
+        a_second_server_beside_it(address[1], port)
 
         relatives = family(process)
         assert len(relatives) > 15
@@ -310,12 +313,53 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         assert psutil.wait_procs(relatives, timeout=5)[1] == []
 
 
+PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+
+
+def a_second_server_beside_it(first: str, port: int) -> None:
+    """Of a TMPDIR too long for sockets, on IPv6 where there is any: both are named where neither is meant."""
+    host, url = ("::1", f"http://[::1]:{port}") if has_ipv6() else ("127.0.0.2", f"http://127.0.0.2:{port}")
+    with (
+        tempfile.TemporaryDirectory(suffix="job1234567890" * 5) as long,
+        served(port, "--host", host, TMPDIR=long) as (process, said),
+    ):
+        assert READY.search(said)[1] == url  # type: ignore[index]
+        (second,) = re.findall(r"moe-ray status --address (\S+)", said)
+        question = "What is the capital of France?\n"
+        answer = ok(moe_ray("chat", "--url", url, "--temperature", "0", stdin=question))
+        assert answer == "The capital of France is Paris.\n"
+        for command in (["status"], ["scale", "0", "--replicas", "2"]):
+            began = time.monotonic()
+            error = one_line(refused(*command))
+            assert time.monotonic() - began < 20
+            assert "say which one is meant" in error
+            assert f"--address {first} (http://127.0.0.1:{port})" in error
+            assert f"--address {second} ({url})" in error
+        assert "Gateway" in ok(moe_ray("status", "--address", second))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
-def served(port: int) -> Iterator[tuple[psutil.Popen, str]]:
+def served(port: int, *arguments: str, **env: str) -> Iterator[tuple[psutil.Popen, str]]:
     """`moe-ray serve` once it is ready, and what it printed until then; killed with all its children at the end."""
-    command = [BIN / "moe-ray", "serve", "--port", str(port)]
-    env = environment(MOE_RAY_ENGINE__KV_CACHE_GIB="0.25", PYTHONUNBUFFERED="1")
-    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    command = [BIN / "moe-ray", "serve", "--port", str(port), *arguments]
+    process = psutil.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(MOE_RAY_ENGINE__KV_CACHE_GIB="0.25", PYTHONUNBUFFERED="1", **env),
+        start_new_session=True,
+    )
     said, known = "", []
     try:
         os.set_blocking(process.stdout.fileno(), False)
@@ -349,7 +393,7 @@ def listening(pids: set[int]) -> list[tuple[int, str]]:
     ]
 
 
-def run(line: str) -> str:
+def run(line: str, **env: str) -> str:
     """Run a line that a server printed, as a shell would: leading NAME=value words are its environment."""
     words = shlex.split(line)
     extra: dict[str, str] = {}
@@ -357,7 +401,7 @@ def run(line: str) -> str:
         name, value = words.pop(0).split("=", 1)
         extra[name] = value
     path = f"{BIN}:{os.environ['PATH']}"
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment(PATH=path, **extra))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment(PATH=path, **env, **extra))
     return ok(done)
 
 

@@ -133,12 +133,11 @@ def test_the_experts_route_counts_the_rows_that_were_sent(worked: dict[str, Any]
     assert any(expert["busy"] > 0 for expert in worked["experts"])
 
 
-def test_status_shows_the_same(served_random: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_shows_the_same(served_random: Served) -> None:
     from moe_ray.deploy import status
 
-    monkeypatch.setattr(status, "APP_NAME", served_random.app_name)
     complete(served_random, list(range(100, 110)), 5)
-    snapshot = status.collect()
+    snapshot = status.collect(name=served_random.app_name)
     found = snapshot["load"]
     assert min(sum(expert["rows_per_layer"][layer] for expert in found["experts"]) for layer in range(LAYERS)) >= 28
     said = io.StringIO()

@@ -108,12 +108,11 @@ def test_the_experts_route_tells_rows_by_expert(grouped: Served) -> None:
         assert [sum(rows) for rows in by_layer] == expert["rows_per_layer"]
 
 
-def test_status_lists_groups_and_spares(grouped: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_lists_groups_and_spares(grouped: Served) -> None:
     from moe_ray.deploy import status
 
-    monkeypatch.setattr(status, "APP_NAME", grouped.app_name)
     tokens(grouped, PROMPTS[0])
-    snapshot = status.collect()
+    snapshot = status.collect(name=grouped.app_name)
     names = ["Gateway", "Trunk", *GROUPS, "Spare0"]
     assert [row["name"] for row in snapshot["deployments"]] == names
     said = io.StringIO()

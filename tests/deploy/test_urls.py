@@ -15,6 +15,18 @@ from moe_ray.deploy.servers import RunningServer, which_one
 from moe_ray.deploy.urls import listen_address, missing_at, taken_by_proxy, url_of
 from moe_ray.errors import ConfigError
 
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
+FAMILIES = [socket.AF_INET, pytest.param(socket.AF_INET6, marks=IPV6)]
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -62,7 +74,7 @@ def test_urls_of_what_is_bound() -> None:
 
 
 @pytest.mark.usefixtures("proxied")
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_health_is_asked_past_proxies(family: socket.AddressFamily) -> None:
     with health(200, b"{}", family) as url:
         assert missing_at(f"{url}/health") == []
@@ -88,7 +100,9 @@ def test_what_a_shell_sends_to_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not taken_by_proxy("http://[::1]:8000")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "[::1]", "localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "0.0.0.0", "localhost", *(pytest.param(host, marks=IPV6) for host in ("::1", "::", "[::1]"))]
+)
 def test_addresses_that_can_be_bound(host: str) -> None:
     assert listen_address(host, 0) == host.strip("[]")
 
@@ -107,7 +121,7 @@ def test_addresses_that_cannot(host: str, said: str) -> None:
         listen_address(host, 8000)
 
 
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_port_in_use_is_named(family: socket.AddressFamily) -> None:
     host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
     with socket.socket(family) as taken:
