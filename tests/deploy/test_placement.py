@@ -199,6 +199,7 @@ def test_a_spare_of_what_the_model_lacks_is_refused(random_model: Path) -> None:
         build_app(config)
 
 
+@pytest.mark.slow
 def test_cards_that_a_cluster_reports_are_used(random_model: Path) -> None:
     """Three cards on two of three nodes, and nothing said by hand: three actors on each card, wherever Ray begins."""
     program = Path(__file__).with_name("cluster_placement.py")

@@ -34,6 +34,7 @@ def test_python_that_asks_a_server(block: str, served_demo: Served, tmp_path: Pa
     assert run(sys.executable, "-c", block.replace(WRITTEN, served_demo.url), cwd=tmp_path).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", cases(found("python", "LLM")))
 def test_python_without_a_server(block: str, demo_model: Path, tmp_path: Path) -> None:
     assert "Paris" in run(sys.executable, "-c", block, cwd=tmp_path)

@@ -190,11 +190,11 @@ def test_a_malformed_call_is_not_sent(link: Link, rows: torch.Tensor, weights: t
 def test_a_late_reply_is_nobody_elses(replica: Replica, link: Link) -> None:
     if replica.carrier == "local":
         pytest.skip("computes on the caller's thread: no call can be late")
-    slow = link.send(make_call(echo.SLOW, layer=600, seed=1))
+    slow = link.send(make_call(echo.SLOW, layer=1500, seed=1))
     started = time.monotonic()
-    with pytest.raises(LinkTimeout, match=r"layer 600 expert 1 within 0\.05 s"):
+    with pytest.raises(LinkTimeout, match=r"layer 1500 expert 1 within 0\.05 s"):
         slow.result(0.05)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.2
     assert not link.broken
     for seed in range(2, 6):  # same shape: only the values tell them apart
         assert_answers(link, make_call(seed=seed))
