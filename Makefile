@@ -4,8 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 # Whole files go to one worker each, so that what a file's tests see of each other never depends on timing.
-PYTEST := $(BIN)/pytest $(ARGS)
-FAST   := $(PYTEST) -m "not slow" -n 2 --dist loadfile
+FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
 .PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv clean
@@ -20,13 +19,13 @@ chat: venv  ## chat with the running server in this terminal
 test: test-fast test-slow  ## the whole test suite, what fails soon first (ARGS="tests/engine" passes arguments to pytest)
 
 test-fast: venv  ## all that is proven without Ray: three minutes on two cores
-	$(FAST) $(NONE_IS_FINE)
+	$(FAST) $(ARGS) $(NONE_IS_FINE)
 
 test-fast-torch: venv  ## the same as on a CPU that moe_ray has no kernels for: torch computes
-	$(FAST) --plain-cpu $(NONE_IS_FINE)
+	$(FAST) --plain-cpu $(ARGS) $(NONE_IS_FINE)
 
 test-slow: venv  ## Ray, servers, processes that are killed, parity with transformers through all of it
-	$(PYTEST) -m slow $(NONE_IS_FINE)
+	$(BIN)/pytest -m slow $(ARGS) $(NONE_IS_FINE)
 
 check: venv  ## formatting, lint and types
 	$(BIN)/ruff format --check .
