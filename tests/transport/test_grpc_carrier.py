@@ -17,6 +17,7 @@ from pathlib import Path
 
 import echo_expert as echo
 import grpc
+import psutil
 import pytest
 import torch
 
@@ -190,13 +191,20 @@ def test_a_peer_that_never_answers() -> None:
         assert 0.4 < time.monotonic() - started < 1.5
 
 
+def freeze(pid: int) -> None:
+    """Stop a process, and wait until it is: it may go on for a moment after the signal was sent."""
+    os.kill(pid, signal.SIGSTOP)
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+
+
 def test_a_frozen_peer_is_noticed_by_keepalive(expert_process: Callable[..., tuple[ReplicaInfo, int]]) -> None:
     info, pid = expert_process("grpc")
     link = GrpcLink(info, LinkOptions(keepalive_s=0.2))
     assert_answers(link)
     time.sleep(0.6)  # several pings: an answered one must not end the stream
     assert_answers(link)
-    os.kill(pid, signal.SIGSTOP)  # its sockets stay open, as with a machine that lost its power
+    freeze(pid)  # its sockets stay open, as with a machine that lost its power
     pending = link.send(make_call())
     started = time.monotonic()
     with pytest.raises(LinkBroken):
