@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moe_ray.core import ExpertCall
 from moe_ray.model.families import Router
 
 
@@ -121,17 +120,6 @@ def experts_of(routed: Routed) -> np.ndarray:
     routed = routed.on_host()
     expert_of_row = np.repeat(np.arange(len(routed.counts)), routed.counts)
     return expert_of_row[routed.row_of.numpy()]
-
-
-def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:
-    """One call for each expert that has rows, experts ascending."""
-    calls, start = [], 0
-    for expert, count in enumerate(routed.counts):
-        if count:
-            end = start + count
-            calls.append(ExpertCall(layer, expert, routed.rows[start:end], routed.weights[start:end]))
-            start = end
-    return calls
 
 
 def combine(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,18 @@ import torch
 
 from moe_ray.core import ExpertCall
 from moe_ray.model.families import Router
-from moe_ray.model.moe import Gathered, Routed, calls_of, combine, group, route
+from moe_ray.model.moe import Gathered, Routed, combine, group, route
+
+
+def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:
+    """One call for each expert that has rows, experts ascending."""
+    calls, start = [], 0
+    for expert, count in enumerate(routed.counts):
+        if count:
+            end = start + count
+            calls.append(ExpertCall(layer, expert, routed.rows[start:end], routed.weights[start:end]))
+            start = end
+    return calls
 
 
 class Doubling:
