@@ -162,7 +162,7 @@ class Checkpoint:
 
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""
-        return FORMATS[stored.format].decode(self.arrays(stored), stored.shape)
+        return FORMATS[stored.format].decode(stored, self.arrays(stored))
 
     def _bytes(self, part: TensorPart) -> np.ndarray:
         """The bytes of a part of a tensor, aligned memory of its own."""

@@ -44,7 +44,7 @@ def read(data: bytes, entries: dict[str, TensorEntry], row: str, place: Place) -
         start = entries[part.name].start + part.offset
         dtype = numpy_dtype(part.dtype)
         arrays.append(np.frombuffer(data[start : start + part.nbytes], dtype).reshape(part.shape))
-    return FORMATS[row].decode(arrays, SHAPE)
+    return FORMATS[row].decode(stored, arrays)
 
 
 @pytest.mark.parametrize("row", FORMATS)
@@ -112,10 +112,13 @@ class Int8:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) + 4 * math.prod(shape[:-1])
 
-    def decode(self, arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
         codes, scales = arrays
         decoded: np.ndarray = codes.astype(np.float32) * scales.reshape(-1, 1)
-        return decoded.reshape(shape)
+        return decoded.reshape(stored.shape)
+
+    def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> None:
+        return
 
     def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
         scales = values.abs().amax(-1) / 127

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from moe_ray.model.formats.floats import FloatFormat
+from moe_ray.model.formats.grouped import GroupedCodes, Grouping
 from moe_ray.model.formats.weight_format import (
     Place,
     ShapeMismatch,
@@ -16,6 +17,8 @@ from moe_ray.model.formats.weight_format import (
 
 __all__ = [
     "FORMATS",
+    "GroupedCodes",
+    "Grouping",
     "Place",
     "ShapeMismatch",
     "StoredWeight",

@@ -45,9 +45,12 @@ class FloatFormat:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * self.item_bytes
 
-    def decode(self, arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
         (values,) = arrays
-        return values.reshape(shape)
+        return values.reshape(stored.shape)
+
+    def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> None:
+        return
 
     def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch

@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from moe_ray.model.formats.grouped import Grouping
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from moe_ray.model.formats.grouped import GroupedCodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class StoredWeight:
     format: str
     shape: tuple[int, ...]
     parts: tuple[TensorPart, ...]
+    grouping: Grouping | None = None
+    """How it is quantised, where its format gives `codes`; None: it comes as floats only."""
 
     @property
     def nbytes(self) -> int:
@@ -106,8 +112,12 @@ class WeightFormat(Protocol):
         """Bytes of a weight of this shape, in a checkpoint and in memory."""
         ...
 
-    def decode(self, arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The values of a weight from its arrays, in the order of `names`: float32, or float16 or bfloat16."""
+        ...
+
+    def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> GroupedCodes | None:
+        """The same weight without a change of value, for kernels that compute on codes; None as `stored.grouping`."""
         ...
 
     def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,0 +1,84 @@
+"""A weight as small integers with a scale for each group of inputs: what lies between quantised formats and kernels.
+
+Every format that quantises by groups gives its weights in this one form (`WeightFormat.codes`), and every kernel packs
+this one form. So a format knows no kernel, and a kernel no format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MIDDLE: Final = {4: 8, 8: 128}
+"""Bits → the code that stands for 0 where a weight has neither levels nor offsets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """How a weight [N, K] is quantised. Plain values: known before any of its bytes are read."""
+
+    bits: int
+    """Of a code: 4 or 8."""
+    group: int
+    """Consecutive inputs that share a scale; it divides K."""
+    offsets: bool = False
+    """Whether each group has an offset as well (an asymmetric format)."""
+    levels: tuple[float, ...] | None = None
+    """The 16 values of a 4-bit code in a format with a table (NF4, FP4); None: a code stands for itself."""
+    reordered: bool = False
+    """Whether the columns lie in another order than the inputs (GPTQ's act-order)."""
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a weight in memory: codes, and 2 for each scale and each offset."""
+        n, k = shape
+        per_group = 2 * (1 + self.offsets)
+        return n * k * self.bits // 8 + n * (k // self.group) * per_group
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedCodes:
+    """A weight [N, K], G = K / group.
+
+    value[n, order[j]] = scale[n, j // group] * level(code[n, j]) + offset[n, j // group], where level(c) is levels[c],
+    or c - MIDDLE[bits]. Without an order, order[j] = j; without offsets they are 0.
+
+    >>> codes.values()  # float32 [N, K]
+    """
+
+    grouping: Grouping
+    codes: np.ndarray = field(repr=False)
+    """uint8 [N, K], one code each, 0 to 2**bits - 1."""
+    scales: np.ndarray = field(repr=False)
+    """float32 [N, G]"""
+    offsets: np.ndarray | None = field(default=None, repr=False)
+    """float32 [N, G]"""
+    order: np.ndarray | None = field(default=None, repr=False)
+    """int32 [K]: the input of each column."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.codes.shape
+        return n, k
+
+    def values(self) -> np.ndarray:
+        """The weight's values, float32 [N, K]: products and sums in float32, in the order of the formula."""
+        import numpy as np
+
+        how = self.grouping
+        if how.levels is not None:
+            levels = np.asarray(how.levels, dtype=np.float32)[self.codes]
+        else:
+            levels = self.codes.astype(np.float32) - np.float32(MIDDLE[how.bits])
+        n, k = self.shape
+        grouped = levels.reshape(n, k // how.group, how.group) * self.scales[:, :, None]
+        if self.offsets is not None:
+            grouped += self.offsets[:, :, None]
+        values = grouped.reshape(n, k)
+        if self.order is None:
+            return values
+        ordered = np.empty_like(values)
+        ordered[:, self.order] = values
+        return ordered
