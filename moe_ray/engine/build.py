@@ -57,6 +57,21 @@ def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
     return asked
 
 
+def load_trunk(
+    config: Config,
+    checkpoint: Checkpoint,
+    make_experts: Callable[[Compute], Experts],
+    progress: Progress | None = None,
+) -> tuple[Trunk, Compute]:
+    """Load a trunk with room for any position, over the experts that are made. Raises `CheckpointError`, `ConfigError`."""
+    model = checkpoint.config
+    wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
+    compute = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
+    experts = make_experts(compute)
+    longest = config.model.max_model_len or model.max_position_embeddings
+    return Trunk.load(checkpoint, experts, compute, longest, progress), compute
+
+
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
@@ -65,12 +80,8 @@ def build_engine(
 ) -> Engine:
     """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`."""
     model = checkpoint.config
-    wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
-    compute = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
-    experts = make_experts(compute)
-    # On a GPU the cache takes what the weights leave, so the trunk is loaded first, with room for any position.
-    longest = config.model.max_model_len or model.max_position_embeddings
-    trunk = Trunk.load(checkpoint, experts, compute, longest, progress)
+    # On a GPU the cache takes what the weights leave, so they are loaded first.
+    trunk, compute = load_trunk(config, checkpoint, make_experts, progress)
     blocks = num_blocks(config, model, compute)
     options = EngineOptions(
         num_blocks=blocks,
