@@ -67,3 +67,10 @@ class Reference:
     def logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities of what follows each position, [T, V]."""
         return self.logits(token_ids).log_softmax(-1)
+
+    def loss(self, token_ids: Sequence[int], labels: torch.Tensor) -> float:
+        """Mean negative log likelihood of those `labels` [1, T] that are not -100."""
+        import torch
+
+        with torch.inference_mode(), all_cores():
+            return float(self._model(torch.tensor([list(token_ids)]), labels=labels).loss)

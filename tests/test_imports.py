@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "gateway": {*BASE, "pb", "transport", "engine", "trunk"},
     "api": {*BASE, "__init__", "engine", "text", "gateway"},
     "llm": {*MODEL, "config", "hub", "text", "experts", "engine", "api"},
+    "quality": {*MODEL, "config", "experts", "engine"},
     "deploy": {
         *MODEL,
         "__init__",
@@ -52,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "commands": {
         *MODEL,
         "__init__",
-        *("config", "hub", "convert", "text", "experts", "engine", "llm", "api", "deploy", "bench"),
+        *("config", "hub", "convert", "text", "experts", "engine", "llm", "api", "deploy", "bench", "quality"),
     },
 }
 NEVER = {  # room → packages that must not appear in it
@@ -69,12 +70,14 @@ NEVER = {  # room → packages that must not appear in it
     "gateway": {"ray", "torch", "fastapi"},
     "trunk": {"fastapi"},
     "llm": {"ray", "grpc", "fastapi"},
+    "quality": {"ray", "grpc", "fastapi"},
     "transport": {"fastapi", "transformers"},
     "bench": {"fastapi"},
     "commands": {"fastapi", "grpc", "torch"},
 }
 VERBS = (  # files of the command line that are loaded to parse any command
-    *("main", "options", "bench_options", "serve", "chat", "generate", "plan", "status", "scale", "convert", "version"),
+    *("main", "options", "bench_options", "serve", "chat", "generate", "plan", "perplexity", "status", "scale"),
+    *("convert", "version"),
     *("bench", "bench_lab"),
 )
 FILE_NEVER = {  # files that work without a package their room may have
@@ -96,6 +99,8 @@ FILE_NEVER = {  # files that work without a package their room may have
     "experts/server/load_counters.py": {"torch", "numpy"},
     "model/end_tokens.py": {"torch", "transformers", "numpy"},
     "model/json_files.py": {"torch", "transformers", "numpy"},
+    "quality/windows.py": {"torch", "numpy"},
+    "quality/text.py": {"torch", "numpy"},
     "transport/grpc.py": {"ray"},
     "transport/local.py": {"ray", "grpc"},
     "transport/socket.py": {"ray", "grpc"},

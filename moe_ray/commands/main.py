@@ -13,6 +13,7 @@ from moe_ray.commands.chat import chat
 from moe_ray.commands.convert import upcycle
 from moe_ray.commands.generate import generate
 from moe_ray.commands.options import error_console
+from moe_ray.commands.perplexity import perplexity
 from moe_ray.commands.plan import plan
 from moe_ray.commands.scale import scale
 from moe_ray.commands.serve import serve
@@ -21,7 +22,7 @@ from moe_ray.commands.version import version
 from moe_ray.console import accept_every_character
 from moe_ray.errors import MoeRayError
 
-VERBS = (serve, chat, generate, plan, status, scale)
+VERBS = (serve, chat, generate, plan, perplexity, status, scale)
 CONVERSIONS = (upcycle,)
 BENCHES = (
     bench.serve,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,10 @@ ConfigFile = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")]
+Kernels = Annotated[str | None, typer.Option(help="auto, native or torch.", show_default="auto")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration; may be repeated.")
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output.", show_default="the model's")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
 Url = Annotated[str, typer.Option(help="Base URL of a running server.")]
@@ -65,3 +70,31 @@ def json_object(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{flag}: expected a JSON object, got {text!r}")
     return value
+
+
+def with_settings(flags: Mapping[str, Any], settings: Sequence[str], flag: str = "--set") -> dict[str, Any]:
+    """`flags`, a nested mapping, with `KEY=VALUE` of the configuration set in it; values are YAML, as in its file.
+
+    Raises `ConfigError` naming `flag`.
+
+    >>> with_settings({"model": {"dtype": "float32"}}, ["model.kernels=torch"])
+    {'model': {'dtype': 'float32', 'kernels': 'torch'}}
+    """
+    import yaml
+
+    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in flags.items()}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{flag}: expected KEY=VALUE, as in model.kernels=torch, got {setting!r}")
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{flag}: {setting!r}: {part} is no section")
+        try:
+            section[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{flag}: {setting!r}: the value is no YAML") from None
+    return tree

@@ -63,7 +63,7 @@ def load_trunk(
     make_experts: Callable[[Compute], Experts],
     progress: Progress | None = None,
 ) -> tuple[Trunk, Compute]:
-    """Load a trunk with room for any position, over the experts that are made. Raises `CheckpointError`, `ConfigError`."""
+    """Load a trunk with room for any position, over experts of `make_experts`. Raises as `build_engine`."""
     model = checkpoint.config
     wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
     compute = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
