@@ -74,3 +74,16 @@ class Reference:
 
         with torch.inference_mode(), all_cores():
             return float(self._model(torch.tensor([list(token_ids)]), labels=labels).loss)
+
+    def routing_weights(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Each token's routing weights by expert, [T, layers, E]: of its top k they sum to 1, the others are 0."""
+        import torch
+
+        with torch.inference_mode(), all_cores():
+            out = self._model(torch.tensor([list(token_ids)]), output_router_logits=True)
+        top_k = self._model.config.num_experts_per_tok
+        spreads = []
+        for logits in out.router_logits:
+            weights, experts = logits.softmax(-1).topk(top_k, dim=-1)
+            spreads.append(torch.zeros_like(logits).scatter(-1, experts, weights / weights.sum(-1, keepdim=True)))
+        return torch.stack(spreads, dim=1)

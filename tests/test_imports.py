@@ -76,7 +76,19 @@ NEVER = {  # room → packages that must not appear in it
     "commands": {"fastapi", "grpc", "torch"},
 }
 VERBS = (  # files of the command line that are loaded to parse any command
-    *("main", "options", "bench_options", "serve", "chat", "generate", "plan", "perplexity", "status", "scale"),
+    *(
+        "main",
+        "options",
+        "bench_options",
+        "serve",
+        "chat",
+        "generate",
+        "plan",
+        "perplexity",
+        "compare",
+        "status",
+        "scale",
+    ),
     *("convert", "version"),
     *("bench", "bench_lab"),
 )

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from moe_ray.commands import bench, bench_lab
 from moe_ray.commands.chat import chat
+from moe_ray.commands.compare import compare
 from moe_ray.commands.convert import upcycle
 from moe_ray.commands.generate import generate
 from moe_ray.commands.options import error_console
@@ -22,7 +23,7 @@ from moe_ray.commands.version import version
 from moe_ray.console import accept_every_character
 from moe_ray.errors import MoeRayError
 
-VERBS = (serve, chat, generate, plan, perplexity, status, scale)
+VERBS = (serve, chat, generate, plan, perplexity, compare, status, scale)
 CONVERSIONS = (upcycle,)
 BENCHES = (
     bench.serve,
