@@ -1,9 +1,8 @@
-"""Reads the weights of a safetensors checkpoint, so that every process reads only its own."""
+"""Reads the weights of a checkpoint, safetensors or GGUF, so that every process reads only its own."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import Layout, Weight
-from moe_ray.model.foreign import INDEX, SINGLE, is_shard
+from moe_ray.model.foreign import INDEX
 from moe_ray.model.formats import (
     FORMATS,
     Place,
@@ -21,7 +20,9 @@ from moe_ray.model.formats import (
     TensorPart,
 )
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.safetensors_file import DTYPES, NotWhole, numpy_dtype, read_bytes, read_header
+from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
+from moe_ray.model.tensor_file import read_bytes
+from moe_ray.model.weight_files import Header, find_weights, header_of
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Checkpoint:
     files: dict[str, str]
     """Tensor name → file name."""
     bytes_read: int = 0
-    _headers: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
+    _headers: dict[str, Header] = field(default_factory=dict)
     """File name → its header, of the files that were needed."""
     _opened_files: dict[str, BinaryIO] = field(default_factory=dict)
 
@@ -60,14 +61,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: not a directory")
         config = ModelConfig.load(directory)
-        headers: dict[str, dict[str, TensorEntry]] = {}
-        if (directory / INDEX).exists():
-            files = _read_index(directory / INDEX)  # files are opened when a tensor of theirs is wanted, not before
-        elif (directory / SINGLE).exists():
-            headers[SINGLE] = _header(directory / SINGLE)
-            files = dict.fromkeys(headers[SINGLE], SINGLE)
-        else:
-            raise CheckpointError(f"{directory}: neither {INDEX} nor {SINGLE} found")
+        files, headers = find_weights(directory)
         return Checkpoint(directory, config, _layout_of(config, files), files, _headers=headers)
 
     def check(self, weights: Iterable[Weight]) -> int:
@@ -194,7 +188,7 @@ class Checkpoint:
         if file not in self._headers:
             if not (self.directory / file).is_file():
                 raise CheckpointError(f"{self._where(name)}: the file is named in {INDEX} but missing")
-            self._headers[file] = _header(self.directory / file, f": tensor {name}")
+            self._headers[file] = header_of(self.directory / file, f": tensor {name}")
         if name not in self._headers[file]:
             raise CheckpointError(f"{self._where(name)}: named in {INDEX} but not in the file")
         return self._headers[file][name]
@@ -228,26 +222,3 @@ def _layout_of(config: ModelConfig, files: Collection[str]) -> Layout:
         return sum(any(name in files for row in FORMATS.values() for name in row.names(place)) for place in places)
 
     return max(config.family.layouts, key=named)
-
-
-def _header(path: Path, wanted: str = "") -> dict[str, TensorEntry]:
-    """A file's header; `wanted` says in errors which tensor it was opened for. Raises `CheckpointError`."""
-    try:
-        return read_header(path)
-    except (NotWhole, OSError) as error:
-        raise CheckpointError(
-            f"{path}{wanted}: not a whole safetensors file ({error}); download or copy it again"
-        ) from None
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no readable weight_map ({error!r})") from None
-    if not isinstance(files, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in files.items()):
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
-    for name in set(files.values()):
-        if not is_shard(name):
-            raise CheckpointError(f"{path}: weight_map names {name!r}; only *.safetensors files beside it are read")
-    return files

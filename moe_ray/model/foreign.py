@@ -13,6 +13,8 @@ from moe_ray.errors import CheckpointError
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+CONSOLIDATED: Final = "consolidated*.safetensors"
+CONSOLIDATED_INDEX: Final = "consolidated.safetensors.index.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 

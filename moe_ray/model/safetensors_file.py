@@ -1,19 +1,18 @@
-"""One safetensors file: its header, and any bytes of its tensors, read without a map of the file.
+"""The header of a safetensors file.
 
 The format: [header length, 8 bytes little-endian][header, JSON][the tensors' bytes]
-(github.com/huggingface/safetensors). Reading does not hold the interpreter's lock while the disk works, as a page
-fault in a map would: replicas serve while they load.
+(github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moe_ray.model.formats import TensorEntry
+from moe_ray.model.tensor_file import NotWhole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,10 +38,6 @@ DTYPES: Final[dict[str, tuple[str, int]]] = {
 """The format's name of a dtype → numpy's (with ml_dtypes), and the bytes of an element."""
 
 
-class NotWhole(Exception):
-    """A file is no safetensors file or a part of one. Raised and caught inside `model/`."""
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Tensor name → what the header says of it, checked against the file's size. Raises `NotWhole`, `OSError`."""
     size = path.stat().st_size
@@ -61,14 +56,6 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if end > size:
         raise NotWhole(f"{size} bytes, its header says {end}")
     return entries
-
-
-def read_bytes(file: BinaryIO, start: int, into: memoryview) -> int:
-    """Fill `into` with the file's bytes from `start`; how many are missing at the file's end. Raises `OSError`."""
-    done = 0
-    while done < len(into) and (count := os.preadv(file.fileno(), [into[done:]], start + done)):
-        done += count
-    return len(into) - done
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:
