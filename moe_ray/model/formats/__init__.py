@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from moe_ray.model.formats.floats import FloatFormat
+from moe_ray.model.formats.gguf_blocks import BLOCK_FORMATS
+from moe_ray.model.formats.gguf_k import K_FORMATS
 from moe_ray.model.formats.grouped import GroupedCodes, Grouping
 from moe_ray.model.formats.weight_format import (
     Place,
@@ -33,7 +35,7 @@ _FLOATS: Final = (
     FloatFormat("bfloat16", "BF16", 2),
     FloatFormat("float16", "F16", 2),
 )
-FORMATS: Final[dict[str, WeightFormat]] = {row.name: row for row in _FLOATS}
+FORMATS: Final[dict[str, WeightFormat]] = {row.name: row for row in (*_FLOATS, *BLOCK_FORMATS, *K_FORMATS)}
 """By name. A weight is of the first format that finds it."""
 
 
