@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 from moe_ray.config import DEMO_MODEL, Config
 from moe_ray.errors import CheckpointError
-from moe_ray.model.foreign import INDEX, SINGLE, is_shard, refuse_foreign_file, what_it_is
+from moe_ray.model.foreign import (
+    GPTQ_SINGLE,
+    INDEX,
+    SINGLE,
+    index_in,
+    is_shard,
+    refuse_foreign_file,
+    single_in,
+    what_it_is,
+)
 
 if TYPE_CHECKING:
     from moe_ray.convert.demo import Progress
@@ -57,7 +66,8 @@ def weight_files(directory: Path) -> list[str]:
     An index that cannot be read is left to `Checkpoint`, which says what is wrong with it.
     """
     try:
-        files = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        index = index_in([path.name for path in directory.iterdir()]) or INDEX
+        files = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values()
     except FileNotFoundError:
         return [SINGLE]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -79,14 +89,22 @@ def _download(repo_id: str, revision: str | None) -> Path:
         weights = [glob.escape(name) for name in weight_files(directory)]
         if weights:
             snapshot_download(repo_id, revision=directory.name, allow_patterns=weights)
+        if not _has_weights(directory):
+            only = {"allow_patterns": [GPTQ_SINGLE], "ignore_patterns": [IN_FOLDERS]}
+            snapshot_download(repo_id, revision=directory.name, **only)
     except LocalEntryNotFoundError as error:
         raise CheckpointError(f"model {repo_id!r}: not in the local cache, and the Hub cannot be reached") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"model {repo_id!r}: download failed ({first_line})") from error
-    if not any((directory / name).exists() for name in (INDEX, SINGLE)):
+    if not _has_weights(directory):
         _refuse_foreign_repo(repo_id, directory.name)
     return directory
+
+
+def _has_weights(directory: Path) -> bool:
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return (index_in(names) or single_in(names)) is not None
 
 
 def _refuse_foreign_repo(repo_id: str, commit: str) -> None:

@@ -133,6 +133,19 @@ def test_the_index_says_which_weights_are_read(hub: dict[str, str]) -> None:
     assert weights == ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_as_auto_gptq_names_them(hub: dict[str, str], sharded: bool) -> None:
+    name = "gptq_model-4bit-128g.safetensors"
+    Hub.files = {"config.json": b"{}", "quantize_config.json": b"{}", name: WEIGHTS, "gptq_model.bin": WEIGHTS}
+    if sharded:
+        Hub.files |= {f"{name}.index.json": json.dumps({"weight_map": {"a": "gptq-1.safetensors"}}).encode()}
+        Hub.files |= {"gptq-1.safetensors": WEIGHTS}
+    done = resolve(hub)
+    assert done.returncode == 0, done.stderr
+    weights = [fetched for fetched in Hub.fetched if not fetched.endswith(".json")]
+    assert weights == (["gptq-1.safetensors"] if sharded else [name])
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from moe_ray.errors import CheckpointError
-from moe_ray.model.foreign import quantization_of, refuse_foreign
+from moe_ray.model.foreign import refuse_foreign
+from moe_ray.model.formats.quantization import quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -231,8 +232,8 @@ class SafetensorsModel:
         raw: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
         if raw.get("model_type") not in ("llama", "mistral"):
             raise CheckpointError(f"{path} has model_type {raw.get('model_type')!r}; allowed: 'llama', 'mistral'")
-        if method := quantization_of(raw):
-            raise CheckpointError(f"{path} is quantised ({method}); only float weights can be upcycled")
+        if quantised := quantization_of(raw, str(path / "config.json")):
+            raise CheckpointError(f"{path} is quantised ({quantised.method}); only float weights can be upcycled")
         if raw.get("attention_bias") or raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"{path} has biases or another activation than silu, which Mixtral does not have")
         # transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling

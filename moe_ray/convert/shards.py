@@ -14,7 +14,7 @@ from moe_ray.errors import CheckpointError
 from moe_ray.model.families import Layout, Weight
 from moe_ray.model.families.mixtral import MIXTRAL
 from moe_ray.model.foreign import INDEX
-from moe_ray.model.formats import FORMATS, Place
+from moe_ray.model.formats import FLOATS, Place
 
 LAYOUT: Final[Layout] = MIXTRAL.layouts[0]
 
@@ -28,9 +28,9 @@ class ShardWriter:
     """Collects tensors in order and writes a safetensors shard whenever one is full; the index on a clean exit."""
 
     def __init__(self, directory: Path, weight_format: str, shard_bytes: int) -> None:
-        """`weight_format`: a row of `FORMATS`. `shard_bytes`: of tensors in one file, where one is not larger."""
+        """`weight_format`: a row of `FLOATS`. `shard_bytes`: of tensors in one file, where one is not larger."""
         self.parameters = self.total_bytes = self.count = 0
-        self._format = FORMATS[weight_format]
+        self._format = FLOATS[weight_format]
         self._directory = directory
         self._limit = shard_bytes
         self._held: dict[str, torch.Tensor] = {}

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import Layout, Weight
-from moe_ray.model.foreign import INDEX
 from moe_ray.model.formats import (
+    FLOATS,
     FORMATS,
+    BadTensor,
     Place,
-    ShapeMismatch,
+    Source,
     StoredWeight,
     TensorEntry,
     TensorPart,
@@ -22,7 +23,7 @@ from moe_ray.model.formats import (
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
 from moe_ray.model.tensor_file import read_bytes
-from moe_ray.model.weight_files import Header, find_weights, header_of
+from moe_ray.model.weight_files import Header, find_weights, header_of, index_of
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
 
 if TYPE_CHECKING:
@@ -33,8 +34,15 @@ SAMPLED_ROWS: Final = 8
 """Of each matrix, for its fingerprint."""
 ALIGNMENT: Final = 64
 """Of what is read, in bytes: a cache line, as torch's own memory."""
-OTHER_SUFFIXES: Final = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors"}
-"""A tensor of this name where `weight` is missing → whose it is."""
+OTHER_SUFFIXES: Final = {
+    "weight._data": "quanto",
+    "codes": "AQLM",
+    "Qidxs": "QuIP#",
+    "weight_scale_2": "NVFP4",
+    "trellis": "EXL3",
+    "q_weight": "EXL2",
+}
+"""A tensor of this name where a weight is missing → whose it is."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read) of one process."""
@@ -67,20 +75,24 @@ class Checkpoint:
     def check(self, weights: Iterable[Weight]) -> int:
         """Check that every weight exists with its shape, in a known format; return their bytes on disk.
 
-        Reads the files' headers only. Raises `CheckpointError` naming file and tensor.
+        Reads as `find` does. Raises `CheckpointError` naming file and tensor.
         """
         return sum(self.find(weight).nbytes for weight in weights)
 
     def find(self, weight: Weight) -> StoredWeight:
-        """Where and in which format one weight is stored. Reads headers only. Raises `CheckpointError`."""
+        """Where and in which format one weight is stored. Raises `CheckpointError`.
+
+        Reads headers, and of some formats small tensors that say how the others are stored.
+        """
         if weight.role == "embed" and self.config.tie_word_embeddings and not self.holds(weight):
             weight = head_weight(self.config)  # a tied pair may be stored under either name
         place = self.place(weight)
+        source = Source(self._entry, self.tensor, self.config.quantization)
         for row in FORMATS.values():
             try:
-                if (stored := row.find(place, weight.shape, self._entry)) is not None:
+                if (stored := row.find(place, weight.shape, source)) is not None:
                     return stored
-            except ShapeMismatch as error:
+            except BadTensor as error:
                 raise CheckpointError(f"{self._where(error.name)}: {error}") from None
         raise self._not_found(place)
 
@@ -108,6 +120,13 @@ class Checkpoint:
         """
         return [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
 
+    def tensor(self, name: str) -> np.ndarray:
+        """All of a tensor that there is, whatever it is. Not counted as read. Raises `CheckpointError`."""
+        entry = self._entry(name)
+        assert entry is not None
+        part = TensorPart.whole(name, entry)
+        return self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape)
+
     def fingerprint(self, weights: Iterable[Weight]) -> bytes:
         """A digest of weights by their format, shape and `SAMPLED_ROWS` rows of each, spread from first to last.
 
@@ -119,7 +138,7 @@ class Checkpoint:
             stored = self.find(weight)
             digest.update(f"{stored.format} {stored.shape}".encode())
             for part in stored.parts:
-                rows = part.shape[0]
+                rows = part.shape[0] if part.shape else 1
                 row_bytes = part.nbytes // rows
                 for row in sorted({(rows - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
                     sample = replace(part, nbytes=row_bytes, offset=part.offset + row * row_bytes)
@@ -138,7 +157,7 @@ class Checkpoint:
 
     def holds(self, weight: Weight) -> bool:
         """Whether some format's tensors of this weight are there, by their names."""
-        return any(all(name in self.files for name in row.names(self.place(weight))) for row in FORMATS.values())
+        return any(row.names(self.place(weight))[0] in self.files for row in FORMATS.values())
 
     def close(self) -> None:
         """Close the files, and forget their headers. What is wanted later opens them again."""
@@ -187,23 +206,28 @@ class Checkpoint:
         file = self.files[name]
         if file not in self._headers:
             if not (self.directory / file).is_file():
-                raise CheckpointError(f"{self._where(name)}: the file is named in {INDEX} but missing")
+                raise CheckpointError(
+                    f"{self._where(name)}: the file is named in {index_of(self.directory)} but missing"
+                )
             self._headers[file] = header_of(self.directory / file, f": tensor {name}")
         if name not in self._headers[file]:
-            raise CheckpointError(f"{self._where(name)}: named in {INDEX} but not in the file")
+            raise CheckpointError(f"{self._where(name)}: named in {index_of(self.directory)} but not in the file")
         return self._headers[file][name]
 
     def _not_found(self, place: Place) -> CheckpointError:
         name = place.named("weight")
         entry = self._entry(name)
         if entry is not None:
-            supported = ", ".join(stored for stored, (dtype, _) in DTYPES.items() if dtype in FORMATS)
-            return CheckpointError(f"{self._where(name)}: dtype {entry.dtype}, supported: {supported}")
+            supported = ", ".join(stored for stored, (dtype, _) in DTYPES.items() if dtype in FLOATS)
+            return CheckpointError(
+                f"{self._where(name)}: dtype {entry.dtype}, supported: {supported}, and the quantised formats "
+                f"{', '.join(name for name in FORMATS if name not in FLOATS)}"
+            )
         for suffix, whose in OTHER_SUFFIXES.items():
             if place.named(suffix) in self.files:
                 return CheckpointError(
-                    f"{self._where(place.named(suffix))}: a {whose} checkpoint; quantised checkpoints are not "
-                    f"supported, use float weights"
+                    f"{self._where(place.named(suffix))}: {whose} weights are not read; read are floats and "
+                    f"{', '.join(name for name in FORMATS if name not in FLOATS)}"
                 )
         return CheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
 

@@ -16,10 +16,9 @@ SINGLE: Final = "model.safetensors"
 CONSOLIDATED: Final = "consolidated*.safetensors"
 CONSOLIDATED_INDEX: Final = "consolidated.safetensors.index.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
+GPTQ_SINGLE: Final = "gptq_model*.safetensors"
+"""AutoGPTQ's name of it: with the bits and the group size."""
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config", "quantization")
-"""Of config.json: transformers', an old llm-compressor's, MLX's."""
 
 Contents = Callable[[str], Mapping[str, Any]]
 """A JSON file's object by the file's name; {} where it cannot be had."""
@@ -30,15 +29,12 @@ _CONVERT: Final = "convert it to safetensors with config.json (transformers: mod
 def what_it_is(names: Collection[str], contents: Contents) -> str | None:
     """What a directory of these files (not those of its folders) is, if it is something else; None: nothing known.
 
-    A sentence without the directory's name. What is read has `CONFIG`, and `INDEX` or `SINGLE`.
+    A sentence without the directory's name. What is read has `CONFIG`, and an index or a single file of weights.
     """
     here = set(names)
-    loads = CONFIG in here and (INDEX in here or SINGLE in here)
+    loads = CONFIG in here and (index_in(here) or single_in(here)) is not None
     if ADAPTER_CONFIG in here:
         return _adapter(contents(ADAPTER_CONFIG), loads)
-    for marker in ("quantize_config.json", "quant_config.json"):
-        if marker in here and quantization_of(contents(CONFIG)) is None:
-            return _quantised(marker, contents(marker))
     if loads:
         return None
     for pattern, sentence in _OTHERS:
@@ -46,6 +42,23 @@ def what_it_is(names: Collection[str], contents: Contents) -> str | None:
         if found and not _reads_anyway(pattern, here):
             return sentence.format(found[0])
     return None
+
+
+def index_in(names: Collection[str]) -> str | None:
+    """Which of a directory's files says where each tensor lies; None: none does."""
+    if INDEX in names or SINGLE in names:
+        return INDEX if INDEX in names else None
+    return _only(names, f"{GPTQ_SINGLE}.index.json")
+
+
+def single_in(names: Collection[str]) -> str | None:
+    """Which of a directory's files holds all tensors, where there is no index; None: none does."""
+    return SINGLE if SINGLE in names else _only(names, GPTQ_SINGLE)
+
+
+def _only(names: Collection[str], pattern: str) -> str | None:
+    found = [name for name in names if fnmatch(name, pattern)]
+    return found[0] if len(found) == 1 else None
 
 
 def is_shard(name: str) -> bool:
@@ -85,7 +98,6 @@ _OTHERS: Final = (  # (a file's pattern, what a directory with it is), the sures
         "{}: Mistral's own layout; use the model's Hugging Face files, config.json and model*.safetensors",
     ),
     ("*.gguf", "{}: a GGUF file; " + _GGUF),
-    ("gptq_model*.safetensors", "{}: a GPTQ checkpoint; quantised checkpoints are not supported, use float weights"),
     *((pattern, "{}: pickle checkpoints can run code when read and are refused; " + _CONVERT) for pattern in PICKLES),
     ("*.h5", "{}: TensorFlow weights; " + _CONVERT),
     ("*.msgpack", "{}: Flax weights; " + _CONVERT),
@@ -107,29 +119,6 @@ def _adapter(settings: Mapping[str, Any], beside_base: bool) -> str:
             f"merge_and_unload), or move it elsewhere"
         )
     return f"{ADAPTER_CONFIG}: {kind}, not a model: merge it into its base model (peft: merge_and_unload)"
-
-
-def _quantised(marker: str, settings: Mapping[str, Any]) -> str:
-    bits = settings.get("bits") or settings.get("w_bit")
-    kind = "an AWQ" if "w_bit" in settings or settings.get("quant_method") == "awq" else "a GPTQ"
-    size = f" ({bits} bits)" if bits else ""
-    return f"{marker}: {kind} checkpoint{size}; quantised checkpoints are not supported, use float weights"
-
-
-def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """How config.json says that the weights are quantised; None: not."""
-    for key in QUANTIZATION_KEYS:
-        settings = config.get(key)
-        if isinstance(settings, dict) and settings:
-            if method := settings.get("quant_method"):
-                return str(method)
-            if key == "quantization":
-                return f"MLX, {settings.get('bits', '?')} bits"
-            bits = [bits for bits in (4, 8) if settings.get(f"load_in_{bits}bit")]
-            return f"bitsandbytes, {bits[0]} bits" if bits else key
-        if settings:
-            return str(settings)
-    return None
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import FAMILIES, Family, Router
-from moe_ray.model.foreign import quantization_of, refuse_foreign
+from moe_ray.model.foreign import refuse_foreign
+from moe_ray.model.formats.quantization import FILES, Quantization, quantization_from, quantization_of
+from moe_ray.model.json_files import read_json_object
 
 HIDDEN_ACTS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -43,6 +44,8 @@ class ModelConfig:
     dtype: str
     raw: Mapping[str, Any]
     """The whole config.json, for what only one reader needs (RoPE scaling factors, token ids)."""
+    quantization: Quantization | None = None
+    """How its weights are quantised; None: config.json and the files beside it say nothing of it."""
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -55,15 +58,14 @@ class ModelConfig:
         path = directory / "config.json"
         if directory.is_dir():
             refuse_foreign(directory)
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: not found; a Mixtral-format checkpoint directory has a config.json"
-            ) from None
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-        return ModelConfig.from_dict(raw, str(path))
+        if not path.exists():
+            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json")
+        config = ModelConfig.from_dict(read_json_object(path), str(path))
+        if config.quantization is None:
+            for beside in (directory / name for name in FILES):
+                if settings := read_json_object(beside):
+                    return replace(config, quantization=quantization_from(settings, str(beside)))
+        return config
 
     @staticmethod
     def from_dict(raw: Any, source: str = "config.json") -> ModelConfig:
@@ -75,8 +77,6 @@ class ModelConfig:
             raise CheckpointError(
                 f"{source}: model_type is {raw.get('model_type')!r}, supported: {', '.join(map(repr, FAMILIES))}"
             )
-        if method := quantization_of(raw):
-            raise CheckpointError(f"{source}: quantised checkpoints ({method}) are not supported, use float weights")
         read, keys = _Reader(raw, source), family.config
         hidden, heads = read.positive_int("hidden_size"), read.positive_int("num_attention_heads")
         # A null means as many as query heads; an absent key means the family's default.
@@ -107,6 +107,7 @@ class ModelConfig:
             rope_theta=rope_theta,
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             raw=raw,
+            quantization=quantization_of(raw, source),
         )
         if heads % kv_heads:
             raise CheckpointError(f"{source}: num_attention_heads {heads} is not a multiple of {kv_heads} kv heads")

@@ -44,7 +44,8 @@ def config_of_trunk(checkpoint: Checkpoint) -> ModelConfig:
 def check_surplus(checkpoint: Checkpoint) -> None:
     """Refuse biases that the model's family does not have, and warn of other tensors that nothing computes with.
 
-    By their names alone. Raises `CheckpointError` for a bias: the model was trained with it.
+    By their names; a bias is read, for AutoGPTQ writes zeros for models that have none. Raises `CheckpointError` for
+    another: the model was trained with it.
     """
     config = checkpoint.config
     wanted = [*weights_of_model(config), head_weight(config)]
@@ -54,12 +55,13 @@ def check_surplus(checkpoint: Checkpoint) -> None:
         for name in checkpoint.files
         if name not in used and not any(fnmatch(name, pattern) for pattern in config.family.unused)
     )
-    biases = [name for name in surplus if name.endswith("bias")]
+    biases = [name for name in surplus if name.endswith("bias") and checkpoint.tensor(name).any()]
     if biases:
         raise CheckpointError(
             f"{checkpoint.directory / checkpoint.files[biases[0]]}: tensor {biases[0]}: a bias, and a "
             f"{config.family.model_type} model has none: it would be left out ({len(biases)} of them in all)"
         )
+    surplus = [name for name in surplus if not name.endswith("bias")]
     if surplus:
         more = f" and {len(surplus) - NAMED} more" if len(surplus) > NAMED else ""
         logger.warning(

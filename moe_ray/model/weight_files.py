@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_ray.errors import CheckpointError
-from moe_ray.model.foreign import CONSOLIDATED, CONSOLIDATED_INDEX, INDEX, SINGLE, is_shard
+from moe_ray.model.foreign import CONSOLIDATED, CONSOLIDATED_INDEX, INDEX, SINGLE, index_in, is_shard, single_in
 from moe_ray.model.formats import TensorEntry
 from moe_ray.model.gguf_file import read_gguf_tensors
 from moe_ray.model.safetensors_file import read_header
@@ -29,10 +29,11 @@ def find_weights(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
 
     Hugging Face's files count more than Mistral's, and these more than GGUF. Raises `CheckpointError`.
     """
-    for index in (INDEX, CONSOLIDATED_INDEX):
-        if (directory / index).exists() and (index == INDEX or not (directory / SINGLE).exists()):
-            return _read_index(directory / index), {}  # files are opened when a tensor of theirs is wanted, not before
-    names = [SINGLE] if (directory / SINGLE).exists() else []
+    here = [path.name for path in directory.iterdir()]
+    if index := _index_in(here):
+        return _read_index(directory / index), {}  # files are opened when a tensor of theirs is wanted, not before
+    single = single_in(here)
+    names = [single] if single else []
     for pattern in (CONSOLIDATED, "*.gguf"):
         names = names or sorted(path.name for path in directory.glob(pattern))
     if not names:
@@ -45,6 +46,16 @@ def find_weights(directory: Path) -> tuple[dict[str, str], dict[str, Header]]:
                 raise CheckpointError(f"{directory}: tensor {tensor} is in {files[tensor]} and in {name}")
             files[tensor] = name
     return files, headers
+
+
+def index_of(directory: Path) -> str:
+    """The file that says which tensor is in which; `INDEX` where there is none."""
+    return _index_in([path.name for path in directory.iterdir()]) or INDEX
+
+
+def _index_in(here: list[str]) -> str | None:
+    beside = CONSOLIDATED_INDEX if CONSOLIDATED_INDEX in here and single_in(here) is None else None
+    return index_in(here) or beside
 
 
 def header_of(path: Path, wanted: str = "") -> Header:

@@ -19,6 +19,7 @@ from moe_ray.model.weights import weights_of_model
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": True}
 AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+COMPRESSED = {"config_groups": {"group_0": {"weights": {"block_structure": [64, 128]}}}, "format": "float-quantized"}
 WEIGHTS, CONFIG = b"weights", {"model_type": "mixtral"}
 
 
@@ -53,19 +54,6 @@ def directory(path: Path, **files: Any) -> Path:
         ),
         ({"params__json": {"dim": 4096}, "consolidated__00__pth": WEIGHTS}, "Mistral's own layout"),
         ({"consolidated__safetensors": WEIGHTS, "config__json": CONFIG}, "Mistral's own layout"),
-        (
-            {"quantize_config__json": GPTQ, "gptq_model-4bit-128g__safetensors": WEIGHTS, "config__json": CONFIG},
-            "quantize_config.json: a GPTQ checkpoint (4 bits)",
-        ),
-        (
-            {"quantize_config__json": GPTQ, "model__safetensors": WEIGHTS, "config__json": CONFIG},
-            "quantize_config.json: a GPTQ checkpoint (4 bits)",
-        ),
-        ({"gptq_model-4bit-128g__safetensors": WEIGHTS, "config__json": CONFIG}, "a GPTQ checkpoint"),
-        (
-            {"quant_config__json": AWQ, "model__safetensors": WEIGHTS, "config__json": CONFIG},
-            "quant_config.json: an AWQ checkpoint (4 bits)",
-        ),
         ({"pytorch_model__bin": WEIGHTS, "config__json": CONFIG}, "pytorch_model.bin: pickle checkpoints"),
         ({"tf_model__h5": WEIGHTS, "config__json": CONFIG}, "TensorFlow weights"),
         ({"flax_model__msgpack": WEIGHTS, "config__json": CONFIG}, "Flax weights"),
@@ -82,30 +70,69 @@ def test_a_directory_says_what_it_is(tmp_path: Path, files: dict[str, Any], name
 
 
 @pytest.mark.parametrize(
-    ("key", "settings", "named"),
+    ("key", "settings", "told"),
     [
-        ("quantization_config", {"quant_method": "awq", "bits": 4}, "(awq)"),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "(gptq)"),
-        ("quantization_config", {"quant_method": "fp8"}, "(fp8)"),
-        ("quantization_config", {"load_in_4bit": True, "load_in_8bit": False}, "(bitsandbytes, 4 bits)"),
-        ("quantization_config", {"load_in_8bit": True}, "(bitsandbytes, 8 bits)"),
-        ("compression_config", {"quant_method": "compressed-tensors"}, "(compressed-tensors)"),
-        ("quantization", {"group_size": 64, "bits": 4}, "(MLX, 4 bits)"),
+        ("quantization_config", {"quant_method": "gptq", **GPTQ}, ("gptq", True, None)),
+        ("quantization_config", {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, ("gptq", False, None)),
+        ("quantization_config", {"quant_method": "awq", "bits": 4, "version": "gemm"}, ("awq", True, None)),
+        ("quantization_config", {"load_in_4bit": False, "load_in_8bit": True}, ("bitsandbytes", True, None)),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 64]}, ("fp8", True, (128, 64))),
+        ("compression_config", COMPRESSED, ("compressed-tensors", True, (64, 128))),
     ],
 )
 def test_config_json_says_how_it_is_quantised(
+    random_model: Path, key: str, settings: dict[str, Any], told: tuple[str, bool, tuple[int, int] | None]
+) -> None:
+    raw = json.loads((random_model / "config.json").read_text())
+    found = ModelConfig.from_dict({**raw, key: settings}).quantization
+    assert found is not None
+    assert (found.method, found.zeros_plus_one, found.block) == told
+    assert key in found.file
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "method"), [("quantize_config.json", GPTQ, "gptq"), ("quant_config.json", AWQ, "awq")]
+)
+def test_a_file_beside_config_json_says_it(
+    random_model: Path, tmp_path: Path, name: str, settings: dict[str, Any], method: str
+) -> None:
+    (tmp_path / "config.json").write_bytes((random_model / "config.json").read_bytes())
+    assert ModelConfig.load(tmp_path).quantization is None
+    (tmp_path / name).write_text(json.dumps(settings))
+    found = ModelConfig.load(tmp_path).quantization
+    assert found is not None
+    assert (found.method, found.file) == (method, str(tmp_path / name))
+    (tmp_path / name).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{name}: not readable as JSON"):
+        ModelConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "named"),
+    [
+        ("quantization_config", {"quant_method": "aqlm"}, "weights quantised with aqlm are not read; read are awq, "),
+        ("quantization_config", {"bits": 4}, "weights quantised with a method without a name are not read"),
+        ("quantization", {"group_size": 64, "bits": 4}, "weights quantised with MLX, 4 bits are not read"),
+        ("quantization_config", {"quant_method": "awq", "version": "gemv"}, "version 'gemv' is not read"),
+        ("quantization_config", {"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' is not read"),
+        ("quantization_config", {"quant_method": "gptq", "is_marlin_format": True}, "Marlin's order are not read"),
+        ("quantization_config", {"quant_method": "gptq", "pack_dtype": "int8"}, "pack_dtype 'int8' is not read"),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128]}, "found (128,)"),
+        ("quantization_config", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'nvfp4' is not"),
+    ],
+)
+def test_config_json_says_that_it_is_quantised_otherwise(
     random_model: Path, key: str, settings: dict[str, Any], named: str
 ) -> None:
     raw = json.loads((random_model / "config.json").read_text())
     with pytest.raises(CheckpointError) as caught:
-        ModelConfig.from_dict({**raw, key: settings})
-    assert f"quantised checkpoints {named} are not supported" in str(caught.value)
+        ModelConfig.from_dict({**raw, key: settings}, "there/config.json")
+    assert named in str(caught.value)
+    assert f"there/config.json: {key}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "named"), [("qweight", "a GPTQ or AWQ checkpoint"), ("weight_packed", "a compressed-tensors checkpoint")]
-)
-def test_quantised_tensors_that_no_file_speaks_of(random_model: Path, tmp_path: Path, suffix: str, named: str) -> None:
+@pytest.mark.parametrize("suffix", ["codes", "Qidxs"])
+def test_quantised_tensors_that_no_file_speaks_of(random_model: Path, tmp_path: Path, suffix: str) -> None:
     stem = "model.layers.1.block_sparse_moe.experts.3.w1."
     tensors = load_file(random_model / SINGLE)
     del tensors[stem + "weight"]
@@ -113,7 +140,7 @@ def test_quantised_tensors_that_no_file_speaks_of(random_model: Path, tmp_path: 
     save_file(tensors, tmp_path / SINGLE)
     (tmp_path / "config.json").write_bytes((random_model / "config.json").read_bytes())
     checkpoint = Checkpoint.open(tmp_path)
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=rf"{stem}{suffix}: \S+ weights are not read; read are floats and "):
         checkpoint.check(weights_of_model(checkpoint.config))
 
 

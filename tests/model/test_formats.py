@@ -1,4 +1,4 @@
-"""Every weight format: what it packs it finds, reads back and counts; a part of a stack is as good as a tensor."""
+"""The float formats: what they pack they find, read back and count; a part of a stack is as good as a tensor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from safetensors.torch import save_file
 
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.foreign import SINGLE
-from moe_ray.model.formats import FORMATS, Place, ShapeMismatch, StoredWeight, TensorEntry, TensorPart, dtype_bytes
-from moe_ray.model.formats.weight_format import Lookup
+from moe_ray.model.formats import (
+    FLOATS,
+    FORMATS,
+    Place,
+    ShapeMismatch,
+    Source,
+    StoredWeight,
+    TensorEntry,
+    TensorPart,
+    dtype_bytes,
+)
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
 from moe_ray.model.surplus import check_surplus
@@ -35,8 +44,17 @@ def stored_as(tensors: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
     return entries
 
 
+def of(entries: dict[str, TensorEntry]) -> Source:
+    """A checkpoint of these headers, none of whose tensors is read to find a weight."""
+
+    def read(name: str) -> np.ndarray:
+        raise AssertionError(f"{name} is read")
+
+    return Source(entries.get, read)
+
+
 def read(data: bytes, entries: dict[str, TensorEntry], row: str, place: Place) -> np.ndarray:
-    stored = FORMATS[row].find(place, SHAPE, entries.get)
+    stored = FLOATS[row].find(place, SHAPE, of(entries))
     assert stored is not None
     assert (stored.format, stored.shape) == (row, SHAPE)
     arrays = []
@@ -44,25 +62,25 @@ def read(data: bytes, entries: dict[str, TensorEntry], row: str, place: Place) -
         start = entries[part.name].start + part.offset
         dtype = numpy_dtype(part.dtype)
         arrays.append(np.frombuffer(data[start : start + part.nbytes], dtype).reshape(part.shape))
-    return FORMATS[row].decode(stored, arrays)
+    return FLOATS[row].decode(stored, arrays)
 
 
-@pytest.mark.parametrize("row", FORMATS)
+@pytest.mark.parametrize("row", FLOATS)
 def test_what_is_packed_is_read_back(row: str) -> None:
     values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     place = Place("model.layers.0.self_attn.q_proj")
-    tensors = FORMATS[row].pack(place, values)
-    assert tuple(tensors) == FORMATS[row].names(place)
-    assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[row].nbytes(SHAPE)
+    tensors = FLOATS[row].pack(place, values)
+    assert tuple(tensors) == FLOATS[row].names(place)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == FLOATS[row].nbytes(SHAPE)
     data = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
     entries = stored_as(tensors)
     back = read(data, entries, row, place)
     np.testing.assert_array_equal(back.astype(np.float32), values.to(getattr(torch, row)).float().numpy())
     for other in set(FORMATS) - {row}:
-        assert FORMATS[other].find(place, SHAPE, entries.get) is None, "two formats would take one weight"
+        assert FORMATS[other].find(place, SHAPE, of(entries)) is None, "two formats would take one weight"
 
 
-@pytest.mark.parametrize("row", FORMATS)
+@pytest.mark.parametrize("row", FLOATS)
 def test_a_part_of_a_stack(row: str) -> None:
     dtype = getattr(torch, row)
     whole = torch.randn(3, 2 * SHAPE[0], SHAPE[1], generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -76,13 +94,13 @@ def test_a_part_of_a_stack(row: str) -> None:
             np.testing.assert_array_equal(back.astype(np.float32), wanted)
 
 
-@pytest.mark.parametrize("row", FORMATS)
+@pytest.mark.parametrize("row", FLOATS)
 def test_absence_and_another_shape(row: str) -> None:
     place = Place("lm_head")
-    assert FORMATS[row].find(place, SHAPE, {}.get) is None
-    tensors = FORMATS[row].pack(place, torch.zeros(5, 32))
+    assert FLOATS[row].find(place, SHAPE, of({})) is None
+    tensors = FLOATS[row].pack(place, torch.zeros(5, 32))
     with pytest.raises(ShapeMismatch, match=r"shape \[5, 32\], config.json implies \[6, 32\]"):
-        FORMATS[row].find(place, SHAPE, stored_as(tensors).get)
+        FLOATS[row].find(place, SHAPE, of(stored_as(tensors)))
 
 
 @dataclass(frozen=True)
@@ -94,8 +112,8 @@ class Int8:
     def names(self, place: Place) -> tuple[str, ...]:
         return place.named("weight"), place.named("weight_scale")
 
-    def find(self, place: Place, shape: tuple[int, ...], lookup: Lookup) -> StoredWeight | None:
-        weight, scale = map(lookup, self.names(place))
+    def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
+        weight, scale = map(source.entry, self.names(place))
         if weight is None or scale is None or weight.dtype != "I8":
             return None
         sizes = (math.prod(shape), 4 * shape[0])
@@ -142,7 +160,7 @@ def test_a_row_is_all_that_a_format_needs(
         values = source.read(weight, torch.float32)
         place = layout.place(weight, config.num_local_experts)
         if weight.expert is None:
-            tensors.update(FORMATS["float32"].pack(place, values))
+            tensors.update(FLOATS["float32"].pack(place, values))
             continue
         codes, scales = added.pack(place, values).values()
         expected[weight] = codes.float() * scales.unsqueeze(-1)

@@ -7,7 +7,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from moe_ray.model.formats import FORMATS, Place, TensorEntry
+from moe_ray.model.formats import FORMATS, Place, Source, TensorEntry
 from moe_ray.model.formats.gguf_blocks import BLOCK_FORMATS
 from moe_ray.model.formats.gguf_format import GgufFormat
 from moe_ray.model.formats.gguf_k import K_FORMATS
@@ -15,6 +15,8 @@ from moe_ray.model.gguf_file import TYPES
 
 ROWS, COLUMNS = 24, 512
 GGUF = (*BLOCK_FORMATS, *K_FORMATS)
+NOTHING: dict[str, np.ndarray] = {}
+"""No tensor is read to find a weight."""
 WRITTEN = [row for row in GGUF if row.stored in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")]
 """Those that the package quantises."""
 ROUNDED = {"Q4_1", "Q4_K"}
@@ -45,7 +47,7 @@ def reference(row: GgufFormat, rows: np.ndarray) -> np.ndarray:
 def check(row: GgufFormat, rows: np.ndarray) -> None:
     shape = (len(rows), COLUMNS)
     entries = {"blk.0.ffn_up.0.weight": TensorEntry(row.stored, shape, 0, rows.nbytes)}
-    stored = row.find(Place("blk.0.ffn_up.0"), shape, entries.get)
+    stored = row.find(Place("blk.0.ffn_up.0"), shape, Source(entries.get, NOTHING.__getitem__))
     assert stored is not None
     assert stored.nbytes == rows.nbytes == row.nbytes(shape)
     expected = reference(row, rows)
@@ -85,7 +87,7 @@ def test_a_part_of_a_stack(row: GgufFormat) -> None:
     expected = reference(row, whole).reshape(6, 4, COLUMNS)
     for index in range(6):
         place = Place("blk.0.ffn_gate_exps.weight", experts=3, parts=2, index=index)
-        stored = row.find(place, (4, COLUMNS), entries.get)
+        stored = row.find(place, (4, COLUMNS), Source(entries.get, NOTHING.__getitem__))
         assert stored is not None
         (part,) = stored.parts
         rows = whole.reshape(-1)[part.offset : part.offset + part.nbytes].reshape(part.shape)

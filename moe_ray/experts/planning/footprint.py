@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_ray.experts.planning.placement import Holding, holdings
-from moe_ray.model.formats import FORMATS, dtype_bytes
+from moe_ray.model.formats import FLOATS, dtype_bytes
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 
@@ -124,7 +124,7 @@ def network_step(model: ModelConfig, dtype: str, network: Network, tokens: int, 
 
 def make_plan(model: ModelConfig, dtype: str, placed: Sequence[Holding] | None = None) -> Plan:
     """Plan `model` in `dtype`: one trunk, and the actors of `placed`; default: one per expert over all layers."""
-    held_as = FORMATS[dtype]
+    held_as = FLOATS[dtype]
     trunk = list(weights_of_trunk(model))
     key = key_parameters(model)
     key_bytes = sum(held_as.nbytes(weight.shape) for weight in weights_of_expert(model, 0, 0))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
+from moe_ray.model.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
 from moe_ray.model.formats.floats import FloatFormat
 from moe_ray.model.formats.gguf_blocks import BLOCK_FORMATS
 from moe_ray.model.formats.gguf_k import K_FORMATS
 from moe_ray.model.formats.grouped import GroupedCodes, Grouping
+from moe_ray.model.formats.quantization import Quantization
 from moe_ray.model.formats.weight_format import (
+    BadTensor,
     Place,
     ShapeMismatch,
+    Source,
     StoredWeight,
     TensorEntry,
     TensorPart,
@@ -18,11 +22,15 @@ from moe_ray.model.formats.weight_format import (
 )
 
 __all__ = [
+    "FLOATS",
     "FORMATS",
+    "BadTensor",
     "GroupedCodes",
     "Grouping",
     "Place",
+    "Quantization",
     "ShapeMismatch",
+    "Source",
     "StoredWeight",
     "TensorEntry",
     "TensorPart",
@@ -30,15 +38,30 @@ __all__ = [
     "dtype_bytes",
 ]
 
-_FLOATS: Final = (
-    FloatFormat("float32", "F32", 4),
-    FloatFormat("bfloat16", "BF16", 2),
-    FloatFormat("float16", "F16", 2),
+FLOATS: Final[dict[str, FloatFormat]] = {
+    row.name: row
+    for row in (FloatFormat("float32", "F32", 4), FloatFormat("bfloat16", "BF16", 2), FloatFormat("float16", "F16", 2))
+}
+"""Weights that are not quantised, by torch's name of the dtype."""
+_QUANTISED: Final[tuple[WeightFormat, ...]] = (
+    compressed_tensors.PACKED,
+    compressed_tensors.INT8,
+    gptq.V1,
+    gptq.V2,
+    awq.GEMM,
+    bitsandbytes.NF4,
+    bitsandbytes.FP4,
+    bitsandbytes.INT8,
+    fp8.FP8,
+    mxfp4.MXFP4,
+    hqq.HQQ,
+    *BLOCK_FORMATS,
+    *K_FORMATS,
 )
-FORMATS: Final[dict[str, WeightFormat]] = {row.name: row for row in (*_FLOATS, *BLOCK_FORMATS, *K_FORMATS)}
+FORMATS: Final[dict[str, WeightFormat]] = {**FLOATS, **{row.name: row for row in _QUANTISED}}
 """By name. A weight is of the first format that finds it."""
 
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one element of rows, KV cache or weights in a float dtype."""
-    return FORMATS[dtype].nbytes((1,))
+    return FLOATS[dtype].nbytes((1,))

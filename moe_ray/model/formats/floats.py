@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.model.formats.weight_format import Lookup, Place, ShapeMismatch, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import Place, ShapeMismatch, Source, StoredWeight, TensorPart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +29,9 @@ class FloatFormat:
     def names(self, place: Place) -> tuple[str, ...]:
         return (place.named(SUFFIX),)
 
-    def find(self, place: Place, shape: tuple[int, ...], lookup: Lookup) -> StoredWeight | None:
+    def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
         (name,) = self.names(place)
-        entry = lookup(name)
+        entry = source.entry(name)
         if entry is None or entry.dtype != self.stored:
             return None
         whole = place.whole(shape)
@@ -43,6 +43,7 @@ class FloatFormat:
         )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight of this shape, in a checkpoint and in memory."""
         return math.prod(shape) * self.item_bytes
 
     def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -53,6 +54,7 @@ class FloatFormat:
         return
 
     def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors to write for a weight with a place of its own. `find` and `decode` give its values back."""
         import torch
 
         return {place.named(SUFFIX): values.to(getattr(torch, self.name)).contiguous()}

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.model.formats.grouped import GroupedCodes, Grouping
-from moe_ray.model.formats.weight_format import Lookup, Place, ShapeMismatch, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import Place, ShapeMismatch, Source, StoredWeight, TensorPart
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 SUFFIX: Final = "weight"
 KERNEL_GROUP: Final = 32
@@ -57,9 +56,9 @@ class GgufFormat:
     def names(self, place: Place) -> tuple[str, ...]:
         return (place.named(SUFFIX),)
 
-    def find(self, place: Place, shape: tuple[int, ...], lookup: Lookup) -> StoredWeight | None:
+    def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
         (name,) = self.names(place)
-        entry = lookup(name)
+        entry = source.entry(name)
         if entry is None or entry.dtype != self.stored:
             return None
         whole = place.whole(shape)
@@ -87,9 +86,6 @@ class GgufFormat:
     def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> GroupedCodes | None:
         (rows,) = arrays
         return self._codes(rows) if self._for_kernels else None
-
-    def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise NotImplementedError(f"{self.stored} is read from GGUF files and not written")
 
     @property
     def _for_kernels(self) -> bool:

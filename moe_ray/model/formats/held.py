@@ -1,6 +1,6 @@
 """What a weight may be held as in memory: a float dtype, or codes with a scale for each group of inputs.
 
-What a checkpoint stores it as is another matter (`FORMATS`): a weight is quantised while it is loaded.
+What a checkpoint stores it as is another matter (`FORMATS` of `formats`): a weight is quantised while it is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 
 from moe_ray.errors import ConfigError
 from moe_ray.model.families import Role
-from moe_ray.model.formats import FORMATS
+from moe_ray.model.formats import FLOATS
 from moe_ray.model.formats.grouped import Grouping
 
 Quantization = Literal["int8", "int4", "nf4"]
@@ -51,10 +51,10 @@ def grouping(name: str, inputs: int) -> Grouping | None:
     >>> grouping("int8", 4096).group, grouping("int8", 576).group, grouping("int8", 80).group
     (128, 64, 80)
     """
-    if name in FORMATS:
+    if name in FLOATS:
         return None
     if name not in GROUPINGS:
-        raise ConfigError(f"a weight cannot be held as {name!r}, allowed: {', '.join((*FORMATS, *GROUPINGS))}")
+        raise ConfigError(f"a weight cannot be held as {name!r}, allowed: {', '.join((*FLOATS, *GROUPINGS))}")
     how = GROUPINGS[name]
     group = how.group
     while inputs % group and group > LEAST_GROUP:
@@ -66,7 +66,7 @@ def nbytes(name: str, shape: tuple[int, ...]) -> int:
     """Bytes in memory of a weight held as `name`, scales with it."""
     how = grouping(name, shape[-1])
     if how is None:
-        return FORMATS[name].nbytes(shape)
+        return FLOATS[name].nbytes(shape)
     return how.nbytes((math.prod(shape[:-1]), shape[-1]))
 
 

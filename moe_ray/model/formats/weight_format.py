@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from moe_ray.model.formats.grouped import Grouping
+from moe_ray.model.formats.quantization import Quantization
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from moe_ray.model.formats.grouped import GroupedCodes
 
@@ -71,6 +71,11 @@ class TensorPart:
     offset: int = 0
     """Bytes of the tensor that lie before them."""
 
+    @staticmethod
+    def whole(name: str, entry: TensorEntry) -> TensorPart:
+        """All of a tensor."""
+        return TensorPart(name, entry.dtype, entry.shape, entry.nbytes)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
@@ -81,6 +86,8 @@ class StoredWeight:
     parts: tuple[TensorPart, ...]
     grouping: Grouping | None = None
     """How it is quantised, where its format gives `codes`; None: it comes as floats only."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, where a format's tensors alone do not tell."""
 
     @property
     def nbytes(self) -> int:
@@ -88,8 +95,25 @@ class StoredWeight:
         return sum(part.nbytes for part in self.parts)
 
 
-Lookup = Callable[[str], TensorEntry | None]
-"""What a checkpoint says of a tensor; None: it has none of this name."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a checkpoint tells a format that looks for a weight."""
+
+    entry: Callable[[str], TensorEntry | None]
+    """What the headers say of a tensor; None: there is none of this name."""
+    read: Callable[[str], np.ndarray]
+    """A whole tensor. For the small ones that say how others are stored."""
+    quantization: Quantization | None = None
+    """What the checkpoint's configuration says. Which weights are quantised, their tensors say."""
+
+    def require(self, name: str, owner: str, dtypes: tuple[str, ...]) -> TensorEntry:
+        """The entry of a tensor that belongs to the tensor `owner`. Raises `BadTensor`."""
+        entry = self.entry(name)
+        if entry is None:
+            raise BadTensor(owner, f"{name} is missing beside it")
+        if entry.dtype not in dtypes:
+            raise BadTensor(name, f"dtype {entry.dtype}, supported: {', '.join(dtypes)}")
+        return entry
 
 
 class WeightFormat(Protocol):
@@ -101,33 +125,35 @@ class WeightFormat(Protocol):
         ...
 
     def names(self, place: Place) -> tuple[str, ...]:
-        """The tensors that hold the weight of this place."""
+        """The tensors that may hold the weight of this place: the first one always, the others where they are there."""
         ...
 
-    def find(self, place: Place, shape: tuple[int, ...], lookup: Lookup) -> StoredWeight | None:
-        """The weight of this place and shape, if it is stored in this format; else None. Raises `ShapeMismatch`."""
-        ...
+    def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
+        """The weight of this place and shape, if it is stored in this format; else None.
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight of this shape, in a checkpoint and in memory."""
+        Raises `BadTensor` where it is, and its tensors are not what the format says.
+        """
         ...
 
     def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The values of a weight from its arrays, in the order of `names`: float32, or float16 or bfloat16."""
+        """The values of a weight from the arrays of its parts: float32, or float16 or bfloat16."""
         ...
 
     def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> GroupedCodes | None:
         """The same weight without a change of value, for kernels that compute on codes; None as `stored.grouping`."""
         ...
 
-    def pack(self, place: Place, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors to write for a weight with a place of its own. `find` and `decode` give its values back."""
-        ...
+
+class BadTensor(Exception):
+    """A tensor is not what its format says. Raised and caught inside `model/`."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(problem)
+        self.name = name
 
 
-class ShapeMismatch(Exception):
-    """A tensor has another shape than the model's configuration implies. Raised and caught inside `model/`."""
+class ShapeMismatch(BadTensor):
+    """A tensor has another shape than the model's configuration implies."""
 
     def __init__(self, name: str, found: tuple[int, ...], implied: tuple[int, ...]) -> None:
-        super().__init__(f"shape {list(found)}, config.json implies {list(implied)}")
-        self.name = name
+        super().__init__(name, f"shape {list(found)}, config.json implies {list(implied)}")
