@@ -207,7 +207,7 @@ class Checkpoint:
         if file not in self._headers:
             if not (self.directory / file).is_file():
                 raise CheckpointError(
-                    f"{self._where(name)}: the file is named in {index_of(self.directory)} but missing"
+                    f"{self._where(name)}: named in {index_of(self.directory)}, the file is missing"
                 )
             self._headers[file] = header_of(self.directory / file, f": tensor {name}")
         if name not in self._headers[file]:
