@@ -206,9 +206,7 @@ class Checkpoint:
         file = self.files[name]
         if file not in self._headers:
             if not (self.directory / file).is_file():
-                raise CheckpointError(
-                    f"{self._where(name)}: named in {index_of(self.directory)}, the file is missing"
-                )
+                raise CheckpointError(f"{self._where(name)}: named in {index_of(self.directory)}, the file is missing")
             self._headers[file] = header_of(self.directory / file, f": tensor {name}")
         if name not in self._headers[file]:
             raise CheckpointError(f"{self._where(name)}: named in {index_of(self.directory)} but not in the file")
