@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 # Whole files go to one worker each, so that what a file's tests see of each other never depends on timing.
 FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
 .PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv clean
@@ -49,6 +50,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on -e ".[dev]"
+	$(BIN)/pip install --no-deps --no-build-isolation $(REFERENCES) || echo "$(REFERENCES): tests that read as they do are skipped"
 	@touch $@
 
 clean:

@@ -106,11 +106,11 @@ def read_equals(
     row: str,
     grouping: Callable[[tuple[int, ...]], Grouping | None],
     relative: float = 0.0,
-    absolute: float = 1e-9,
+    absolute: float = 0.0,
 ) -> None:
     """Every weight is what the reference says, as values and as codes; no tensor is left over or read by others.
 
-    `relative`: what values may differ by. `absolute`: what codes may, for they add offsets where others subtract zeros.
+    `relative`: what values may differ by. `absolute`: what codes may, where their products and sums are other ones.
     """
     checkpoint = Checkpoint.open(written.directory)
     with caplog.at_level(logging.WARNING):
@@ -131,9 +131,7 @@ def read_equals(
             assert codes.grouping == stored.grouping
             assert codes.codes.dtype == np.uint8
             assert codes.scales.dtype == np.float32
-            np.testing.assert_allclose(
-                codes.values(), expected.float().numpy(), rtol=max(relative, 1e-6), atol=absolute
-            )
+            np.testing.assert_allclose(codes.values(), expected.float().numpy(), rtol=relative, atol=absolute)
     assert checkpoint.bytes_read == total
     for weight in written.expected:
         checkpoint.fingerprint([weight])
