@@ -131,6 +131,8 @@ def read_equals(
             assert codes.grouping == stored.grouping
             assert codes.codes.dtype == np.uint8
             assert codes.scales.dtype == np.float32
+            arrays = (codes.codes, codes.scales, codes.offsets, codes.order)
+            assert all(array is None or array.flags.c_contiguous for array in arrays)
             np.testing.assert_allclose(codes.values(), expected.float().numpy(), rtol=relative, atol=absolute)
     assert checkpoint.bytes_read == total
     for weight in written.expected:

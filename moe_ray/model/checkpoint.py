@@ -124,6 +124,8 @@ class Checkpoint:
         """All of a tensor that there is, whatever it is. Not counted as read. Raises `CheckpointError`."""
         entry = self._entry(name)
         assert entry is not None
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{self._where(name)}: dtype {entry.dtype}, supported: {', '.join(DTYPES)}")
         part = TensorPart.whole(name, entry)
         return self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape)
 

@@ -99,7 +99,8 @@ class CompressedTensors:
             codes = words.view(np.uint8) ^ np.uint8(MIDDLE[8])  # q + 128, q in two's complement
         zeros = by_suffix.get(ZERO)
         if zeros is not None and zeros.dtype == np.int32:
-            zeros = unpack_rows(zeros.T, bits, n).T.astype(np.float32) - np.float32(MIDDLE[bits])
+            columns = unpack_rows(zeros.T, bits, n)
+            zeros = np.ascontiguousarray(columns.T).astype(np.float32) - np.float32(MIDDLE[bits])
         elif zeros is not None:
             zeros = _per_row(zeros, n)
         return Integers(bits, codes, _per_row(by_suffix[SCALE], n), zeros, by_suffix.get(INDEX))

@@ -74,9 +74,9 @@ class Columns:
 
         even = k // groups if groups and k % groups == 0 else None
         entry = source.entry(name)
-        index = None if entry is None else source.read(name)
         if entry is not None and (entry.shape != (k,) or entry.dtype not in ("I32", "I64")):
             raise BadTensor(name, f"{entry.dtype} of shape {list(entry.shape)}, I32 of [{k}] expected")
+        index = None if entry is None else source.read(name)
         if index is None or is_all(index, -1):  # -1: as it was initialised
             if even is None or (told is not None and told != even and groups > 1):
                 size = "of one size" if told is None else f"of {told}"

@@ -17,7 +17,7 @@ def unpack_rows(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
     as_bytes = np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
     if bits == 8:
-        return as_bytes[:, :count]
+        return np.ascontiguousarray(as_bytes[:, :count])
     if 8 % bits:
         single = np.unpackbits(as_bytes, axis=1, count=count * bits, bitorder="little")
         return np.packbits(single.reshape(len(words), count, bits), axis=2, bitorder="little")[:, :, 0]
@@ -25,7 +25,7 @@ def unpack_rows(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     codes = np.empty((*as_bytes.shape, per_byte), np.uint8)
     for place in range(per_byte):
         np.bitwise_and(as_bytes >> np.uint8(place * bits), mask, out=codes[:, :, place])
-    return codes.reshape(len(words), -1)[:, :count]
+    return np.ascontiguousarray(codes.reshape(len(words), -1)[:, :count])
 
 
 def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
