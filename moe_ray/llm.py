@@ -62,12 +62,15 @@ class LLM:
         dtype: str | None = None,
         device: str | None = None,
         kernels: str | None = None,
+        quantize: str | None = None,
+        quantize_trunk: str | None = None,
         max_model_len: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
     ) -> None:
         """Load `model`: a directory, a Hugging Face repo id, or `demo`.
 
+        `quantize`, `quantize_trunk`: hold the experts', the trunk's matrices in fewer bits: "int8", "int4" or "nf4".
         `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is called
         with (what, done, total) while things load. Raises `CheckpointError`, `ConfigError`.
         """
@@ -75,7 +78,12 @@ class LLM:
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
         engine = {"micro_batches": 1, **options.pop("engine", {})}
         model_options = {"path": str(model), "max_model_len": max_model_len, **compute}
-        self.config = load_config({**options, "engine": engine, "model": model_options})
+        sections = {
+            "experts": {"quantize": quantize, **options.pop("experts", {})},
+            "trunk": {"quantize": quantize_trunk, **options.pop("trunk", {})},
+        }
+        self.config = load_config({**options, **sections, "engine": engine, "model": model_options})
+        quantize_of = self.config.experts.quantize_of
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
         checkpoint = Checkpoint.open(directory)
@@ -86,7 +94,7 @@ class LLM:
         self._engine = build_engine(
             self.config,
             checkpoint,
-            lambda compute: local_experts(checkpoint, compute, lambda expert: watch(f"Expert{expert}") or _ignore),
+            lambda compute: local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}") or _ignore, quantize_of),
             watch("Trunk"),
         )
         checkpoint.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from platform import machine
 
 import pytest
 import torch
@@ -13,16 +14,33 @@ from moe_ray.errors import KernelsUnavailable
 from moe_ray.model.compute.base import FFN, TrunkCompute
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.expert import NativeFFN
+from moe_ray.model.compute.native.holding import hold, holding_of
 from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.expert import TorchFFN
 from moe_ray.model.compute.torch.trunk import TorchTrunk
+from moe_ray.model.matrix import FloatMatrix
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.trunk_weights import LayerWeights
+from moe_ray.native.build import KERNELS, cpu_flags, kernels_here
 from moe_ray.native.kernels import Kernels
 
+BEST = kernels_here()
+"""The native kernels of this machine."""
+HERE = [name for name, row in KERNELS.items() if machine() in row.architectures and row.needs <= cpu_flags()]
+"""All native kernels that it can run."""
+
+
+def native(dtype: str, kernels: str | None) -> Backend:
+    return Backend(dtype, "cpu", "native", "native", kernels or "avx2")
+
+
 BACKENDS = {
-    "native bfloat16": Backend("bfloat16", "cpu", "native", "native"),
+    "native bfloat16": native("bfloat16", BEST),
+    "native float32": native("float32", BEST),
+    "native float16": native("float16", BEST),
+    **{f"{name} bfloat16": native("bfloat16", name) for name in HERE if name != BEST},
+    **{f"{name} float32": native("float32", name) for name in HERE[-1:] if name != BEST},
     "torch float32": Backend("float32"),
     "torch bfloat16": Backend("bfloat16"),
     "torch float16": Backend("float16"),
@@ -34,7 +52,8 @@ def open_backend(name: str, threads: int = 1) -> Compute:
     """The backend of this name; skips the test where this machine cannot run it."""
     backend = BACKENDS[name]
     try:
-        return Compute(backend, Kernels(load_config().cache_dir, threads) if backend.native else None, threads)
+        kernels = Kernels(load_config().cache_dir, threads, backend.kernels) if backend.native else None
+        return Compute(backend, kernels, threads)
     except KernelsUnavailable as error:
         pytest.skip(str(error))
 
@@ -44,19 +63,22 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).bfloat16()
 
 
-def ffn_of(compute: Compute, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor) -> FFN:
+def ffn_of(compute: Compute, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tensor, quantize: str | None = None) -> FFN:
     """An expert of bfloat16 matrices, as the backend of `compute` holds it."""
     if compute.kernels is None:
         return TorchFFN(*(each.to(compute.torch_dtype) for each in (w1, w3, w2)), "silu")
-    return NativeFFN(*(each.view(torch.int16).numpy() for each in (w1, w3, w2)), compute.kernels)
+    gate, up, down = map(FloatMatrix, (w1, w3, w2))
+    w13 = hold(compute.kernels, holding_of([gate, up], compute.dtype, quantize), [gate], [up])
+    held = hold(compute.kernels, holding_of([down], compute.dtype, quantize), [down])
+    return NativeFFN(w13, held, compute.kernels, compute.dtype)
 
 
-def trunk_of(compute: Compute, config: ModelConfig, max_model_len: int) -> TrunkCompute:
+def trunk_of(compute: Compute, config: ModelConfig, max_model_len: int, quantize: str | None = None) -> TrunkCompute:
     """A trunk of random weights, the same for every backend but for rounding."""
     weights = RandomWeights(config, compute.torch_dtype)
     if compute.kernels is None:
         return TorchTrunk(weights, max_model_len)  # type: ignore[arg-type]
-    return NativeTrunk(weights, max_model_len, compute.kernels)  # type: ignore[arg-type]
+    return NativeTrunk(weights, max_model_len, compute.kernels, compute.dtype, quantize)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -73,11 +95,13 @@ class RandomWeights:
     def layer(self, index: int) -> LayerWeights:
         c = self.config
         heads, scale = c.num_attention_heads, 2 * c.hidden_size**-0.5
-        qkv = random((heads + 2 * c.num_key_value_heads) * c.head_dim, c.hidden_size, scale=scale, seed=index)
+        q, kv = heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        qkv = [random(n, c.hidden_size, scale=scale, seed=index + i) for i, n in enumerate((q, kv, kv))]
+        out = random(c.hidden_size, q, scale=q**-0.5)
         return LayerWeights(
             input_norm=(1 + random(c.hidden_size, scale=0.1)).to(self.dtype),
-            qkv=qkv.to(self.dtype),
-            out=random(c.hidden_size, heads * c.head_dim, scale=(heads * c.head_dim) ** -0.5).to(self.dtype),
+            qkv=[FloatMatrix(each.to(self.dtype)) for each in qkv],
+            out=FloatMatrix(out.to(self.dtype)),
             post_norm=(1 + random(c.hidden_size, scale=0.1, seed=9)).to(self.dtype),
             gate=random(c.num_local_experts, c.hidden_size, scale=scale).to(self.dtype),
         )
@@ -85,7 +109,10 @@ class RandomWeights:
     def norm(self) -> torch.Tensor:
         return (1 + random(self.config.hidden_size, scale=0.1, seed=5)).to(self.dtype)
 
-    def head(self) -> torch.Tensor | None:
+    def head(self) -> FloatMatrix | None:
         if self.config.tie_word_embeddings:
             return None
-        return random(self.config.vocab_size, self.config.hidden_size, scale=0.1, seed=7).to(self.dtype)
+        return FloatMatrix(random(self.config.vocab_size, self.config.hidden_size, scale=0.1, seed=7).to(self.dtype))
+
+    def tensor(self, *rows: FloatMatrix) -> torch.Tensor:
+        return torch.cat([matrix.tensor for matrix in rows])

@@ -99,7 +99,7 @@ class EngineHost:
             dtypes.append(compute.dtype)
             if carrier == "local":
                 bars = partial(self._expert_bar, name)
-                return local_experts(checkpoint, compute, bars)
+                return local_experts(checkpoint, compute, bars, settings.experts.quantize_of)
             keys = model_keys(model.num_hidden_layers, model.num_local_experts)
             return self._linked(settings, infos, keys, carrier, token)
 

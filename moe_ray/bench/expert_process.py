@@ -29,10 +29,10 @@ class ExpertHost:
         limit_torch_threads(threads)
         checkpoint = Checkpoint.open(Path(directory))
         model = checkpoint.config
-        wanted = Wanted(settings.model.dtype, settings.model.device, settings.model.kernels)
-        compute = open_compute(model, wanted, settings.cache_dir, threads)
+        quantize = settings.experts.of(expert).quantize
+        compute = open_compute(model, Wanted.of(settings.model, quantize), settings.cache_dir, threads)
         self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
-        ffn = read_experts(checkpoint, self._keys, compute, progress)
+        ffn = read_experts(checkpoint, self._keys, compute, progress, quantize)
         checkpoint.close()
         self._worker = ExpertWorker(ffn, model.hidden_size, compute, native_dir=settings.cache_dir)
         self._name, self._hidden_size, self._dtype = f"Expert{expert}", model.hidden_size, compute.dtype

@@ -147,8 +147,7 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     config = load_config()
     directory = resolve_bench_model(options.model, config, on_progress)
     model = ModelConfig.load(directory)
-    wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
-    compute = open_compute(model, wanted, config.cache_dir)
+    compute = open_compute(model, Wanted.of(config.model), config.cache_dir)
     if compute.device != "cpu":
         raise ConfigError("the roofline is the CPU's: set MOE_RAY_MODEL__DEVICE=cpu")
     threads = cores()

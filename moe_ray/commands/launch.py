@@ -36,10 +36,10 @@ from moe_ray.deploy.replica_targets import forget_replicas
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import ConfigError, MoeRayError, NotReady
 from moe_ray.hub import resolve_model
-from moe_ray.model.compute.compute import has_cuda
-from moe_ray.model.compute.resolve import Machine, Wanted, resolve
+from moe_ray.model.compute.compute import this_machine
+from moe_ray.model.compute.resolve import Wanted, resolve
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.native.build import cpu_flags, prepare
+from moe_ray.native.build import prepare
 from moe_ray.text.tokenizer import Tokenizer
 
 INGRESSES = ("python", "haproxy")
@@ -113,9 +113,8 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
 
 def _print_backend(config: Config, model: ModelConfig, console: Console) -> None:
     """Say what trunk and experts compute with on this machine, and what makes that slower than it could be."""
-    section = config.model
-    machine = Machine(cpu_flags(), section.device != "cpu" and has_cuda())
-    backend = resolve(model, Wanted(section.dtype, section.device, section.kernels), machine)
+    wanted = Wanted.of(config.model, config.trunk.quantize or config.experts.quantize)
+    backend = resolve(model, wanted, this_machine(wanted))
     console.print(f"computing {backend}", highlight=False, soft_wrap=True)
     if backend.slower_because:
         console.print(f"  {backend.slower_because}", style="yellow", highlight=False, soft_wrap=True)

@@ -58,7 +58,7 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
             )
         checkpoint.close()
     device = "cuda" if cards or config.model.device == "cuda" else "cpu"
-    dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags())
+    dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags(), build.kernels_here())
     plan = make_plan(model, dtype, placed)
     return Planned(config.served_name, directory, model, plan, bytes_to_read, per_actor)
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from moe_ray.config.section import Section
+from moe_ray.config.section import Quantization, Section
 
 _LABEL: Final = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _LABEL_KEY: Final = re.compile(rf"(?:[a-zA-Z0-9_.-]{{1,253}}/)?{_LABEL}")
@@ -31,6 +31,10 @@ class ActorOptions(Section):
     """Labels that its node must have: label → a value, `!value`, `in(a,b)` or `!in(a,b)`."""
     num_replicas: int = Field(default=1, ge=1)
     """Number of replicas at the start."""
+    quantize: Quantization | None = None
+    """Hold the weights in fewer bits, with a scale for each group of inputs: int8 (groups of 128), int4 (of 32) or nf4
+    (of 64, by a table). They are quantised while they load, on a CPU. Norms, gates and embeddings stay as they are.
+    Default: as stored."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of the process on a CPU. Default: all cores for a trunk with native kernels, else one."""
 

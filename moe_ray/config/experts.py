@@ -123,6 +123,10 @@ class ExpertsSection(ExpertOptions):
                 )
         return found[-1]
 
+    def quantize_of(self, expert: int) -> str | None:
+        """What the weights of `expert` are quantised to. Raises as `of`."""
+        return self.of(expert).quantize
+
     def spare_keys(self, num_layers: int, num_experts: int) -> tuple[frozenset[ExpertKey], ...]:
         """The keys of each spare of a model. Raises `ConfigError` where spares or overrides name what it lacks."""
         for number in self.overrides:

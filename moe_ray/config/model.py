@@ -9,6 +9,8 @@ from pydantic import Field
 from moe_ray.config.section import Section
 
 DEMO_MODEL: Final = "demo"
+InstructionSet = Literal["avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "neon_dotprod", "neon"]
+KernelChoice = Literal["auto", "native", "torch"] | InstructionSet
 
 
 class ModelSection(Section):
@@ -21,11 +23,12 @@ class ModelSection(Section):
     served_name: str | None = None
     """The name by which clients ask for the model. Default: the last part of `path`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations. auto: the checkpoint's, or float32 on a CPU without bfloat16 instructions."""
+    """Type of activations, and of weights that are not quantised. auto: the checkpoint's, but bfloat16 for float16 on a
+    CPU with bfloat16 instructions; float32 on a CPU that is slow at both."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where trunk and experts compute. auto: the GPU where the process sees one, else the CPU."""
-    kernels: Literal["auto", "native", "torch"] = "auto"
-    """native: the C++ kernels, for bfloat16 on CPUs with AVX512-BF16, built on first use. auto: those where they
-    run, else torch."""
+    kernels: KernelChoice = "auto"
+    """native: the C++ kernels, for CPUs with AVX2 and arm64, built on first use. auto: those where they run, else
+    torch. Or those of one instruction set that this CPU has, so that unlike machines compute alike."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and output together. Default: the model's, cut to what the KV cache holds."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+Quantization = Literal["int8", "int4", "nf4"]
+"""What weights may be quantised to while they are loaded."""
 
 
 class Section(BaseModel):

@@ -42,12 +42,13 @@ def build_app(config: Config, trunks_by_hand: bool = True) -> Application:
     if config.transport != "local":
         layers, count = model.num_hidden_layers, model.num_local_experts
         spares = config.experts.spare_keys(layers, count)
-        experts = [
-            serve.deployment(ExpertReplica, name=holding.name)
-            .options(**_expert_options(config, holding))
-            .bind(config, holding, _actor(config, holding).threads or 1)
-            for holding in holdings(layers, count, config.experts.experts_per_actor, spares)
-        ]
+        for holding in holdings(layers, count, config.experts.experts_per_actor, spares):
+            actor = _actor(config, holding)
+            experts.append(
+                serve.deployment(ExpertReplica, name=holding.name)
+                .options(**_expert_options(config, holding))
+                .bind(config, holding, actor.threads or 1, actor.quantize)
+            )
     trunk = (
         serve.deployment(TrunkReplica, name="Trunk")
         .options(**_trunk_options(config, trunks_by_hand))

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 class ExpertReplica:
     """One actor holding some keys: one expert over all layers, or whatever its deployment holds."""
 
-    def __init__(self, config: Config, holding: Holding, threads: int) -> None:
-        """Check all, load one layer, listen and load on; compute with `threads`.
+    def __init__(self, config: Config, holding: Holding, threads: int, quantize: str | None) -> None:
+        """Check all, load one layer, listen and load on; compute with `threads`, hold weights quantised to `quantize`.
 
         Raises `CheckpointError`, `ConfigError`.
         """
@@ -51,9 +51,8 @@ class ExpertReplica:
         limit_torch_threads(threads)
         checkpoint = Checkpoint.open(resolve_model(config))
         model = checkpoint.config
-        wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
-        compute = open_compute(model, wanted, config.cache_dir, threads)
-        reader = ExpertReader(checkpoint, holding.keys, compute, reporter(name))
+        compute = open_compute(model, Wanted.of(config.model, quantize), config.cache_dir, threads)
+        reader = ExpertReader(checkpoint, holding.keys, compute, reporter(name), quantize)
         self._weight_loader = WeightLoader(name, reader, model.hidden_size, compute, link_options(config).native_dir)
         self._worker = self._weight_loader.worker
         self._servers = self._listen(config)
@@ -69,11 +68,12 @@ class ExpertReplica:
             addresses={carrier: server.address for carrier, server in self._servers.items()},
         )
         logger.info(
-            "%s: serves its first layer after %.1f s, %s on %s, listening on %s",
+            "%s: serves its first layer after %.1f s, %s on %s, weights held as %s, listening on %s",
             name,
             time.perf_counter() - started,
             self._info.dtype,
             compute.device,
+            reader.layout.format,
             ", ".join(f"{carrier} {address}" for carrier, address in self._info.addresses.items()),
         )
         metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)

@@ -45,7 +45,9 @@ class TrunkActor:
             if experts:
                 made.append(_remote_experts(config, checkpoint.config, experts))
             else:
-                made.append(local_experts(checkpoint, compute, lambda expert: reporter(f"Expert{expert}")))
+                made.append(
+                    local_experts(checkpoint, compute, lambda e: reporter(f"Expert{e}"), config.experts.quantize_of)
+                )
             return made[0]
 
         engine = build_engine(config, checkpoint, make_experts, reporter(deployment))

@@ -65,11 +65,11 @@ def load_trunk(
 ) -> tuple[Trunk, Compute]:
     """Load a trunk with room for any position, over experts of `make_experts`. Raises as `build_engine`."""
     model = checkpoint.config
-    wanted = Wanted(config.model.dtype, config.model.device, config.model.kernels)
-    compute = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
+    quantize = config.trunk.quantize
+    compute = open_compute(model, Wanted.of(config.model, quantize), config.cache_dir, config.trunk.threads)
     experts = make_experts(compute)
     longest = config.model.max_model_len or model.max_position_embeddings
-    return Trunk.load(checkpoint, experts, compute, longest, progress), compute
+    return Trunk.load(checkpoint, experts, compute, longest, progress, quantize), compute
 
 
 def build_engine(

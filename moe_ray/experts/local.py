@@ -22,18 +22,22 @@ def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
 
 
 def local_experts(
-    checkpoint: Checkpoint, compute: Compute, progress: Callable[[int], Progress] | None = None
+    checkpoint: Checkpoint,
+    compute: Compute,
+    progress: Callable[[int], Progress] | None = None,
+    quantize: Callable[[int], str | None] = lambda _: None,
 ) -> ExpertDispatcher:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
-    `progress(expert)` gives the progress callback of one expert.
+    `progress(expert)` gives the progress callback of one expert, `quantize(expert)` what its weights are quantised to.
     """
     config = checkpoint.config
     workers: dict[str, ExpertWorker] = {}
     infos = []
     for expert in range(config.num_local_experts):
         keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
-        ffn = read_experts(checkpoint, keys, compute, progress(expert) if progress else None)
+        bar = progress(expert) if progress else None
+        ffn = read_experts(checkpoint, keys, compute, bar, quantize(expert))
         replica_id = f"Expert{expert}#local"
         workers[replica_id] = ExpertWorker(ffn, config.hidden_size, compute)
         infos.append(

@@ -14,12 +14,14 @@ from moe_ray.model.formats import (
     FLOATS,
     FORMATS,
     BadTensor,
+    GroupedCodes,
     Place,
     Source,
     StoredWeight,
     TensorEntry,
     TensorPart,
 )
+from moe_ray.model.matrix import CheckpointMatrix, tensor_of
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
 from moe_ray.model.tensor_file import read_bytes
@@ -96,22 +98,27 @@ class Checkpoint:
                 raise CheckpointError(f"{self._where(error.name)}: {error}") from None
         raise self._not_found(place)
 
+    def matrix(self, weight: Weight, read: Callable[[], None] | None = None) -> CheckpointMatrix:
+        """One weight [N, K] to be read later; `read` is called after each reading. Raises `CheckpointError`."""
+        return CheckpointMatrix(self, weight, read)
+
     def read(self, weight: Weight, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return one weight in memory of its own (never a view of the file). Raises `CheckpointError`."""
-        import torch
+        return tensor_of(self.read_values(weight)).to(device=device, dtype=dtype)
 
-        values = self._take(weight)
-        if values.dtype.name == "bfloat16":  # which torch does not take from numpy
-            tensor = torch.from_numpy(values.view("int16")).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(values)
-        return tensor.to(device=device, dtype=dtype)
+    def read_values(self, weight: Weight) -> np.ndarray:
+        """Return one weight's values, in the float dtype that its format decodes to. Raises `CheckpointError`."""
+        stored = self.find(weight)
+        values = self._values(stored)
+        self.bytes_read += stored.nbytes
+        return values
 
-    def read_bfloat16(self, weight: Weight) -> np.ndarray:
-        """Return one weight as bfloat16 (of ml_dtypes), rounded to even. Needs no torch. Raises `CheckpointError`."""
-        import ml_dtypes
-
-        return self._take(weight).astype(ml_dtypes.bfloat16, copy=False)
+    def read_codes(self, weight: Weight) -> GroupedCodes | None:
+        """Return one weight's codes; None where its format has none. Raises `CheckpointError`."""
+        stored = self.find(weight)
+        codes = FORMATS[stored.format].codes(stored, self.arrays(stored))
+        self.bytes_read += stored.nbytes
+        return codes
 
     def arrays(self, stored: StoredWeight) -> list[np.ndarray]:
         """The arrays of a weight as they are stored, for a backend that computes on its format.
@@ -167,13 +174,6 @@ class Checkpoint:
             file.close()
         self._opened_files.clear()
         self._headers.clear()
-
-    def _take(self, weight: Weight) -> np.ndarray:
-        """One weight's values, counted in `bytes_read`."""
-        stored = self.find(weight)
-        values = self._values(stored)
-        self.bytes_read += stored.nbytes
-        return values
 
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""

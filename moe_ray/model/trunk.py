@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from moe_ray.core import Batch
+from moe_ray.errors import ConfigError
 from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.base import KVCacheView, TrunkCompute
@@ -23,8 +24,19 @@ ForwardSteps = Generator[None, None, torch.Tensor]
 class Trunk:
     """The shared part of a Mixtral-format model, in evaluation mode. Used by one thread at a time."""
 
-    def __init__(self, weights: TrunkWeights, experts: moe.Experts, max_model_len: int, compute: Compute) -> None:
-        """Read the weights in the form that the backend of `compute` wants. Raises `CheckpointError`."""
+    def __init__(
+        self,
+        weights: TrunkWeights,
+        experts: moe.Experts,
+        max_model_len: int,
+        compute: Compute,
+        quantize: str | None = None,
+    ) -> None:
+        """Read the weights in the form that the backend of `compute` wants. Raises `CheckpointError`.
+
+        `quantize`: hold attention's matrices and the head in fewer bits, a name of `held.GROUPINGS`. Raises
+        `ConfigError` where they are to be quantised and have no native kernels.
+        """
         self.config, self.dtype, self.device = weights.config, weights.dtype, weights.device
         self._experts = experts
         self.waited_s = 0.0
@@ -34,7 +46,9 @@ class Trunk:
         self._compute: TrunkCompute
         if compute.backend.trunk == "native":
             assert compute.kernels is not None, "a native backend is opened with its kernels"
-            self._compute = NativeTrunk(weights, max_model_len, compute.kernels)
+            self._compute = NativeTrunk(weights, max_model_len, compute.kernels, compute.dtype, quantize)
+        elif quantize is not None:
+            raise ConfigError(f"trunk.quantize is {quantize!r}, but torch computes the trunk of this process")
         else:
             self._compute = TorchTrunk(weights, max_model_len)
 
@@ -45,10 +59,11 @@ class Trunk:
         compute: Compute,
         max_model_len: int,
         progress: Progress | None = None,
+        quantize: str | None = None,
     ) -> Trunk:
-        """Read the trunk's own tensors only. Raises `CheckpointError`."""
+        """Read the trunk's own tensors only. `quantize`: see `__init__`. Raises `CheckpointError`."""
         weights = TrunkWeights(checkpoint, compute.torch_dtype, compute.torch_device, progress)
-        return Trunk(weights, experts, max_model_len, compute)
+        return Trunk(weights, experts, max_model_len, compute, quantize)
 
     @property
     def nbytes(self) -> int:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moe_ray.model.checkpoint import Checkpoint, Progress
-from moe_ray.model.families import Role
+from moe_ray.model.families import TrunkRole
+from moe_ray.model.matrix import Matrix, tensor_of
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.weights import weights_of_trunk
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer without its experts."""
+    """One decoder layer without its experts: norms and gate, and the matrices that may be quantised, not yet read."""
 
     input_norm: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(heads + 2 kv_heads) * head_dim, D]
-    out: torch.Tensor  # [D, heads * head_dim]
+    qkv: Sequence[Matrix]  # [heads * head_dim, D] and twice [kv_heads * head_dim, D], to lie one above the other
+    out: Matrix  # [D, heads * head_dim]
     post_norm: torch.Tensor  # [D]
     gate: torch.Tensor  # [E, D]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.input_norm, self.qkv, self.out, self.post_norm, self.gate))
 
 
 class TrunkWeights:
@@ -51,8 +49,8 @@ class TrunkWeights:
     def layer(self, index: int) -> LayerWeights:
         return LayerWeights(
             input_norm=self._read("input_norm", index),
-            qkv=torch.cat([self._read("q", index), self._read("k", index), self._read("v", index)]),
-            out=self._read("out", index),
+            qkv=[self._matrix(role, index) for role in ("q", "k", "v")],
+            out=self._matrix("out", index),
             post_norm=self._read("post_norm", index),
             gate=self._read("router", index),
         )
@@ -61,12 +59,22 @@ class TrunkWeights:
         """[D]"""
         return self._read("norm")
 
-    def head(self) -> torch.Tensor | None:
+    def head(self) -> Matrix | None:
         """[V, D]; None: the embedding is the head."""
-        return None if self.config.tie_word_embeddings else self._read("head")
+        return None if self.config.tie_word_embeddings else self._matrix("head")
 
-    def _read(self, role: Role, layer: int | None = None) -> torch.Tensor:
+    def tensor(self, *rows: Matrix) -> torch.Tensor:
+        """Matrices as one tensor, one above the other."""
+        return torch.cat([tensor_of(matrix.values()).to(device=self.device, dtype=self.dtype) for matrix in rows])
+
+    def _matrix(self, role: TrunkRole, layer: int | None = None) -> Matrix:
+        return self._checkpoint.matrix(self._weights[role, layer], self._report)
+
+    def _read(self, role: TrunkRole, layer: int | None = None) -> torch.Tensor:
         tensor = self._checkpoint.read(self._weights[role, layer], self.dtype, self.device)
+        self._report()
+        return tensor
+
+    def _report(self) -> None:
         if self._progress is not None:
             self._progress(self._checkpoint.bytes_read - self._start, self._total)
-        return tensor

@@ -21,10 +21,11 @@ from moe_ray.errors import KernelsUnavailable
 
 COMPILERS: Final = ("c++", "g++", "clang++")
 COMMON: Final = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
-AVX512: Final = (
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+AVX2: Final = (
+    *("-mavx2", "-mfma", "-mf16c"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC's own intrinsics headers set these off
 )
+AVX512: Final = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 HERE: Final = Path(__file__).parent
 TIMEOUT_S: Final = 300
 X86_64, ARM64 = "x86_64", "aarch64"
@@ -46,18 +47,50 @@ class Library:
     """On which it compiles, under Linux."""
 
 
-KERNELS: Final = Library(
-    "kernels",
-    HERE,
-    ("kernels.cpp", "linear.h", "attention.h", "pool.h", "simd.h"),
-    AVX512,
-    frozenset({"avx512_bf16"}),
-    (X86_64,),
+KERNEL_SOURCES: Final = (
+    *("kernels.cpp", "trunk.h", "attention.h", "linear.h", "activations.h", "matrix.h", "rounding.h", "pool.h"),
+    *("dots.h", "dots_x86.h", "dots_neon.h", "simd.h", "simd_avx512.h", "simd_avx2.h", "simd_neon.h"),
 )
+
+
+def _kernels(name: str, architecture: str, needs: str, flags: tuple[str, ...]) -> Library:
+    return Library(f"kernels-{name}", HERE, KERNEL_SOURCES, flags, frozenset(needs.split()), (architecture,))
+
+
+_AVX512: Final = "avx512f avx512bw avx512vl avx512dq avx2 fma f16c"
+KERNELS: Final = {
+    "avx512_bf16": _kernels(
+        *("avx512_bf16", X86_64, f"{_AVX512} avx512_vnni avx512_bf16"),
+        (*AVX512, "-mavx512vnni", "-mavx512bf16"),
+    ),
+    "avx512_vnni": _kernels("avx512_vnni", X86_64, f"{_AVX512} avx512_vnni", (*AVX512, "-mavx512vnni")),
+    "avx512": _kernels("avx512", X86_64, _AVX512, AVX512),
+    "avx_vnni": _kernels("avx_vnni", X86_64, "avx2 fma f16c avx_vnni", (*AVX2, "-mavxvnni")),
+    "avx2": _kernels("avx2", X86_64, "avx2 fma f16c", AVX2),
+    "neon_dotprod": _kernels("neon_dotprod", ARM64, "asimd asimddp", ("-march=armv8.2-a+dotprod",)),
+    "neon": _kernels("neon", ARM64, "asimd", ("-march=armv8-a",)),
+}
+"""The same source for each instruction set, best first."""
 HOST: Final = Library("host", HERE, ("host.cpp", "host.h", "calls.h", "connection.h", "cores.h", "frames.h"))
 LINKS: Final = Library("links", HERE, ("links.cpp", "link.h", "frames.h"))
-LIBRARIES: Final = (KERNELS, HOST, LINKS)
-"""What a server uses."""
+
+
+def best_kernels(flags: frozenset[str], architecture: str) -> str | None:
+    """The name of the best kernels for a CPU with these instruction sets; None: there are none."""
+    return next(
+        (name for name, row in KERNELS.items() if architecture in row.architectures and row.needs <= flags), None
+    )
+
+
+def kernels_here() -> str | None:
+    """The name of the best kernels for this machine; None: there are none."""
+    return best_kernels(cpu_flags(), platform.machine()) if sys.platform == "linux" else None
+
+
+def libraries() -> list[Library]:
+    """What a server on this machine uses."""
+    best = kernels_here()
+    return [*([KERNELS[best]] if best else []), HOST, LINKS]
 
 
 def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
@@ -87,7 +120,7 @@ def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
 
 def prepare(cache_dir: Path) -> None:
     """Build what this machine can run, so that no process has to wait for it later."""
-    for library in LIBRARIES:
+    for library in libraries():
         with contextlib.suppress(KernelsUnavailable):
             shared_library(library, cache_dir)
 

@@ -1,105 +1,165 @@
-// x W^T for bfloat16 x and W with float32 sums. W [N, K] is packed in panels of 16 outputs: [N/16][K/2][16][2], so one
-// 64-byte load feeds 16 outputs with two steps of k (VDPBF16PS), and a panel is read once, front to back.
-// Every output is one accumulator that runs over k in order, whatever the number of rows or threads: a row's result
-// does not depend on the rows beside it.
+// x W^T for matrices of matrix.h, with float32 sums.
+//
+// Every output is one sum whose terms are added in one order, whatever the number of rows or threads: for floats over the
+// inputs one after the other; for integers exactly within a group, and over the groups in float32. So a row's result does
+// not depend on the rows beside it.
 #pragma once
 
-#include <cstring>
-
-#include "pool.h"
-#include "simd.h"
+#include "activations.h"
 
 namespace moe_ray {
 
-constexpr int kPanel = 16;
-constexpr int kGroup = 4;      // panels per chunk of work
-constexpr int kFewRows = 6;    // up to here: all rows and 4 panels at a time
-constexpr int kManyRows = 12;  // else: blocks of 12 rows and 2 panels
-constexpr int kAhead = 2048;   // bytes of a panel fetched ahead of use
-constexpr int64_t kAloneBytes = 160 << 10;  // a smaller product is done before a helper wakes
+constexpr int kGroup = 4;  // panels per chunk of work
+constexpr int kMostRows = kRegisters == 32 ? 12 : 6;  // of one tile
+constexpr int kAhead = 2048;                          // bytes of a panel fetched ahead of use
+constexpr int64_t kAloneBytes = 160 << 10;            // a smaller product is done before a helper wakes
+constexpr int64_t kCachedBytes = 256 << 10;           // panels that stay in the cache while rows pass by
 
 struct Tile {
-  alignas(64) float value[kManyRows][kGroup * kPanel];
+  alignas(64) float value[kMostRows][kGroup * kPanel];
 };
 
-template <int ROWS, int PANELS>
-inline void tile(const bf16* x, int64_t ldx, const bf16* panels, int64_t k, Tile& out) {
-  __m512 acc[ROWS][PANELS];
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < PANELS; j++) acc[i][j] = _mm512_setzero_ps();
-  const int64_t stride = k * kPanel;
-  for (int64_t kk = 0; kk < k; kk += 2) {
-    __m512bh w[PANELS];
-#pragma GCC unroll 4
-    for (int j = 0; j < PANELS; j++) {
-      const bf16* p = panels + j * stride + kk * kPanel;
-      _mm_prefetch(reinterpret_cast<const char*>(p) + kAhead, _MM_HINT_T0);
-      w[j] = (__m512bh)_mm512_loadu_si512(p);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-      int pair;
-      std::memcpy(&pair, x + i * ldx + kk, 4);
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int j = 0; j < PANELS; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], a, w[j]);
-    }
-  }
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < PANELS; j++) _mm512_store_ps(out.value[i] + j * kPanel, acc[i][j]);
+// How many panels of so many rows are summed at once: what the registers hold.
+constexpr int panels_at_once(int rows) {
+  if (kRegisters == 32) return rows <= 6 ? 4 : 2;
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
 }
 
-template <int PANELS>
-inline void tile_of(int rows, const bf16* x, int64_t ldx, const bf16* panels, int64_t k, Tile& out) {
+template <class Of, int ROWS, int PANELS>
+void float_tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, Tile& out, int column) {
+  Lanes sums[PANELS][ROWS];
+  for (int p = 0; p < PANELS; p++)
+    for (int i = 0; i < ROWS; i++) sums[p][i] = all(0.0f);
+  const auto* x = static_cast<const typename Of::Input*>(in.rows) + row * in.ld;
+  const uint8_t* w = m.data + panel * m.panel_bytes();
+  const int64_t stride = m.panel_bytes();
+  for (int64_t j = 0; j < m.k(); j += Of::kInputs, w += Of::kBytes) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+      prefetch(w + p * stride + kAhead);
+      Of::template step<ROWS>(w + p * stride, x + j, in.ld, sums[p]);
+    }
+  }
+  for (int p = 0; p < PANELS; p++)
+    for (int i = 0; i < ROWS; i++) store(out.value[i] + (column + p) * kPanel, sums[p][i]);
+}
+
+template <class Of, int ROWS, int PANELS>
+void integer_tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, Tile& out, int column) {
+  Lanes totals[PANELS][ROWS];
+  for (int p = 0; p < PANELS; p++)
+    for (int i = 0; i < ROWS; i++) totals[p][i] = all(0.0f);
+  const Whole table = whole_table(m.head->table);
+  const int64_t groups = m.groups(), stride = m.panel_bytes(), blocks = m.head->group / 32;
+  const auto* x = static_cast<const typename Of::Input*>(in.rows) + row * in.ld;
+  const uint8_t* w = m.data + panel * stride;
+  for (int64_t g = 0; g < groups; g++) {
+    typename Of::Sums sums[PANELS][ROWS];
+    for (int p = 0; p < PANELS; p++)
+      for (int i = 0; i < ROWS; i++) sums[p][i] = Of::begun(in.starts[(row + i) * groups + g]);
+    for (int64_t b = 0; b < blocks; b++) {
+#pragma GCC unroll 4
+      for (int eight = 0; eight < 4; eight++, w += Of::kBytes, x += 8) {
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) {
+          prefetch(w + p * stride + kAhead);
+          Of::template step<ROWS>(w + p * stride, table, x, in.ld, sums[p]);
+        }
+      }
+      for (int p = 0; p < PANELS; p++)
+        for (int i = 0; i < ROWS; i++) Of::settle(sums[p][i]);
+    }
+    for (int p = 0; p < PANELS; p++) {
+      const int64_t at = ((panel + p) * groups + g) * kPanel;
+      const Lanes scales = load(m.scales + at);
+      for (int i = 0; i < ROWS; i++) {
+        const Lanes scale = scales * all(in.scales[(row + i) * groups + g]);
+        totals[p][i] = plus_product(whole_floats(Of::total(sums[p][i])), scale, totals[p][i]);
+      }
+      if (m.offsets) {
+        const Lanes offsets = load(m.offsets + at);
+        for (int i = 0; i < ROWS; i++)
+          totals[p][i] = plus_product(offsets, all(in.sums[(row + i) * groups + g]), totals[p][i]);
+      }
+    }
+  }
+  const Lanes multiplier = all(m.head->multiplier);
+  for (int p = 0; p < PANELS; p++)
+    for (int i = 0; i < ROWS; i++) store(out.value[i] + (column + p) * kPanel, totals[p][i] * multiplier);
+}
+
+template <class Of, int ROWS, int PANELS>
+void tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, Tile& out, int column) {
+  if constexpr (Of::kIntegers) integer_tile<Of, ROWS, PANELS>(in, row, m, panel, out, column);
+  else float_tile<Of, ROWS, PANELS>(in, row, m, panel, out, column);
+}
+
+// ROWS rows and `count` panels, from `panel` on.
+template <class Of, int ROWS>
+void strip(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, int count, Tile& out) {
+  constexpr int kAtOnce = panels_at_once(ROWS);
+  int done = 0;
+  for (; done + kAtOnce <= count; done += kAtOnce) tile<Of, ROWS, kAtOnce>(in, row, m, panel + done, out, done);
+  for (; done < count; done++) tile<Of, ROWS, 1>(in, row, m, panel + done, out, done);
+}
+
+template <class Of>
+void strip_of(int rows, const Inputs& in, int64_t row, const Matrix& m, int64_t panel, int count, Tile& out) {
   switch (rows) {
-    case 1: return tile<1, PANELS>(x, ldx, panels, k, out);
-    case 2: return tile<2, PANELS>(x, ldx, panels, k, out);
-    case 3: return tile<3, PANELS>(x, ldx, panels, k, out);
-    case 4: return tile<4, PANELS>(x, ldx, panels, k, out);
-    case 5: return tile<5, PANELS>(x, ldx, panels, k, out);
-    case 6: return tile<6, PANELS>(x, ldx, panels, k, out);
+    case 1: return strip<Of, 1>(in, row, m, panel, count, out);
+    case 2: return strip<Of, 2>(in, row, m, panel, count, out);
+    case 3: return strip<Of, 3>(in, row, m, panel, count, out);
+    case 4: return strip<Of, 4>(in, row, m, panel, count, out);
+    case 5: return strip<Of, 5>(in, row, m, panel, count, out);
+    case 6: return strip<Of, 6>(in, row, m, panel, count, out);
   }
-  if constexpr (PANELS <= 2) {
+  if constexpr (kMostRows > 6) {
     switch (rows) {
-      case 7: return tile<7, PANELS>(x, ldx, panels, k, out);
-      case 8: return tile<8, PANELS>(x, ldx, panels, k, out);
-      case 9: return tile<9, PANELS>(x, ldx, panels, k, out);
-      case 10: return tile<10, PANELS>(x, ldx, panels, k, out);
-      case 11: return tile<11, PANELS>(x, ldx, panels, k, out);
-      case 12: return tile<12, PANELS>(x, ldx, panels, k, out);
+      case 7: return strip<Of, 7>(in, row, m, panel, count, out);
+      case 8: return strip<Of, 8>(in, row, m, panel, count, out);
+      case 9: return strip<Of, 9>(in, row, m, panel, count, out);
+      case 10: return strip<Of, 10>(in, row, m, panel, count, out);
+      case 11: return strip<Of, 11>(in, row, m, panel, count, out);
+      case 12: return strip<Of, 12>(in, row, m, panel, count, out);
     }
   }
 }
 
-// Computes x [rows, k] times packed panels and hands each finished piece to store(row, panel, values): `values` are the 16
-// outputs of one panel, aligned. Those of an odd panel follow those of the even one before it in memory, so that a store
-// can take gate and up together.
-template <class Store>
-void linear(Pool& pool, const bf16* x, int64_t ldx, int64_t rows, const bf16* w, int64_t k, int64_t panels,
-            const Store& store) {
-  const int64_t groups = (panels + kGroup - 1) / kGroup, stride = k * kPanel;
-  const bool alone = rows * panels * stride * 2 < kAloneBytes;
-  pool.run(static_cast<int>(groups), alone, [&](int group, int) {
+template <class Of, class Store>
+void linear_of(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel) {
+  const int64_t panels = m.panels();
+  const bool alone = rows * panels * m.panel_bytes() < kAloneBytes;
+  pool.run(static_cast<int>((panels + kGroup - 1) / kGroup), alone, [&](int chunk, int) {
     Tile out;
-    const int64_t first = static_cast<int64_t>(group) * kGroup;
-    const int64_t many = std::min<int64_t>(kGroup, panels - first);
-    if (rows <= kFewRows && many == kGroup) {
-      tile_of<kGroup>(static_cast<int>(rows), x, ldx, w + first * stride, k, out);
-      for (int64_t i = 0; i < rows; i++)
-        for (int j = 0; j < kGroup; j++) store(i, first + j, out.value[i] + j * kPanel);
-      return;
-    }
-    for (int64_t p = first; p < first + many; p += 2) {
-      const int two = std::min<int64_t>(2, first + many - p);
-      for (int64_t i = 0; i < rows; i += kManyRows) {
-        const int count = static_cast<int>(std::min<int64_t>(kManyRows, rows - i));
-        if (two == 2) tile_of<2>(count, x + i * ldx, ldx, w + p * stride, k, out);
-        else tile_of<1>(count, x + i * ldx, ldx, w + p * stride, k, out);
-        for (int r = 0; r < count; r++)
-          for (int j = 0; j < two; j++) store(i + r, p + j, out.value[r] + j * kPanel);
+    const int64_t first = static_cast<int64_t>(chunk) * kGroup, end = std::min<int64_t>(first + kGroup, panels);
+    // All panels of the chunk for each block of rows, as long as they stay in the cache; else a pair (gate and up) at a time.
+    const int64_t at_once = rows > kMostRows && kGroup * m.panel_bytes() > kCachedBytes ? 2 : kGroup;
+    for (int64_t panel = first; panel < end; panel += at_once) {
+      const int count = static_cast<int>(std::min(at_once, end - panel));
+      for (int64_t row = 0, blocks = (rows + kMostRows - 1) / kMostRows, some; row < rows; row += some, blocks--) {
+        some = (rows - row + blocks - 1) / blocks;  // blocks of like sizes
+        strip_of<Of>(static_cast<int>(some), in, row, m, panel, count, out);
+        for (int i = 0; i < some; i++)
+          for (int p = 0; p < count; p++) store_panel(row + i, panel + p, out.value[i] + p * kPanel);
       }
     }
   });
+}
+
+// Multiplies inputs (of `inputs_for`) with a matrix and hands each finished piece to store_panel(row, panel, values): the
+// 16 outputs of one panel, aligned. Those of an odd panel follow those of the even one before it in memory, so that gate and
+// up can be taken together.
+template <class Store>
+void linear(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel) {
+  switch (m.head->kind) {
+    case kFloat32: return linear_of<Floats<float>>(pool, in, rows, m, store_panel);
+    case kFloat16: return linear_of<Floats<half>>(pool, in, rows, m, store_panel);
+    case kBfloat16: return linear_of<Pairs>(pool, in, rows, m, store_panel);
+    case kInt8: return linear_of<Bytes>(pool, in, rows, m, store_panel);
+    default:
+      if (m.head->has_table) linear_of<Nibbles<true>>(pool, in, rows, m, store_panel);
+      else linear_of<Nibbles<false>>(pool, in, rows, m, store_panel);
+  }
 }
 
 }  // namespace moe_ray

@@ -100,7 +100,8 @@ class Scorer:
         recorder: list[RoutingRecorder] = []
 
         def make_experts(compute: Compute) -> moe.Experts:
-            recorder.append(RoutingRecorder(local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}"))))
+            experts = local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}"), config.experts.quantize_of)
+            recorder.append(RoutingRecorder(experts))
             return recorder[0]
 
         config = config.model_copy(update={"model": config.model.model_copy(update={"max_model_len": context})})

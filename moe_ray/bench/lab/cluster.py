@@ -94,7 +94,7 @@ def run_cluster(options: ClusterOptions, on_progress: Progress) -> Report:
     most = max(*options.streams, FAULT_STREAMS)
     prompts = list(id_prompts(most, options.prompt_tokens, model.vocab_size, str(options.seed)))
     calm = single_host(directory, prompts, max(options.output_tokens, FAULT_TOKENS))
-    dtype = choose_dtype(config.model.dtype, model.dtype, "cpu", build.cpu_flags())
+    dtype = choose_dtype(config.model.dtype, model.dtype, "cpu", build.cpu_flags(), build.kernels_here())
     bench = _Bench(options, model, dtype, directory, prompts, calm, on_progress)
     with hosts(1 + options.expert_hosts, config.cache_dir) as cluster:
         more = {"round trips": round_trips(cluster)}

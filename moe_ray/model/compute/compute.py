@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -65,19 +66,26 @@ def open_compute(model: ModelConfig, wanted: Wanted, cache_dir: Path, threads: i
     are asked for and cannot be had, `CheckpointError` for a dtype that is not supported.
     """
     threads = threads or cores()
-    machine = Machine(build.cpu_flags(), wanted.device != "cpu" and has_cuda())
+    machine = this_machine(wanted)
     backend, kernels = resolve(model, wanted, machine), None
     if backend.native:
         try:
-            kernels = Kernels(cache_dir, threads)
+            kernels = Kernels(cache_dir, threads, backend.kernels)
         except KernelsUnavailable as error:
-            if wanted.kernels == "native":
-                raise ConfigError(f"model.kernels is 'native': {error}") from None
+            if wanted.kernels != "auto":
+                raise ConfigError(f"model.kernels is {wanted.kernels!r}: {error}") from None
+            if wanted.quantize is not None:
+                raise ConfigError(f"quantize {wanted.quantize} needs the native kernels: {error}") from None
             backend = backend.on_reference(str(error))
     logger.info("computing %s", backend)
     if backend.missing:
         logger.warning(backend.slower_because)
     return Compute(backend, kernels, threads)
+
+
+def this_machine(wanted: Wanted) -> Machine:
+    """What this process may compute on. torch is asked for CUDA only where a card is welcome."""
+    return Machine(build.cpu_flags(), wanted.device != "cpu" and has_cuda(), platform.machine())
 
 
 @cache

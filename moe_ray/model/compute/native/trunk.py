@@ -1,4 +1,4 @@
-"""A trunk of native kernels: bfloat16 weights on a CPU, one call a layer, hidden states in float32.
+"""A trunk of native kernels on a CPU: one call a layer, hidden states in float32.
 
 A token's result does not depend on its neighbours in the batch, nor on how its prompt was cut into chunks: every sum
 runs in one fixed order.
@@ -7,7 +7,9 @@ runs in one fixed order.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from itertools import accumulate, chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,26 +18,40 @@ import torch.nn.functional as F
 from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
+from moe_ray.model.compute.native.holding import Holding, hold, holding_of
 from moe_ray.model.layers import rope_table
+from moe_ray.model.matrix import FloatMatrix, Matrix
 from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.native.host import DTYPE_CODES
 from moe_ray.native.kernels import Kernels, Layer, ModelShape, Packed, StepInputs
+
+HeldT = TypeVar("HeldT", torch.Tensor, Packed)
 
 
 class NativeTrunk:
     """`TrunkCompute` by the native kernels."""
 
-    def __init__(self, weights: TrunkWeights, max_model_len: int, kernels: Kernels) -> None:
-        """Read and pack the weights. Raises `CheckpointError`."""
+    def __init__(
+        self, weights: TrunkWeights, max_model_len: int, kernels: Kernels, dtype: str, quantize: str | None = None
+    ) -> None:
+        """Read and pack the weights. `dtype`: of rows and KV cache. Raises `CheckpointError`.
+
+        `quantize`: hold attention's matrices and the head in fewer bits, a name of `held.GROUPINGS`.
+        """
         self.config, self.kernels = weights.config, kernels
         c = self.config
-        embed = weights.embed()  # [V, D]
+        self.dtype_code = DTYPE_CODES[dtype]
+        self._dtype, self._quantize = dtype, quantize
         self._held: list[torch.Tensor | Packed] = []
+        self.held: dict[str, None] = {}
+        """What the matrices are held as, in words."""
+        embed = weights.embed()  # [V, D]
         self.layers = [self._layer(weights, index) for index in range(c.num_hidden_layers)]
-        self.norm = weights.norm()
+        self.norm = self._keep(weights.norm().float())
         head = weights.head()
         # A tied embedding is kept in the head's packed form only, and rows are looked up there.
-        self.embed = None if head is None else embed
-        self.head = self._pack(embed if head is None else head)
+        self.embed = None if head is None else self._keep(embed)
+        self.head = self._floats(embed) if head is None else self._matrix([head])
         half = c.head_dim // 2
         table = rope_table(c, max_model_len, torch.float32, weights.device)
         self.rope = table[..., :half].contiguous()  # [max_model_len, 2, head_dim / 2]
@@ -43,8 +59,7 @@ class NativeTrunk:
             *(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
             *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.head_dim**-0.5, c.sliding_window or 0),
         )
-        held = [*self._held, self.norm, self.head, *(() if self.embed is None else (self.embed,))]
-        self.nbytes = sum(weights.nbytes for weights in held)
+        self.nbytes = sum(each.nbytes for each in self._held)
 
     def begin(self, batch: Batch, cache: KVCacheView) -> NativePass:
         """Look the batch's tokens up and plan its attention."""
@@ -57,12 +72,21 @@ class NativeTrunk:
 
     def _layer(self, weights: TrunkWeights, index: int) -> Layer:
         w = weights.layer(index)
-        qkv, out, gate = map(self._pack, (w.qkv, w.out, w.gate))
-        self._held += (w.input_norm, qkv, out, w.post_norm, gate)
-        return Layer(w.input_norm.data_ptr(), qkv.address, out.address, w.post_norm.data_ptr(), gate.address)
+        norms = [self._keep(norm.float()).data_ptr() for norm in (w.input_norm, w.post_norm)]
+        blocks = self._matrix(w.qkv), self._matrix([w.out]), self._floats(w.gate)
+        return Layer(*norms, *(block.address for block in blocks))
 
-    def _pack(self, weight: torch.Tensor) -> Packed:
-        return self.kernels.pack(weight.view(torch.int16).numpy())
+    def _matrix(self, rows: Sequence[Matrix]) -> Packed:
+        holding = holding_of(rows, self._dtype, self._quantize)
+        self.held[str(holding)] = None
+        return self._keep(hold(self.kernels, holding, rows))
+
+    def _floats(self, tensor: torch.Tensor) -> Packed:
+        return self._keep(hold(self.kernels, Holding(self._dtype), [FloatMatrix(tensor)]))
+
+    def _keep(self, held: HeldT) -> HeldT:
+        self._held.append(held)
+        return held
 
 
 class NativePass:
@@ -91,11 +115,17 @@ class NativePass:
         pointers = trunk.layers[layer]
         pointers.k_cache, pointers.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
         tokens, width = self._hidden.shape
-        rows = torch.empty((tokens * trunk.shape.top_k, width), dtype=torch.bfloat16)
+        rows = torch.empty((tokens * trunk.shape.top_k, width), dtype=k_cache.dtype)
         weights = torch.empty(rows.shape[0])
         row_of = torch.empty((tokens, trunk.shape.top_k), dtype=torch.int32)
         kernels.layer_front(
-            *(kernels.pool, ctypes.byref(trunk.shape), ctypes.byref(pointers), ctypes.byref(self._step)),
+            *(
+                kernels.pool,
+                trunk.dtype_code,
+                ctypes.byref(trunk.shape),
+                ctypes.byref(pointers),
+                ctypes.byref(self._step),
+            ),
             *(self._hidden.data_ptr(), rows.data_ptr(), weights.data_ptr()),
             *(self._counts.ctypes.data, row_of.data_ptr()),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,27 @@ from moe_ray.model.layers import apply_rope, rms_norm, rope_table
 from moe_ray.model.trunk_weights import TrunkWeights
 
 
+@dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """One decoder layer without its experts."""
+
+    input_norm: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [(heads + 2 kv_heads) * head_dim, D]
+    out: torch.Tensor  # [D, heads * head_dim]
+    post_norm: torch.Tensor  # [D]
+    gate: torch.Tensor  # [E, D]
+
+    @staticmethod
+    def read(weights: TrunkWeights, index: int) -> LayerTensors:
+        """Raises `CheckpointError`."""
+        w = weights.layer(index)
+        return LayerTensors(w.input_norm, weights.tensor(*w.qkv), weights.tensor(w.out), w.post_norm, w.gate)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.input_norm, self.qkv, self.out, self.post_norm, self.gate))
+
+
 class TorchTrunk:
     """`TrunkCompute` by torch."""
 
@@ -22,12 +45,12 @@ class TorchTrunk:
         self.config, self.device = weights.config, weights.device
         self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
         self.embed = weights.embed()  # [V, D]
-        self.layers = [weights.layer(index) for index in range(self.config.num_hidden_layers)]
+        self.layers = [LayerTensors.read(weights, index) for index in range(self.config.num_hidden_layers)]
         self.norm = weights.norm()  # [D]
         head = weights.head()
-        self.head = self.embed if head is None else head  # [V, D]
+        self.head = self.embed if head is None else weights.tensor(head)  # [V, D]
         self.cos_sin = rope_table(self.config, max_model_len, weights.dtype, weights.device)
-        shared = 0 if head is None else head.nbytes
+        shared = 0 if head is None else self.head.nbytes
         self.nbytes = self.embed.nbytes + self.norm.nbytes + shared + sum(layer.nbytes for layer in self.layers)
 
     def begin(self, batch: Batch, cache: KVCacheView) -> TorchPass:

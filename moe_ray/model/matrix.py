@@ -1,0 +1,123 @@
+"""Weights on their way into memory: known by shape and format, read when a backend takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from moe_ray.model.checkpoint import Checkpoint
+    from moe_ray.model.families import Weight
+    from moe_ray.model.formats import GroupedCodes, Grouping
+
+
+class Matrix(Protocol):
+    """One weight [N, K] that has not been read yet."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """How it is quantised, where it can be had as `codes`; None: as floats only."""
+        ...
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight where it is stored."""
+        ...
+
+    def values(self) -> np.ndarray:
+        """Its values [N, K] in a float dtype. May raise `CheckpointError`."""
+        ...
+
+    def codes(self) -> GroupedCodes:
+        """Its codes, where there is a grouping. May raise `CheckpointError`."""
+        ...
+
+
+class CheckpointMatrix:
+    """`Matrix` of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, weight: Weight, read: Callable[[], None] | None = None) -> None:
+        """`read` is called after each reading. Raises `CheckpointError` where the weight is not to be found."""
+        self._checkpoint, self._weight, self._read = checkpoint, weight, read
+        self._stored = checkpoint.find(weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self._weight.shape
+        return n, k
+
+    @property
+    def grouping(self) -> Grouping | None:
+        return self._stored.grouping
+
+    @property
+    def format(self) -> str:
+        """Its row of `FORMATS`."""
+        return self._stored.format
+
+    @property
+    def bits(self) -> float:
+        return 8 * self._stored.nbytes / self._weight.numel
+
+    def values(self) -> np.ndarray:
+        values = self._checkpoint.read_values(self._weight)
+        self._done()
+        return values
+
+    def codes(self) -> GroupedCodes:
+        codes = self._checkpoint.read_codes(self._weight)
+        assert codes is not None
+        self._done()
+        return codes
+
+    def _done(self) -> None:
+        if self._read is not None:
+            self._read()
+
+
+@dataclass(frozen=True, slots=True)
+class FloatMatrix:
+    """`Matrix` of a tensor [N, K] in memory."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.tensor.shape
+        return n, k
+
+    @property
+    def grouping(self) -> None:
+        return
+
+    @property
+    def bits(self) -> float:
+        return 8.0 * self.tensor.itemsize
+
+    def values(self) -> np.ndarray:
+        import ml_dtypes
+        import torch
+
+        if self.tensor.dtype == torch.bfloat16:
+            return self.tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        array: np.ndarray = self.tensor.numpy()
+        return array
+
+    def codes(self) -> GroupedCodes:
+        raise AssertionError("a matrix of floats has no codes")
+
+
+def tensor_of(values: np.ndarray) -> torch.Tensor:
+    """A tensor over an array's memory; bfloat16 as ml_dtypes has it, which torch does not take from numpy."""
+    import torch
+
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(values)

@@ -1,0 +1,99 @@
+// Products of small integers on arm64: 16 sums of 32 bits, each over four inputs at a time. With the dot product extension
+// (SDOT) in one instruction, else through 16 bits. Weights and inputs are signed.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "simd.h"
+
+namespace moe_ray {
+
+struct Whole {  // 64 bytes: 16 outputs, four inputs each; or 16 sums
+  int8x16_t v[4];
+};
+inline Whole whole_same(int32_t x) {
+  const int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(x));
+  return {{v, v, v, v}};
+}
+inline Whole whole_zero() { return whole_same(0); }
+inline Whole whole_load(const void* p) {
+  const auto* bytes = static_cast<const int8_t*>(p);
+  return {{vld1q_s8(bytes), vld1q_s8(bytes + 16), vld1q_s8(bytes + 32), vld1q_s8(bytes + 48)}};
+}
+inline void whole_store(void* p, Whole x) {
+  for (int i = 0; i < 4; i++) vst1q_s8(static_cast<int8_t*>(p) + 16 * i, x.v[i]);
+}
+inline Lanes whole_floats(Whole x) {
+  return each_quarter([&](int i) { return vcvtq_f32_s32(vreinterpretq_s32_s8(x.v[i])); });
+}
+inline Whole whole_table(const int8_t* p) {
+  const int8x16_t table = vld1q_s8(p);
+  return {{table, table, table, table}};
+}
+inline int8x16_t same_four(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+inline int32x4_t dot8(int32x4_t sum, int8x16_t w, int8x16_t x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sum, w, x);
+#else
+  // Two products of at most 128 * 127 fit into 16 bits.
+  return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)), vmull_high_s8(w, x)));
+#endif
+}
+
+template <int ROWS>
+inline void add_signed(const int8x16_t w[4], const int8_t* x, int64_t ldx, Whole* sums) {
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; i++) {
+    const int8x16_t four = same_four(x + i * ldx);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      sums[i].v[j] = vreinterpretq_s8_s32(dot8(vreinterpretq_s32_s8(sums[i].v[j]), w[j], four));
+  }
+}
+
+struct Bytes {
+  using Input = int8_t;
+  static constexpr int kMiddle = 0, kStoredXor = 128, kBytes = 128;
+  using Sums = Whole;
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return whole_same(start); }
+  static Whole total(Sums s) { return s; }
+  static void settle(Sums&) {}
+
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
+    for (int q = 0; q < 2; q++) add_signed<ROWS>(whole_load(w + 64 * q).v, x + 4 * q, ldx, sums);
+  }
+};
+
+template <bool TABLE>
+struct Nibbles {
+  using Input = int8_t;
+  static constexpr int kMiddle = TABLE ? 0 : 8, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
+  using Sums = Whole;
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return whole_same(start); }
+  static Whole total(Sums s) { return s; }
+  static void settle(Sums&) {}
+
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole table, const Input* x, int64_t ldx, Sums* sums) {
+    const Whole both = whole_load(w);
+    int8x16_t low[4], high[4];
+    for (int j = 0; j < 4; j++) {
+      const uint8x16_t bytes = vreinterpretq_u8_s8(both.v[j]);
+      const uint8x16_t l = vandq_u8(bytes, vdupq_n_u8(15)), h = vshrq_n_u8(bytes, 4);
+      low[j] = TABLE ? vqtbl1q_s8(table.v[0], l) : vreinterpretq_s8_u8(l);
+      high[j] = TABLE ? vqtbl1q_s8(table.v[0], h) : vreinterpretq_s8_u8(h);
+    }
+    add_signed<ROWS>(low, x, ldx, sums);
+    add_signed<ROWS>(high, x + 4, ldx, sums);
+  }
+};
+
+}  // namespace moe_ray

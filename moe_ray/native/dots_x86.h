@@ -1,0 +1,218 @@
+// Products of small integers on x86-64: 16 sums of 32 bits, each over four inputs at a time.
+//
+// With VNNI one instruction multiplies unsigned weights by signed inputs of 8 bits. Without, 4-bit codes are summed in 16
+// bits (32 products of at most 15 * 127, pairwise, stay below 2^15), and 8-bit weights are multiplied by inputs of 16 bits,
+// for the same price as 8 bits and without a loss.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace moe_ray {
+
+#if defined(__AVX512F__)
+
+using Whole = __m512i;  // 64 bytes: 16 outputs, four inputs each
+inline Whole whole_zero() { return _mm512_setzero_si512(); }
+inline Whole whole_load(const void* p) { return _mm512_loadu_si512(p); }
+inline void whole_store(void* p, Whole x) { _mm512_storeu_si512(p, x); }
+inline Whole whole_same(int32_t x) { return _mm512_set1_epi32(x); }
+inline Whole whole_table(const int8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+inline Lanes whole_floats(Whole x) { return {_mm512_cvtepi32_ps(x)}; }
+inline Whole low_nibbles(Whole x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Whole high_nibbles(Whole x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+inline Whole looked_up(Whole table, Whole index) { return _mm512_shuffle_epi8(table, index); }
+inline Whole add32(Whole x, Whole y) { return _mm512_add_epi32(x, y); }
+inline Whole add16(Whole x, Whole y) { return _mm512_add_epi16(x, y); }
+inline Whole pairs16(Whole x, Whole y) { return _mm512_madd_epi16(x, y); }
+inline Whole pairs8(Whole unsigned8, Whole signed8) { return _mm512_maddubs_epi16(unsigned8, signed8); }
+inline Whole odd_bytes(Whole x) { return _mm512_srai_epi16(x, 8); }
+inline Whole even_bytes(Whole x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
+#if defined(__AVX512VNNI__)
+#define MOE_RAY_VNNI 1
+inline Whole dot8(Whole sum, Whole unsigned8, Whole signed8) { return _mm512_dpbusd_epi32(sum, unsigned8, signed8); }
+#endif
+
+#else
+
+struct Whole {
+  __m256i a, b;
+};
+inline Whole whole_same(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Whole whole_zero() { return whole_same(0); }
+inline Whole whole_load(const void* p) {
+  const auto* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+inline void whole_store(void* p, Whole x) {
+  auto* q = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, x.a);
+  _mm256_storeu_si256(q + 1, x.b);
+}
+inline Whole whole_table(const int8_t* p) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  return {table, table};
+}
+inline Lanes whole_floats(Whole x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline __m256i nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Whole low_nibbles(Whole x) { return {nibbles(x.a), nibbles(x.b)}; }
+inline Whole high_nibbles(Whole x) {
+  return {nibbles(_mm256_srli_epi16(x.a, 4)), nibbles(_mm256_srli_epi16(x.b, 4))};
+}
+inline Whole looked_up(Whole t, Whole i) { return {_mm256_shuffle_epi8(t.a, i.a), _mm256_shuffle_epi8(t.b, i.b)}; }
+inline Whole add32(Whole x, Whole y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline Whole add16(Whole x, Whole y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+inline Whole pairs16(Whole x, Whole y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
+inline Whole pairs8(Whole unsigned8, Whole signed8) {
+  return {_mm256_maddubs_epi16(unsigned8.a, signed8.a), _mm256_maddubs_epi16(unsigned8.b, signed8.b)};
+}
+inline Whole odd_bytes(Whole x) { return {_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)}; }
+inline Whole even_bytes(Whole x) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8)};
+}
+#if defined(__AVXVNNI__)
+#define MOE_RAY_VNNI 1
+inline Whole dot8(Whole sum, Whole unsigned8, Whole signed8) {
+  return {_mm256_dpbusd_avx_epi32(sum.a, unsigned8.a, signed8.a), _mm256_dpbusd_avx_epi32(sum.b, unsigned8.b, signed8.b)};
+}
+#endif
+
+#endif
+
+inline Whole same_four(const int8_t* x) {  // four inputs beside every output
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return whole_same(four);
+}
+inline Whole same_two(const int16_t* x) {
+  int32_t two;
+  std::memcpy(&two, x, 4);
+  return whole_same(two);
+}
+
+#if defined(MOE_RAY_VNNI)
+
+// Weights of 8 bits, stored as their codes.
+struct Bytes {
+  using Input = int8_t;
+  static constexpr int kMiddle = 128, kStoredXor = 0, kBytes = 128;  // kBytes: of 8 inputs of a panel
+  using Sums = Whole;
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return whole_same(start); }
+  static Whole total(Sums s) { return s; }
+  static void settle(Sums&) {}
+
+  // Adds the products of 8 inputs of each row.
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
+    for (int q = 0; q < 2; q++) {
+      const Whole codes = whole_load(w + 64 * q);
+#pragma GCC unroll 12
+      for (int i = 0; i < ROWS; i++) sums[i] = dot8(sums[i], codes, same_four(x + i * ldx + 4 * q));
+    }
+  }
+};
+
+// Codes of 4 bits. TABLE: they are looked up.
+template <bool TABLE>
+struct Nibbles {
+  using Input = int8_t;
+  static constexpr int kMiddle = TABLE ? 128 : 8, kStoredXor = 0, kBytes = 64;
+  static constexpr int kTableMiddle = 128;  // what is added to a table's values
+  using Sums = Whole;
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return whole_same(start); }
+  static Whole total(Sums s) { return s; }
+  static void settle(Sums&) {}
+
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole table, const Input* x, int64_t ldx, Sums* sums) {
+    const Whole both = whole_load(w);
+    Whole low = low_nibbles(both), high = high_nibbles(both);
+    if constexpr (TABLE) low = looked_up(table, low), high = looked_up(table, high);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) sums[i] = dot8(sums[i], low, same_four(x + i * ldx));
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) sums[i] = dot8(sums[i], high, same_four(x + i * ldx + 4));
+  }
+};
+
+#else
+
+// Signed weights of 8 bits times four inputs of 16 bits, which lie in the order 0 2 1 3.
+template <int ROWS>
+inline void add_signed(Whole weights, const int16_t* x, int64_t ldx, Whole* sums) {
+  const Whole even = even_bytes(weights), odd = odd_bytes(weights);
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(even, same_two(x + i * ldx)));
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(odd, same_two(x + i * ldx + 2)));
+}
+
+struct Bytes {
+  using Input = int16_t;
+  static constexpr int kMiddle = 0, kStoredXor = 128, kBytes = 128;
+  using Sums = Whole;
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return whole_same(start); }
+  static Whole total(Sums s) { return s; }
+  static void settle(Sums&) {}
+
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
+    add_signed<ROWS>(whole_load(w), x, ldx, sums);
+    add_signed<ROWS>(whole_load(w + 64), x + 4, ldx, sums);
+  }
+};
+
+template <bool TABLE>
+struct Nibbles;
+
+template <>
+struct Nibbles<true> {
+  using Input = int16_t;
+  static constexpr int kMiddle = 0, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
+  using Sums = Whole;
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return whole_same(start); }
+  static Whole total(Sums s) { return s; }
+  static void settle(Sums&) {}
+
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole table, const Input* x, int64_t ldx, Sums* sums) {
+    const Whole both = whole_load(w);
+    add_signed<ROWS>(looked_up(table, low_nibbles(both)), x, ldx, sums);
+    add_signed<ROWS>(looked_up(table, high_nibbles(both)), x + 4, ldx, sums);
+  }
+};
+
+template <>
+struct Nibbles<false> {
+  using Input = int8_t;
+  static constexpr int kMiddle = 8, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
+  struct Sums {
+    Whole now, before;  // of 16 bits, since the last settling; of 32 bits
+  };
+  static constexpr bool kIntegers = true;
+  static Sums begun(int32_t start) { return {whole_zero(), whole_same(start)}; }
+  static Whole total(Sums s) { return s.before; }
+  static void settle(Sums& s) {  // after 32 inputs at the latest
+    s.before = add32(s.before, pairs16(s.now, whole_same(0x00010001)));
+    s.now = whole_zero();
+  }
+
+  template <int ROWS>
+  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
+    const Whole both = whole_load(w);
+    const Whole low = low_nibbles(both), high = high_nibbles(both);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) sums[i].now = add16(sums[i].now, pairs8(low, same_four(x + i * ldx)));
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) sums[i].now = add16(sums[i].now, pairs8(high, same_four(x + i * ldx + 4)));
+  }
+};
+
+#endif
+
+}  // namespace moe_ray

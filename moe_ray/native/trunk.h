@@ -1,0 +1,190 @@
+// One layer of a trunk up to its experts, and what comes after the last: norms, rotary embeddings, attention, the router.
+// T is the dtype of rows and KV cache; hidden states are float32.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+
+namespace moe_ray {
+
+// Sizes that a layer's kernels need. All of hidden and inner sizes: multiples of 32.
+struct Shape {
+  int64_t hidden, heads, kv_heads, head_dim, experts, top_k;
+  float eps, scale;
+  int64_t window;  // 0: none
+};
+
+struct Layer {
+  const float *input_norm, *post_norm;  // [D]
+  const void *qkv, *out, *gate;         // matrices: [q + 2 kv, D], [D, q], [E, D]
+  void *k_cache, *v_cache;              // [slots, kv_heads, head_dim]
+};
+
+struct Step {  // T tokens
+  int64_t tokens, block_size;
+  const int32_t *positions, *slots, *sequence;  // [T]
+  const int32_t* tables;                        // the sequences' block tables, one after the other
+  const int64_t* table_start;                   // [S] where each begins
+  const float* rope;                            // [positions, 2, head_dim / 2] cos, sin
+};
+
+struct Scratch {  // of the thread that calls; grows to the largest step
+  InputRoom inputs;
+  std::vector<float> normed, qkv, attended, hidden, logits, weights;
+  std::vector<float> q;  // or narrower
+  std::vector<int32_t> chosen;
+};
+inline thread_local Scratch scratch;
+inline thread_local std::vector<float> scores;
+
+template <class Out>
+void rms_norm(const float* x, const float* weight, int64_t n, float eps, Out* out) {
+  Lanes squares = all(0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const Lanes v = load(x + i);
+    squares = plus_product(v, v, squares);
+  }
+  const Lanes factor = all(1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps));
+  for (int64_t i = 0; i < n; i += 16) store(out + i, load(x + i) * factor * load(weight + i));
+}
+
+// Rotates one head's halves (not interleaved pairs).
+template <class Out>
+void rotate(const float* x, const float* rope, int64_t head_dim, Out* out) {
+  const int64_t half_dim = head_dim / 2;
+  for (int64_t i = 0; i < half_dim; i += 16) {
+    const Lanes a = load(x + i), b = load(x + half_dim + i);
+    const Lanes cos = load(rope + i), sin = load(rope + half_dim + i);
+    store(out + i, minus_product(b, sin, a * cos));
+    store(out + half_dim + i, plus_product(a, sin, b * cos));
+  }
+}
+
+// Softmax over all experts, the `k` largest in ascending expert order, renormalised to sum 1. Equals: lower number.
+inline void choose(const float* logits, int64_t experts, int64_t k, int32_t* chosen, float* weights) {
+  for (int64_t j = 0; j < k; j++) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; e++) {
+      bool taken = false;
+      for (int64_t i = 0; i < j; i++) taken |= chosen[i] == e;
+      if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    chosen[j] = static_cast<int32_t>(best);
+  }
+  std::sort(chosen, chosen + k);
+  float most = logits[chosen[0]], total = 0.0f;
+  for (int64_t j = 1; j < k; j++) most = std::max(most, logits[chosen[j]]);
+  for (int64_t j = 0; j < k; j++) total += weights[j] = std::exp(logits[chosen[j]] - most);
+  for (int64_t j = 0; j < k; j++) weights[j] /= total;
+}
+
+inline void store_lanes(float* out, const float* values, int64_t left) {
+  std::memcpy(out, values, std::min<int64_t>(left, kPanel) * sizeof(float));
+}
+
+// Writes what layer_front of kernels.cpp says.
+template <class T>
+void layer_front(Pool& threads, const Shape& s, const Layer& layer, const Step& step, float* hidden, T* rows,
+                 float* row_weights, int64_t* counts, int32_t* row_of) {
+  using Query = typename Scores<T>::Query;
+  const int64_t tokens = step.tokens, D = s.hidden, hd = s.head_dim;
+  const int64_t width = (s.heads + 2 * s.kv_heads) * hd, q_width = s.heads * hd;
+  const Matrix qkv_matrix = matrix_at(layer.qkv), out_matrix = matrix_at(layer.out), gate = matrix_at(layer.gate);
+  float* normed = room(scratch.normed, tokens * D);
+  float* qkv = room(scratch.qkv, tokens * width);
+  auto* q = reinterpret_cast<Query*>(room(scratch.q, tokens * q_width));
+  float* attended = room(scratch.attended, tokens * q_width);
+  auto *k_cache = static_cast<T*>(layer.k_cache), *v_cache = static_cast<T*>(layer.v_cache);
+
+  const int64_t batch = 8;  // tokens per chunk of work
+  const int chunks = static_cast<int>((tokens + batch - 1) / batch);
+  const bool few = tokens <= 16;
+  const auto each_token = [&](const auto& work) {
+    threads.run(chunks, few, [&](int chunk, int) {
+      for (int64_t t = chunk * batch; t < std::min(tokens, (chunk + 1) * batch); t++) work(t);
+    });
+  };
+  each_token([&](int64_t t) { rms_norm(hidden + t * D, layer.input_norm, D, s.eps, normed + t * D); });
+  Inputs in = inputs_for(threads, scratch.inputs, qkv_matrix, normed, D, tokens);
+  linear(threads, in, tokens, qkv_matrix, [&](int64_t i, int64_t p, const float* values) {
+    store_lanes(qkv + i * width + p * kPanel, values, width - p * kPanel);
+  });
+  each_token([&](int64_t t) {
+    const float* x = qkv + t * width;
+    const float* rope = step.rope + static_cast<int64_t>(step.positions[t]) * hd;
+    const int64_t slot = static_cast<int64_t>(step.slots[t]) * s.kv_heads * hd;
+    for (int64_t h = 0; h < s.heads; h++) rotate(x + h * hd, rope, hd, q + t * q_width + h * hd);
+    for (int64_t h = 0; h < s.kv_heads; h++) rotate(x + (s.heads + h) * hd, rope, hd, k_cache + slot + h * hd);
+    const float* v = x + (s.heads + s.kv_heads) * hd;
+    for (int64_t i = 0; i < s.kv_heads * hd; i += 16) store(v_cache + slot + i, load(v + i));
+  });
+  const int64_t group = s.heads / s.kv_heads;
+  const Attend<T> attend = attend_for<T>(group);
+  const int64_t each = few ? 1 : 4, units = tokens * s.kv_heads;
+  threads.run(static_cast<int>((units + each - 1) / each), units <= 4, [&](int chunk, int) {
+    for (int64_t u = chunk * each; u < std::min(units, (chunk + 1) * each); u++) {
+      const int64_t t = u / s.kv_heads, h = u % s.kv_heads;
+      const int64_t last = step.positions[t] + 1;
+      const PagedCache<T> cache{k_cache + h * hd, v_cache + h * hd, step.tables + step.table_start[step.sequence[t]],
+                                step.block_size, s.kv_heads * hd};
+      const int64_t at = t * q_width + h * group * hd;
+      const int64_t from = s.window ? std::max<int64_t>(0, last - s.window) : 0;
+      attend(cache, q + at, hd, from, last, s.scale, scores, attended + at);
+    }
+  });
+  in = inputs_for(threads, scratch.inputs, out_matrix, attended, q_width, tokens);
+  linear(threads, in, tokens, out_matrix, [&](int64_t i, int64_t p, const float* values) {
+    float* at = hidden + i * D + p * kPanel;
+    store(at, load(at) + load(values));
+  });
+
+  // The router sees the rows that the experts see.
+  T* row = reinterpret_cast<T*>(normed);
+  each_token([&](int64_t t) { rms_norm(hidden + t * D, layer.post_norm, D, s.eps, row + t * D); });
+  const int64_t padded = panels_of(s.experts) * kPanel;
+  float* logits = room(scratch.logits, tokens * padded);
+  int32_t* chosen = room(scratch.chosen, tokens * s.top_k);
+  float* weights = room(scratch.weights, tokens * s.top_k);
+  in = inputs_for(threads, scratch.inputs, gate, row, D, tokens);
+  linear(threads, in, tokens, gate, [&](int64_t i, int64_t p, const float* values) {
+    std::memcpy(logits + i * padded + p * kPanel, values, kPanel * sizeof(float));
+  });
+  each_token([&](int64_t t) {
+    choose(logits + t * padded, s.experts, s.top_k, chosen + t * s.top_k, weights + t * s.top_k);
+  });
+  std::fill(counts, counts + s.experts, 0);
+  for (int64_t i = 0; i < tokens * s.top_k; i++) counts[chosen[i]]++;
+  std::vector<int64_t> next(s.experts, 0);
+  for (int64_t e = 1; e < s.experts; e++) next[e] = next[e - 1] + counts[e - 1];
+  for (int64_t i = 0; i < tokens * s.top_k; i++) {
+    const int64_t to = next[chosen[i]]++;
+    std::memcpy(rows + to * D, row + i / s.top_k * D, D * sizeof(T));
+    row_weights[to] = weights[i];
+    row_of[i] = static_cast<int32_t>(to);
+  }
+}
+
+// hidden [T, D] += each token's rows of [T * K, D], those that row_of [T, K] names, in that order.
+template <class T>
+void combine(float* hidden, int64_t tokens, int64_t width, int64_t top_k, const T* rows, const int32_t* row_of) {
+  for (int64_t t = 0; t < tokens; t++) {
+    float* h = hidden + t * width;
+    for (int64_t i = 0; i < width; i += 16) {
+      Lanes total = all(0.0f);
+      for (int64_t j = 0; j < top_k; j++) total = total + load(rows + row_of[t * top_k + j] * width + i);
+      store(h + i, load(h + i) + total);
+    }
+  }
+}
+
+// out [rows, n] = x [rows, k] w^T.
+template <class T>
+void linear_into(Pool& threads, const T* x, int64_t rows, const Matrix& m, float* out) {
+  const int64_t n = m.head->n;
+  const Inputs in = inputs_for(threads, scratch.inputs, m, x, m.k(), rows);
+  linear(threads, in, rows, m, [&](int64_t i, int64_t p, const float* values) {
+    store_lanes(out + i * n + p * kPanel, values, n - p * kPanel);
+  });
+}
+
+}  // namespace moe_ray
