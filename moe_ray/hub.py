@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING, Final
 from moe_ray.config import DEMO_MODEL, Config
 from moe_ray.errors import CheckpointError
 from moe_ray.model.foreign import (
+    CONSOLIDATED,
+    GGUF_SOURCE,
     GPTQ_SINGLE,
     INDEX,
+    PARAMS,
     SINGLE,
     index_in,
     is_shard,
@@ -29,13 +33,14 @@ if TYPE_CHECKING:
 SMALL_FILES: Final = ("*.json", "*.jinja", "tokenizer.model*", "merges.txt")
 """What is read beside weights: configuration, tokenizer, templates. Of the repository's root: folders are not read."""
 IN_FOLDERS: Final = "*/*"
-_REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO_ID: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<file>[\w./-]+\.gguf))?")
 
 
 def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     """Return the directory of `config.model.path`: built (demo), found (a directory) or downloaded (a Hub repo id).
 
-    Raises `CheckpointError` when there is no such directory or repo, or the download fails.
+    A GGUF file (a path, the only one of a directory, or one of a repo as owner/name:FILE.gguf) is unpacked: see
+    `unpacked`. Raises `CheckpointError` when there is no such directory, file or repo, or the download fails.
     """
     name = config.model.path
     if name == DEMO_MODEL:
@@ -44,14 +49,37 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
         return demo_model_path(config.cache_dir, progress)
     directory = Path(name).expanduser()
     if directory.is_dir():
-        return directory.resolve()
+        gguf = _gguf_in(directory)
+        return directory.resolve() if gguf is None else _unpacked(gguf, config)
     if directory.is_file():
-        refuse_foreign_file(directory)
-    if not _REPO_ID.fullmatch(name):
+        if directory.suffix != ".gguf":
+            refuse_foreign_file(directory)
+        return _unpacked(directory, config)
+    repo = _REPO_ID.fullmatch(name)
+    if repo is None:
         raise CheckpointError(
-            f"model {name!r}: neither a directory, nor a Hugging Face repo id (owner/name), nor `demo`"
+            f"model {name!r}: neither a directory, nor a .gguf file, nor a Hugging Face repo id (owner/name, or "
+            f"owner/name:FILE.gguf), nor `demo`"
         )
+    if repo["file"] is not None:
+        return _unpacked(_download_gguf(repo["repo"], repo["file"], config.model.revision), config)
     return _download(name, config.model.revision)
+
+
+def _unpacked(gguf: Path, config: Config) -> Path:
+    from moe_ray.convert.unpack_gguf import unpacked
+
+    return unpacked(gguf, config.cache_dir)
+
+
+def _gguf_in(directory: Path) -> Path | None:
+    """The GGUF file that is the model of a directory; None: other files are. Raises `CheckpointError` on several."""
+    from moe_ray.convert.unpack_gguf import choose_file
+
+    if any((directory / name).exists() for name in (INDEX, SINGLE, GGUF_SOURCE)) or any(directory.glob(CONSOLIDATED)):
+        return None
+    name = choose_file([path.name for path in directory.glob("*.gguf")], str(directory))
+    return None if name is None else directory / name
 
 
 def small_files(names: Collection[str]) -> list[str]:
@@ -75,11 +103,35 @@ def weight_files(directory: Path) -> list[str]:
     return sorted({name for name in files if isinstance(name, str) and is_shard(name)})
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+@contextmanager
+def _said(name: str) -> Iterator[None]:
+    """Turn what a download raises into `CheckpointError`."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"model {name!r}: not in the local cache, and the Hub cannot be reached") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"model {name!r}: download failed ({first_line})") from error
+
+
+def _download_gguf(repo_id: str, file: str, revision: str | None) -> Path:
+    """All parts of one GGUF file of a repository; returns the first."""
+    from huggingface_hub import hf_hub_download
+
+    from moe_ray.convert.unpack_gguf import part_names
+
+    with _said(f"{repo_id}:{file}"):
+        parts = [hf_hub_download(repo_id, name, revision=revision) for name in part_names(file)]
+    return Path(parts[0])
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _said(repo_id):
         directory = Path(
             snapshot_download(
                 repo_id, revision=revision, allow_patterns=list(SMALL_FILES), ignore_patterns=[IN_FOLDERS]
@@ -90,13 +142,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
         if weights:
             snapshot_download(repo_id, revision=directory.name, allow_patterns=weights)
         if not _has_weights(directory):
-            only = {"allow_patterns": [GPTQ_SINGLE], "ignore_patterns": [IN_FOLDERS]}
+            pattern = CONSOLIDATED if (directory / PARAMS).exists() else GPTQ_SINGLE
+            only = {"allow_patterns": [pattern], "ignore_patterns": [IN_FOLDERS]}
             snapshot_download(repo_id, revision=directory.name, **only)
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"model {repo_id!r}: not in the local cache, and the Hub cannot be reached") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"model {repo_id!r}: download failed ({first_line})") from error
     if not _has_weights(directory):
         _refuse_foreign_repo(repo_id, directory.name)
     return directory
@@ -104,7 +152,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 def _has_weights(directory: Path) -> bool:
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return (index_in(names) or single_in(names)) is not None
+    return (index_in(names) or single_in(names)) is not None or any(directory.glob(CONSOLIDATED))
 
 
 def _refuse_foreign_repo(repo_id: str, commit: str) -> None:
@@ -120,6 +168,9 @@ def _refuse_foreign_repo(repo_id: str, commit: str) -> None:
         names = [name for name in HfApi().list_repo_files(repo_id, revision=commit) if "/" not in name]
     except (HfHubHTTPError, httpx.HTTPError, OSError):
         return  # opening the directory says what is missing in it
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        choices = ", ".join(f"{repo_id}:{name}" for name in gguf)
+        raise CheckpointError(f"model {repo_id!r}: GGUF files; name one: {choices}")
     found = what_it_is(names, nothing)
     if found is not None:
         raise CheckpointError(f"model {repo_id!r}: {found}")

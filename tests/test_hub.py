@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from gguf_files import write_gguf
 
 from moe_ray.config import load_config
 from moe_ray.errors import CheckpointError
 from moe_ray.hub import resolve_model, small_files, weight_files
+from moe_ray.model.checkpoint import Checkpoint
 
 COMMIT = "0" * 40
 WEIGHTS = b"weights" * 1000
@@ -146,11 +148,37 @@ def test_weights_as_auto_gptq_names_them(hub: dict[str, str], sharded: bool) -> 
     assert weights == (["gptq-1.safetensors"] if sharded else [name])
 
 
+def test_mistrals_own_files(hub: dict[str, str]) -> None:
+    """They come down where there are no others."""
+    wanted = {"params.json": b"{}", "consolidated.safetensors": WEIGHTS, "tokenizer.model.v3": b"text"}
+    Hub.files = {**wanted, "old/consolidated.safetensors": WEIGHTS, "consolidated.00.pth": WEIGHTS}
+    done = resolve(hub)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in Path(done.stdout.strip()).rglob("*")} == set(wanted) == set(Hub.fetched)
+
+
+def test_a_gguf_file_of_a_repository(hub: dict[str, str], random_model: Path, tmp_path: Path) -> None:
+    """The one that is named comes down, with all its parts, and is unpacked."""
+    write_gguf(random_model, tmp_path / "m.gguf", split=700_000)
+    parts = {f"Q8/{path.name}": path.read_bytes() for path in tmp_path.glob("m-*.gguf")}
+    Hub.files = {"config.json": b"{}", "other.gguf": WEIGHTS, **parts}
+    done = resolve({**hub, "XDG_CACHE_HOME": str(tmp_path / "cache")}, f"owner/mixtral:{min(parts)}")
+    assert done.returncode == 0, done.stderr
+    assert set(Hub.fetched) == set(parts)
+    assert Checkpoint.open(Path(done.stdout.strip())).config.hidden_size == 64
+    absent = resolve(hub, "owner/mixtral:absent.gguf")
+    assert absent.returncode == 1
+    assert "model 'owner/mixtral:absent.gguf': " in absent.stderr
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"README.md": b"text", "mixtral.Q4_K_M.gguf": WEIGHTS}, "mixtral.Q4_K_M.gguf: a GGUF file"),
-        ({"params.json": b"{}", "consolidated.safetensors": WEIGHTS}, "Mistral's own layout"),
+        (
+            {"README.md": b"text", "m.Q4_K_M.gguf": WEIGHTS, "m.Q8_0.gguf": WEIGHTS},
+            "GGUF files; name one: owner/mixtral:m.Q4_K_M.gguf, owner/mixtral:m.Q8_0.gguf",
+        ),
+        ({"params.json": b"{}", "consolidated.00.pth": WEIGHTS}, "Mistral's own layout as pickles"),
         ({"config.json": b"{}", "pytorch_model.bin": WEIGHTS}, "pickle checkpoints"),
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}, "a LORA adapter"),
     ],
@@ -170,10 +198,10 @@ def test_an_unknown_name_and_files(tmp_path: Path) -> None:
     for path, said in (("no such model", "neither a directory"), (str(tmp_path / "absent/a/b"), "neither a directory")):
         with pytest.raises(CheckpointError, match=said):
             resolve_model(load_config(flags={"model": {"path": path}}))
-    gguf = tmp_path / "mixtral.gguf"
-    gguf.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="a GGUF file"):
-        resolve_model(load_config(flags={"model": {"path": str(gguf)}}))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"a model is a directory with .*, or a .gguf file"):
+        resolve_model(load_config(flags={"model": {"path": str(file)}}))
 
 
 def test_small_files_are_those_of_the_root() -> None:

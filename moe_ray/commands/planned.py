@@ -46,7 +46,7 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
         spares, per_actor = (), 1
     placed = holdings(layers, experts, per_actor, spares)
     bytes_to_read: dict[str, int] = {}
-    weights = any(any(directory.glob(pattern)) for pattern in ("*.safetensors", INDEX, *PICKLES))
+    weights = any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.gguf", INDEX, *PICKLES))
     if weights or not without_weights:
         checkpoint = Checkpoint.open(directory)
         check_surplus(checkpoint)

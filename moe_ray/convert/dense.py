@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from moe_ray.convert.gguf_metadata import GgufMetadata
+from moe_ray.convert.gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from moe_ray.errors import CheckpointError
 from moe_ray.model.foreign import refuse_foreign
 from moe_ray.model.formats.quantization import quantization_of
+from moe_ray.model.gguf_file import read_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,9 +42,6 @@ ATTENTION_TENSORS = (
 )
 """Of a layer: what dense model and mixture of experts have in common."""
 GGUF_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-GGUF_CONTROL_TOKEN = 3
-SPLIT_DIGITS = {"gpt-2": False, "default": False, "smollm": True, "starcoder": True, "refact": True, "command-r": True}
-"""GGUF `tokenizer.ggml.pre` → whether digits stand alone; the pre-tokenizers that are GPT-2's apart from that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,59 +163,12 @@ class GgufModel:
         return weight
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Builds the byte-level BPE tokenizer itself; other kinds come through transformers' (slow) GGUF conversion.
+        from transformers import PreTrainedTokenizerFast
 
-        transformers' conversion ignores `tokenizer.ggml.pre`, so that for SmolLM runs of spaces before digits come out
-        in other tokens than the model was trained on; llama.cpp's table (`llama-vocab.cpp`) is followed instead.
-        """
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        pre = self._field("tokenizer.ggml.pre", "default")
-        if self._field("tokenizer.ggml.model") != "gpt2" or pre not in SPLIT_DIGITS:
-            return AutoTokenizer.from_pretrained(str(self._path.parent), gguf_file=self._path.name)
-        tokens: list[str] = self._field("tokenizer.ggml.tokens")
-        special = {
-            f"{role}_token": tokens[self._field(key)]
-            for role, key in (
-                ("bos", "tokenizer.ggml.bos_token_id"),
-                ("eos", "tokenizer.ggml.eos_token_id"),
-                ("unk", "tokenizer.ggml.unknown_token_id"),
-                ("pad", "tokenizer.ggml.padding_token_id"),
-            )
-            if key in self._fields
-        }
-        return PreTrainedTokenizerFast(
-            tokenizer_object=self._byte_level_bpe(tokens, split_digits=SPLIT_DIGITS[pre]),
-            chat_template=self._field("tokenizer.chat_template", None),
-            model_max_length=self.config.max_position_embeddings,
-            clean_up_tokenization_spaces=False,
-            **special,
-        )
-
-    def _byte_level_bpe(self, tokens: list[str], *, split_digits: bool) -> Any:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
-        bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-        by_bytes = pre_tokenizers.ByteLevel(
-            add_prefix_space=bool(self._field("tokenizer.ggml.add_space_prefix", False)), use_regex=True
-        )
-        bpe.pre_tokenizer = (
-            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes])
-            if split_digits
-            else by_bytes
-        )
-        bpe.decoder = decoders.ByteLevel()
-        kinds: list[int] = self._field("tokenizer.ggml.token_type")
-        control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL_TOKEN]
-        bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-        if self._field("tokenizer.ggml.add_bos_token", False):
-            bos_id: int = self._field("tokenizer.ggml.bos_token_id")
-            bos = tokens[bos_id]
-            bpe.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
-            )
-        return bpe
+        metadata = GgufMetadata(str(self._path), read_gguf(self._path).metadata)
+        options = tokenizer_config_of(metadata)
+        options.pop("tokenizer_class")
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(metadata), **options)
 
 
 def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

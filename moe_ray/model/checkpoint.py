@@ -93,7 +93,7 @@ class Checkpoint:
         for row in FORMATS.values():
             try:
                 if (stored := row.find(place, weight.shape, source)) is not None:
-                    return stored
+                    return replace(stored, interleaved_heads=self._interleaved_heads(weight))
             except BadTensor as error:
                 raise CheckpointError(f"{self._where(error.name)}: {error}") from None
         raise self._not_found(place)
@@ -121,11 +121,13 @@ class Checkpoint:
         return codes
 
     def arrays(self, stored: StoredWeight) -> list[np.ndarray]:
-        """The arrays of a weight as they are stored, for a backend that computes on its format.
+        """The arrays of a weight as they are stored, rows in the model's order, for a backend that computes on them.
 
         In memory of their own; not counted as read. Raises `CheckpointError`.
         """
-        return [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
+        arrays = [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
+        heads = stored.interleaved_heads
+        return [pairs_in_halves(array, heads) for array in arrays] if heads else arrays
 
     def tensor(self, name: str) -> np.ndarray:
         """All of a tensor that there is, whatever it is. Not counted as read. Raises `CheckpointError`."""
@@ -178,6 +180,12 @@ class Checkpoint:
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""
         return FORMATS[stored.format].decode(stored, self.arrays(stored))
+
+    def _interleaved_heads(self, weight: Weight) -> int:
+        """How many of the weight's heads have their pairs of rows side by side in this checkpoint."""
+        if not self.layout.interleaved or weight.role not in ("q", "k"):
+            return 0
+        return self.config.num_attention_heads if weight.role == "q" else self.config.num_key_value_heads
 
     def _bytes(self, part: TensorPart) -> np.ndarray:
         """The bytes of a part of a tensor, aligned memory of its own."""
@@ -233,6 +241,16 @@ class Checkpoint:
 
     def _where(self, name: str) -> str:
         return f"{self.directory / self.files[name]}: tensor {name}"
+
+
+def pairs_in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """[heads * 2 P, …] whose rows are each head's pairs → each head's first ones, then its second ones.
+
+    The inverse of `permute` in llama.cpp's convert_hf_to_gguf.py, and `permute` of transformers'
+    convert_mistral_weights_to_hf.py. Rows are moved as they are, so they may be of blocks or codes.
+    """
+    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return paired.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _layout_of(config: ModelConfig, files: Collection[str]) -> Layout:

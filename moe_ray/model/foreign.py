@@ -13,8 +13,12 @@ from moe_ray.errors import CheckpointError
 CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+PARAMS: Final = "params.json"
+"""Mistral's config.json."""
 CONSOLIDATED: Final = "consolidated*.safetensors"
 CONSOLIDATED_INDEX: Final = "consolidated.safetensors.index.json"
+GGUF_SOURCE: Final = "gguf.json"
+"""In a directory that was made of a GGUF file: which one."""
 ADAPTER_CONFIG: Final = "adapter_config.json"
 GPTQ_SINGLE: Final = "gptq_model*.safetensors"
 """AutoGPTQ's name of it: with the bits and the group size."""
@@ -29,17 +33,20 @@ _CONVERT: Final = "convert it to safetensors with config.json (transformers: mod
 def what_it_is(names: Collection[str], contents: Contents) -> str | None:
     """What a directory of these files (not those of its folders) is, if it is something else; None: nothing known.
 
-    A sentence without the directory's name. What is read has `CONFIG`, and an index or a single file of weights.
+    A sentence without the directory's name. What is read has `CONFIG`, and an index or a single file of weights; or
+    it has `CONFIG` or `PARAMS`, and `CONSOLIDATED`; or it was made of a GGUF file.
     """
     here = set(names)
-    loads = CONFIG in here and (index_in(here) or single_in(here)) is not None
+    consolidated = any(fnmatch(name, CONSOLIDATED) for name in here)
+    loads = CONFIG in here and (GGUF_SOURCE in here or (index_in(here) or single_in(here)) is not None)
+    loads = loads or (consolidated and bool({CONFIG, PARAMS} & here))
     if ADAPTER_CONFIG in here:
         return _adapter(contents(ADAPTER_CONFIG), loads)
     if loads:
         return None
     for pattern, sentence in _OTHERS:
         found = sorted(name for name in here if fnmatch(name, pattern))
-        if found and not _reads_anyway(pattern, here):
+        if found:
             return sentence.format(found[0])
     return None
 
@@ -79,35 +86,24 @@ def refuse_foreign(directory: Path) -> None:
 
 def refuse_foreign_file(path: Path) -> None:
     """The same for a file where a directory is expected."""
-    if path.suffix == ".gguf":
-        raise CheckpointError(f"{path}: a GGUF file; {_GGUF}")
-    raise CheckpointError(f"{path}: a file; a model is a directory with {CONFIG} and safetensors files")
+    raise CheckpointError(
+        f"{path}: a file; a model is a directory with {CONFIG} and safetensors files, or a .gguf file"
+    )
 
 
-_GGUF: Final = (
-    "GGUF is not loaded: use the model's safetensors files (a dense Llama is converted by `moe-ray convert upcycle`)"
-)
 _OTHERS: Final = (  # (a file's pattern, what a directory with it is), the surest first
     (
-        "params.json",
-        "{}: Mistral's own layout (params.json with consolidated files); use the model's Hugging Face files, "
-        "config.json and model*.safetensors",
+        "consolidated*.pt*",
+        "{}: Mistral's own layout as pickles, which can run code when read and are refused; use the model's "
+        "safetensors files",
     ),
-    (
-        "consolidated*.safetensors",
-        "{}: Mistral's own layout; use the model's Hugging Face files, config.json and model*.safetensors",
-    ),
-    ("*.gguf", "{}: a GGUF file; " + _GGUF),
+    (CONSOLIDATED, "{}: Mistral's own layout, whose params.json is missing"),
+    ("*.gguf", "{}: a GGUF file, which is read as a model of its own: name the file"),
     *((pattern, "{}: pickle checkpoints can run code when read and are refused; " + _CONVERT) for pattern in PICKLES),
     ("*.h5", "{}: TensorFlow weights; " + _CONVERT),
     ("*.msgpack", "{}: Flax weights; " + _CONVERT),
     ("*.onnx", "{}: an ONNX model; use the weights it was made of"),
 )
-
-
-def _reads_anyway(pattern: str, here: set[str]) -> bool:
-    """A params.json alone says nothing: other programs' files have that name, too."""
-    return pattern == "params.json" and not any(fnmatch(name, "consolidated*") for name in here)
 
 
 def _adapter(settings: Mapping[str, Any], beside_base: bool) -> str:

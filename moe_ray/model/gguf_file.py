@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from moe_ray.errors import CheckpointError
 from moe_ray.model.formats import TensorEntry
 from moe_ray.model.tensor_file import NotWhole
 
@@ -90,13 +91,16 @@ class GgufHeader:
 
 
 def read_gguf(path: Path) -> GgufHeader:
-    """The header, checked against the file's size. Raises `NotWhole`, `OSError`."""
+    """The header, checked against the file's size.
+
+    Raises `NotWhole`, `OSError`, and `CheckpointError` for a file of a kind or with a type that is not known.
+    """
     with open(path, "rb") as file:
         return _Reading(file, os.fstat(file.fileno()).st_size).header()
 
 
 def read_gguf_tensors(path: Path) -> dict[str, TensorEntry]:
-    """Tensor name → what the header says of it. Raises `NotWhole`, `OSError`."""
+    """Tensor name → what the header says of it. Raises as `read_gguf` does."""
     return read_gguf(path).tensors
 
 
@@ -113,7 +117,8 @@ class _Reading:
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             what = "a big-endian file" if swapped in VERSIONS else f"version {version}"
-            raise NotWhole(f"{what}; supported: little-endian, versions {' and '.join(map(str, VERSIONS))}")
+            supported = " and ".join(map(str, VERSIONS))
+            raise CheckpointError(f"{self.file.name}: GGUF, {what}; supported: little-endian, versions {supported}")
         num_tensors, num_pairs = self._number("Q"), self._number("Q")
         metadata: dict[str, Value] = {}
         for _ in range(self._bounded(num_pairs)):
@@ -141,7 +146,7 @@ class _Reading:
         sizes = [self._number("Q") for _ in range(dimensions)]
         kind, offset = self._number("I"), self._number("Q")
         if kind not in TYPES:
-            raise NotWhole(f"tensor {name} of ggml's type {kind}, which is newer than this program")
+            raise CheckpointError(f"{self.file.name}: tensor {name}: type {kind} of ggml is not known here")
         return name, TYPES[kind], tuple(reversed(sizes)), offset
 
     @staticmethod

@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import FAMILIES, Family, Router
-from moe_ray.model.foreign import refuse_foreign
+from moe_ray.model.foreign import CONFIG, CONSOLIDATED, PARAMS, refuse_foreign
 from moe_ray.model.formats.quantization import FILES, Quantization, quantization_from, quantization_of
 from moe_ray.model.json_files import read_json_object
+from moe_ray.model.mistral_params import config_of_params
 
 HIDDEN_ACTS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -54,13 +55,19 @@ class ModelConfig:
 
     @staticmethod
     def load(directory: Path) -> ModelConfig:
-        """Read `directory/config.json`. Raises `CheckpointError` naming the file and the key, or what is there else."""
-        path = directory / "config.json"
+        """Read `directory/config.json`, or else Mistral's params.json.
+
+        Raises `CheckpointError` naming the file and the key, or what is there else.
+        """
+        path = directory / CONFIG
         if directory.is_dir():
             refuse_foreign(directory)
+            if not path.exists() and any(directory.glob(CONSOLIDATED)):
+                path = directory / PARAMS
         if not path.exists():
             raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json")
-        config = ModelConfig.from_dict(read_json_object(path), str(path))
+        raw = read_json_object(path)
+        config = ModelConfig.from_dict(config_of_params(raw, str(path)) if path.name == PARAMS else raw, str(path))
         if config.quantization is None:
             for beside in (directory / name for name in FILES):
                 if settings := read_json_object(beside):

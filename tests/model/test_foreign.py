@@ -46,14 +46,11 @@ def directory(path: Path, **files: Any) -> Path:
             {"adapter_config__json": LORA, "model__safetensors__index__json": {}, "config__json": CONFIG},
             "lies beside the weights and would not be applied",
         ),
-        ({"mixtral__Q4_K_M__gguf": WEIGHTS}, "mixtral.Q4_K_M.gguf: a GGUF file"),
+        ({"mixtral__Q4_K_M__gguf": WEIGHTS}, "mixtral.Q4_K_M.gguf: a GGUF file, which is read as a model of its own"),
         ({"mixtral__gguf": WEIGHTS, "config__json": CONFIG, "README__md": b""}, "a GGUF file"),
-        (
-            {"params__json": {"dim": 4096}, "consolidated__safetensors": WEIGHTS, "tekken__json": {}},
-            "Mistral's own layout",
-        ),
-        ({"params__json": {"dim": 4096}, "consolidated__00__pth": WEIGHTS}, "Mistral's own layout"),
-        ({"consolidated__safetensors": WEIGHTS, "config__json": CONFIG}, "Mistral's own layout"),
+        ({"params__json": {"dim": 4096}, "consolidated__00__pth": WEIGHTS}, "Mistral's own layout as pickles"),
+        ({"params__json": {"dim": 4096}, "consolidated__00__pt": WEIGHTS}, "Mistral's own layout as pickles"),
+        ({"consolidated__safetensors": WEIGHTS}, "Mistral's own layout, whose params.json is missing"),
         ({"pytorch_model__bin": WEIGHTS, "config__json": CONFIG}, "pytorch_model.bin: pickle checkpoints"),
         ({"tf_model__h5": WEIGHTS, "config__json": CONFIG}, "TensorFlow weights"),
         ({"flax_model__msgpack": WEIGHTS, "config__json": CONFIG}, "Flax weights"),
@@ -160,7 +157,5 @@ def test_nothing_known_is_said_as_before(tmp_path: Path) -> None:
 
 
 def test_a_file_where_a_directory_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="a GGUF file"):
-        refuse_foreign_file(tmp_path / "mixtral.gguf")
-    with pytest.raises(CheckpointError, match="a model is a directory"):
+    with pytest.raises(CheckpointError, match=r"a model is a directory with config.json and safetensors files, or a"):
         refuse_foreign_file(tmp_path / "model.safetensors")

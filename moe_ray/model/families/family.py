@@ -49,6 +49,10 @@ class Layout:
     """Role → name without suffix; `{layer}` and `{expert}` stand for their numbers."""
     stacks: tuple[tuple[ExpertRole, ...], ...] = ()
     """Roles whose weights lie one above the other in a tensor that stacks all experts; () : each has its own."""
+    interleaved: bool = False
+    """Whether the rows of q and k that rotary embeddings turn together lie side by side (Mistral's own files, GGUF).
+
+    Hugging Face has the first of all pairs of a head in its first half of rows, and so does the model."""
 
     def place(self, weight: Weight, num_experts: int) -> Place:
         """Where this layout keeps a weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.family import ConfigKeys, Family, Layout, Role, Router
+from moe_ray.model.families.family import ConfigKeys, ExpertRole, Family, Layout, Role, Router
 
 
 def _layout(model: str, block: str, stacked: bool) -> Layout:
@@ -30,6 +30,53 @@ def _layout(model: str, block: str, stacked: bool) -> Layout:
     return Layout({**trunk, "gate": f"{own}w1", "up": f"{own}w3", "down": f"{own}w2"})
 
 
+def _gguf(stacks: tuple[tuple[ExpertRole, ...], ...]) -> Layout:
+    """llama.cpp's names (gguf-py, constants.py); a stacked tensor's ends in ".weight" as those of one weight do."""
+    layer = "blk.{layer}."
+    stems: dict[Role, str] = {
+        "embed": "token_embd",
+        "input_norm": f"{layer}attn_norm",
+        "q": f"{layer}attn_q",
+        "k": f"{layer}attn_k",
+        "v": f"{layer}attn_v",
+        "out": f"{layer}attn_output",
+        "post_norm": f"{layer}ffn_norm",
+        "router": f"{layer}ffn_gate_inp",
+        "norm": "output_norm",
+        "head": "output",
+    }
+    for role in _EXPERT_ROLES:
+        stems[role] = f"{layer}ffn_{role}.{{expert}}"
+    for stack in stacks:
+        for role in stack:
+            stems[role] = f"{layer}ffn_{'_'.join(stack)}_exps.weight"
+    return Layout(stems, stacks, interleaved=True)
+
+
+def _mistral(block: str) -> Layout:
+    """Mistral's own names (mistral-inference, transformer.py). `block`: the module of router and experts."""
+    layer = "layers.{layer}."
+    expert = f"{layer}{block}.experts.{{expert}}."
+    stems: dict[Role, str] = {
+        "embed": "tok_embeddings",
+        "input_norm": f"{layer}attention_norm",
+        "q": f"{layer}attention.wq",
+        "k": f"{layer}attention.wk",
+        "v": f"{layer}attention.wv",
+        "out": f"{layer}attention.wo",
+        "post_norm": f"{layer}ffn_norm",
+        "router": f"{layer}{block}.gate",
+        "norm": "norm",
+        "head": "output",
+        "gate": f"{expert}w1",
+        "up": f"{expert}w3",
+        "down": f"{expert}w2",
+    }
+    return Layout(stems, interleaved=True)
+
+
+_EXPERT_ROLES: Final[tuple[ExpertRole, ...]] = ("gate", "up", "down")
+
 MIXTRAL: Final = Family(
     model_type="mixtral",
     config=ConfigKeys(
@@ -51,6 +98,11 @@ MIXTRAL: Final = Family(
         _layout("model.", "mlp", stacked=False),
         _layout("", "block_sparse_moe", stacked=False),  # the model without its head; transformers loads it as well
         _layout("", "mlp", stacked=True),
+        _mistral("feed_forward"),
+        _mistral("block_sparse_moe"),
+        _gguf(stacks=(("gate",), ("up",), ("down",))),
+        _gguf(stacks=(("gate", "up"), ("down",))),
+        _gguf(stacks=()),  # until April 2024
     ),
     unused=("*rotary_emb.inv_freq",),
 )

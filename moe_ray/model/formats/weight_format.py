@@ -88,6 +88,8 @@ class StoredWeight:
     """How it is quantised, where its format gives `codes`; None: it comes as floats only."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where a format's tensors alone do not tell."""
+    interleaved_heads: int = 0
+    """Heads whose rotary pairs of rows lie side by side in the file (`Layout.interleaved`); 0: rows lie in order."""
 
     @property
     def nbytes(self) -> int:
