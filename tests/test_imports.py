@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "text": {*BASE, "model"},  # the checkpoint's files beside the weights: its end tokens
     "transport": {*BASE, "pb", "native"},
     "model": {*BASE, "native"},
-    "convert": {*BASE, "model"},
+    "convert": {*BASE, "text", "model"},
     "hub": {*BASE, "config", "convert", "model"},
     "experts": {*MODEL, "transport"},
     "engine": {*MODEL, "config"},

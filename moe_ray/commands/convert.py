@@ -1,4 +1,4 @@
-"""`moe-ray convert …`: makes Mixtral-format checkpoints out of other models."""
+"""`moe-ray convert …`: makes Mixtral-format checkpoints out of other models, or of the same one in fewer bits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_ray.commands.options import error_console
+from moe_ray.commands.options import MODEL_HELP, error_console
 
+Bits = Literal["4", "8"]
+GroupSize = Literal["32", "64", "128"]
+Method = Literal["rtn", "gptq", "awq"]
+TrunkBits = Literal["none", "int8", "int4"]
 UpcycleDtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -31,3 +35,54 @@ def upcycle(
     with loading_bars(console) as progress:
         run_upcycle(source, out, options, progress)
     console.print(f"wrote {out}")
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
+    bits: Annotated[Bits, typer.Option(help="Of the experts' weights.")] = "4",
+    group_size: Annotated[GroupSize, typer.Option(help="Weights that share a scale.")] = "32",
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each group as well.")] = False,
+    method: Annotated[Method, typer.Option(help="gptq and awq look at what the experts see of a text.")] = "gptq",
+    trunk: Annotated[TrunkBits, typer.Option(help="The attention's weights, too.")] = "none",
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for gptq and awq.", show_default="one that comes with moe_ray")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Only so many tokens of the text.")] = 16384,
+    act_order: Annotated[
+        bool, typer.Option("--act-order", help="gptq: the inputs that matter most first; slower to compute with.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory if it is there.")] = False,
+) -> None:
+    """Quantise a model's experts, and write a checkpoint that other programs read as well (compressed-tensors).
+
+    Gates, norms, embedding and head stay as they are. GPTQ: arXiv:2210.17323; AWQ: arXiv:2306.00978.
+    """
+    from moe_ray.commands.cache import with_usable_cache
+    from moe_ray.config import load_config
+    from moe_ray.console import loading_bars
+    from moe_ray.convert.quantize.config import QuantizeConfig
+    from moe_ray.convert.quantize.quantize import quantize as run_quantize
+    from moe_ray.hub import resolve_model
+
+    console = error_console()
+    options = QuantizeConfig(
+        bits=int(bits),
+        group_size=int(group_size),
+        asymmetric=asymmetric,
+        method=method,
+        trunk=trunk,
+        calibration_text=calibration_text,
+        calibration_tokens=calibration_tokens,
+        act_order=act_order,
+    )
+    chosen = with_usable_cache(load_config({"model": {"path": model}}), console)
+    with loading_bars(console) as progress:
+        report = run_quantize(resolve_model(chosen, progress), out, options, progress, overwrite=overwrite)
+    console.print(f"wrote {out}: {report.total_bytes / 1e6:,.0f} MB, {report.source_bytes / 1e6:,.0f} MB before")
+    if report.calibration_tokens:
+        counts = [count for layer in report.layers for count in layer.tokens]
+        console.print(
+            f"calibrated on {report.calibration_tokens} tokens; each expert saw {min(counts)} to {max(counts)} of them "
+            f"in each layer (all counts: quantize.json)"
+        )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from moe_ray.commands import bench, bench_lab
 from moe_ray.commands.chat import chat
 from moe_ray.commands.compare import compare
-from moe_ray.commands.convert import upcycle
+from moe_ray.commands.convert import quantize, upcycle
 from moe_ray.commands.generate import generate
 from moe_ray.commands.options import error_console
 from moe_ray.commands.perplexity import perplexity
@@ -24,7 +24,7 @@ from moe_ray.console import accept_every_character
 from moe_ray.errors import MoeRayError
 
 VERBS = (serve, chat, generate, plan, perplexity, compare, status, scale)
-CONVERSIONS = (upcycle,)
+CONVERSIONS = (upcycle, quantize)
 BENCHES = (
     bench.serve,
     bench.roofline,

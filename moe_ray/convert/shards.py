@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -39,7 +40,11 @@ class ShardWriter:
 
     def add(self, weight: Weight, values: torch.Tensor) -> None:
         """Pack one weight and take its tensors. Raises `CheckpointError` when a full shard cannot be written."""
-        for name, tensor in self._format.pack(place_of(weight), values).items():
+        self.add_tensors(weight, self._format.pack(place_of(weight), values))
+
+    def add_tensors(self, weight: Weight, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the tensors of one weight, in whatever format. Raises `CheckpointError` as `add` does."""
+        for name, tensor in tensors.items():
             if self._held and self._held_bytes + tensor.nbytes > self._limit:
                 self._flush()
             self._held[name] = tensor

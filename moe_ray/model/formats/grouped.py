@@ -63,6 +63,11 @@ class GroupedCodes:
         n, k = self.codes.shape
         return n, k
 
+    def rows(self, part: slice) -> GroupedCodes:
+        """The weight of some of its rows, a view."""
+        offsets = None if self.offsets is None else self.offsets[part]
+        return GroupedCodes(self.grouping, self.codes[part], self.scales[part], offsets, self.order)
+
     def values(self) -> np.ndarray:
         """The weight's values, float32 [N, K]: products and sums in float32, in the order of the formula."""
         import numpy as np
