@@ -27,6 +27,9 @@ from moe_ray.model.trunk_weights import LayerWeights
 ENOUGH: Final = 512
 """Calibration rows of an expert from which on it is calibrated on its own alone."""
 
+COMPARED: Final = 256
+"""Rows of an expert whose outputs are compared with those of its floats, for the report."""
+
 Read = Callable[[int], ExpertMatrices]
 """Reads an expert of the layer from the checkpoint."""
 Take = Callable[[int, ExpertCodes], None]
@@ -120,9 +123,9 @@ def round_experts(
         tokens.append(inputs.own)
         which, slot = (chosen == index).nonzero(as_tuple=True)
         rows, weight = states[which] / inputs_scale, routing[which, slot, None]
-        made, exact = (_output(run, rows, matrices) * weight for matrices in (codes.values(), expert))
-        outputs.add(made, exact)
+        made = _output(run, rows, codes.values()) * weight
         added.index_add_(0, which, made)
+        outputs.add(made[:COMPARED], _output(run, rows[:COMPARED], expert) * weight[:COMPARED])
     run.add(added)
     return LayerReport(changed.fraction, outputs.fraction, tuple(tokens), exponent), weights
 
