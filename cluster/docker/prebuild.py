@@ -1,12 +1,14 @@
 """Builds the native libraries into DIR/native of `prebuild.py DIR`, for CPUs that this machine's need not be like.
 
-Only those that exist for the architecture: without kernels torch computes, and the image works.
+Those of every instruction set of the architecture: which a machine has is seen when it runs the image.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moe_ray.errors import KernelsUnavailable
@@ -15,13 +17,15 @@ from moe_ray.native import build
 
 def prebuild(cache_dir: Path) -> list[Path]:
     """Build what is missing and return all files. Raises `KernelsUnavailable` where one does not compile."""
+    libraries = [*build.KERNELS.values(), build.HOST, build.LINKS]
+    here = [each for each in libraries if sys.platform == "linux" and platform.machine() in each.architectures]
+    if not here:
+        print(f"no native libraries for {sys.platform} on {platform.machine()}", file=sys.stderr)
     # Only the machine that runs them must have the instructions; loading a library does not execute them.
-    build.cpu_flags = lambda: frozenset({"avx512_bf16"})  # type: ignore[assignment]
-    for library in build.LIBRARIES:
-        if sys.platform == "linux" and platform.machine() in library.architectures:
-            build.shared_library(library, cache_dir)
-        else:
-            print(f"no {library.name} for {sys.platform} on {platform.machine()}", file=sys.stderr)
+    flags = frozenset().union(*(each.needs for each in here))
+    build.cpu_flags = lambda: flags  # type: ignore[assignment]
+    with ThreadPoolExecutor(os.cpu_count()) as builders:
+        list(builders.map(lambda each: build.shared_library(each, cache_dir), here))
     for lock in (cache_dir / "native").glob("*.lock"):
         lock.unlink()
     return sorted((cache_dir / "native").glob("*.so"))

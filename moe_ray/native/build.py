@@ -102,7 +102,7 @@ def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
     machine, known = platform.machine(), library.architectures
     if sys.platform != "linux" or machine not in known:
         where = f"this is {sys.platform} on {machine}"
-        raise KernelsUnavailable(f"the {library.name} exist for Linux on {' or '.join(known)}, {where}")
+        raise KernelsUnavailable(f"{library.name} exist for Linux on {' or '.join(known)}, {where}")
     if lacking := library.needs - cpu_flags():
         raise KernelsUnavailable(f"this CPU has no {', '.join(sorted(lacking))} instructions")
     path = cache_dir / "native" / f"{library.name}-{_fingerprint(library)}.so"

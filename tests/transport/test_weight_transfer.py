@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_ray.config import load_config
 from moe_ray.core import WeightLayout
-from moe_ray.errors import CallRefused, KernelsUnavailable, LinkBroken, ProtocolError, ReplicaBusy
+from moe_ray.errors import CallRefused, LinkBroken, ProtocolError, ReplicaBusy
 from moe_ray.transport.base import LinkOptions, TlsFiles
 from moe_ray.transport.handshake import connect
 from moe_ray.transport.socket import SocketExpertServer
@@ -183,25 +182,29 @@ def test_over_tls(tmp_path: Path, offer: Offer) -> None:
     server.close()
 
 
-def test_packed_weights_are_those_that_packing_gives() -> None:
-    import numpy as np
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "nf4"])
+def test_packed_weights_are_those_that_packing_gives(quantize: str | None) -> None:
+    """With all that they need: a block says of itself how its codes are to be read."""
+    import torch
+    from backends import open_backend, random
 
-    from moe_ray.native.kernels import Kernels, Packed
+    from moe_ray.model.compute.native.holding import hold, holding_of
+    from moe_ray.model.matrix import FloatMatrix
+    from moe_ray.native.kernels import Packed
 
-    try:
-        kernels = Kernels(load_config().cache_dir, 1)
-    except KernelsUnavailable as error:
-        pytest.skip(str(error))
-    n, k = 72, 64  # the last panel is not full
-    w1, w3 = (np.random.default_rng(seed).integers(-(2**15), 2**15, (n, k), dtype=np.int16) for seed in range(2))
+    kernels = open_backend("native bfloat16").kernels
+    assert kernels is not None
+    gate, up = (FloatMatrix(random(72, 64, seed=seed)) for seed in range(2))  # the last panel is not full
+    holding = holding_of([gate, up], "bfloat16", quantize)
 
     def memory(packed: Packed) -> list[memoryview]:
         return [memoryview(packed.memory)]
 
-    held = kernels.pack(w1, w3)
+    held = hold(kernels, holding, [gate], [up])
     server = WeightsServer(lambda key, layout, fingerprint: memory(held), options=OPTIONS)
-    arrived = kernels.packed(n, k, 2)
+    arrived = kernels.blank(holding.block(gate.shape, 2))
     WeightsLink(server.address, OPTIONS).read(KEY, LAYOUT, PRINT, memory(arrived))
-    assert bytes(arrived.memory) == bytes(kernels.pack(w1, w3).memory)
-    assert (arrived.n, arrived.k, arrived.nbytes) == (held.n, held.k, held.nbytes)
+    assert bytes(arrived.memory) == bytes(hold(kernels, holding, [gate], [up]).memory)
+    x = random(3, 64)
+    assert torch.equal(kernels.linear(x, arrived), kernels.linear(x, held))
     server.close()

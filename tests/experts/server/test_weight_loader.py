@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import open_backend
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertKey, ReplicaInfo
-from moe_ray.errors import CallRefused, CheckpointError, KernelsUnavailable, NotReady
+from moe_ray.errors import CallRefused, CheckpointError, NotReady
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.weight_loader import CARRIER, FasterSource, WeightLoader, peer_of
@@ -22,7 +23,6 @@ from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert import FFN
 from moe_ray.model.expert_reader import ExpertReader, read_experts
-from moe_ray.native.kernels import Kernels
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import connect
 from moe_ray.transport.base import ExpertServer, LinkOptions
@@ -71,10 +71,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compute(request: pytest.FixtureRequest) -> Compute:
     if request.param == "torch":
         return Compute(Backend("float32"))
-    try:
-        return Compute(Backend("bfloat16", experts="native"), Kernels(load_config().cache_dir, 1))
-    except KernelsUnavailable as error:
-        pytest.skip(str(error))
+    return open_backend("native bfloat16")
 
 
 class Reader(ExpertReader):

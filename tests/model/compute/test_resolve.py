@@ -9,9 +9,15 @@ import pytest
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.compute.resolve import Backend, Machine, Wanted, choose_dtype, resolve
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.native.build import KERNELS
 
-AVX2, ARM = frozenset({"avx2", "fma"}), frozenset({"asimd", "bf16"})
-AVX512_BF16 = frozenset({"avx2", "fma", "avx512f", "avx512_bf16"})
+OLD, AVX2 = frozenset({"sse4_2", "avx"}), frozenset({"avx2", "fma", "f16c"})
+ARM = frozenset({"asimd", "asimddp", "bf16"})
+AVX512_BF16 = KERNELS["avx512_bf16"].needs
+
+
+def native(dtype: str, kernels: str) -> Backend:
+    return Backend(dtype, "cpu", "native", "native", kernels)
 
 
 def model(**changes: Any) -> ModelConfig:
@@ -30,35 +36,45 @@ def model(**changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "stored", "device", "flags", "chosen"),
+    ("wanted", "stored", "device", "flags", "kernels", "chosen"),
     [
-        ("auto", "bfloat16", "cpu", AVX512_BF16, "bfloat16"),
-        ("auto", "bfloat16", "cpu", frozenset({"amx_tile"}), "bfloat16"),
-        ("auto", "float16", "cpu", AVX512_BF16, "bfloat16"),
-        ("auto", "float32", "cpu", AVX512_BF16, "float32"),
-        ("auto", "bfloat16", "cpu", AVX2, "float32"),
-        ("auto", "bfloat16", "cpu", ARM, "float32"),
-        ("auto", "bfloat16", "cpu", frozenset(), "float32"),
-        ("bfloat16", "float32", "cpu", AVX2, "bfloat16"),
-        ("auto", "bfloat16", "cuda", AVX2, "bfloat16"),
-        ("auto", "float16", "cuda", frozenset(), "float16"),
-        ("float32", "int3", "cpu", AVX2, "float32"),
+        ("auto", "bfloat16", "cpu", AVX512_BF16, "avx512_bf16", "bfloat16"),
+        ("auto", "bfloat16", "cpu", AVX512_BF16, None, "bfloat16"),
+        ("auto", "bfloat16", "cpu", frozenset({"amx_tile"}), None, "bfloat16"),
+        ("auto", "float16", "cpu", AVX512_BF16, "avx512_bf16", "bfloat16"),
+        ("auto", "float16", "cpu", AVX2, "avx2", "float16"),
+        ("auto", "float32", "cpu", AVX512_BF16, "avx512_bf16", "float32"),
+        ("auto", "bfloat16", "cpu", AVX2, "avx2", "bfloat16"),
+        ("auto", "bfloat16", "cpu", AVX2, None, "float32"),
+        ("auto", "bfloat16", "cpu", ARM, "neon_dotprod", "bfloat16"),
+        ("auto", "bfloat16", "cpu", frozenset(), None, "float32"),
+        ("bfloat16", "float32", "cpu", AVX2, "avx2", "bfloat16"),
+        ("auto", "bfloat16", "cuda", AVX2, None, "bfloat16"),
+        ("auto", "float16", "cuda", frozenset(), None, "float16"),
+        ("float32", "int3", "cpu", AVX2, "avx2", "float32"),
     ],
 )
-def test_dtype(wanted: str, stored: str, device: str, flags: frozenset[str], chosen: str) -> None:
-    assert choose_dtype(wanted, stored, device, flags) == chosen
+def test_dtype(wanted: str, stored: str, device: str, flags: frozenset[str], kernels: str | None, chosen: str) -> None:
+    assert choose_dtype(wanted, stored, device, flags, kernels) == chosen
 
 
 def test_a_dtype_that_is_not_known() -> None:
     with pytest.raises(CheckpointError, match=r"dtype 'int3', supported: float32, bfloat16, float16"):
-        choose_dtype("auto", "int3", "cuda", AVX512_BF16)
+        choose_dtype("auto", "int3", "cuda", AVX512_BF16, None)
 
 
 @pytest.mark.parametrize(
     ("changes", "wanted", "machine", "backend"),
     [
-        ({}, Wanted(), Machine(AVX512_BF16), Backend("bfloat16", "cpu", "native", "native")),
-        ({}, Wanted(kernels="native"), Machine(AVX512_BF16), Backend("bfloat16", "cpu", "native", "native")),
+        ({}, Wanted(), Machine(AVX512_BF16), native("bfloat16", "avx512_bf16")),
+        ({}, Wanted(kernels="native"), Machine(AVX512_BF16), native("bfloat16", "avx512_bf16")),
+        ({}, Wanted(kernels="avx2"), Machine(AVX512_BF16), native("bfloat16", "avx2")),
+        ({}, Wanted(), Machine(AVX2), native("bfloat16", "avx2")),
+        ({}, Wanted(quantize="int4"), Machine(AVX2), native("bfloat16", "avx2")),
+        ({"torch_dtype": "float16"}, Wanted(), Machine(AVX2), native("float16", "avx2")),
+        ({}, Wanted("float32"), Machine(AVX2 | {"avx_vnni"}), native("float32", "avx_vnni")),
+        ({}, Wanted(), Machine(ARM, architecture="aarch64"), native("bfloat16", "neon_dotprod")),
+        ({}, Wanted(), Machine(frozenset({"asimd"}), architecture="aarch64"), native("bfloat16", "neon")),
         ({}, Wanted(kernels="torch"), Machine(AVX512_BF16), Backend("bfloat16")),
         ({}, Wanted(kernels="torch"), Machine(AVX2), Backend("float32")),
         ({}, Wanted(), Machine(AVX2, cuda=True), Backend("bfloat16", "cuda")),
@@ -67,7 +83,7 @@ def test_a_dtype_that_is_not_known() -> None:
             {},
             Wanted(device="cpu"),
             Machine(AVX512_BF16, cuda=True),
-            Backend("bfloat16", "cpu", "native", "native"),
+            native("bfloat16", "avx512_bf16"),
         ),
     ],
 )
@@ -78,16 +94,7 @@ def test_what_is_chosen(changes: dict[str, Any], wanted: Wanted, machine: Machin
 @pytest.mark.parametrize(
     ("changes", "wanted", "flags", "trunk", "experts", "missing"),
     [
-        ({}, Wanted(), AVX2, "torch", "torch", "not float32 on a CPU; this CPU has no avx512_bf16 instructions"),
-        ({}, Wanted("bfloat16"), AVX2, "torch", "torch", "this CPU has no avx512_bf16 instructions"),
-        (
-            {},
-            Wanted("float32"),
-            AVX512_BF16,
-            "torch",
-            "torch",
-            "native kernels take bfloat16 on a CPU, not float32 on a CPU",
-        ),
+        ({}, Wanted(), OLD, "torch", "torch", "this CPU has no avx2, f16c, fma instructions"),
         (
             {"head_dim": 48},
             Wanted(),
@@ -136,13 +143,34 @@ def test_what_runs_on_the_reference_says_why(
 
 
 def test_native_kernels_on_a_card_are_refused() -> None:
-    with pytest.raises(ConfigError, match="not bfloat16 on CUDA"):
+    with pytest.raises(ConfigError, match="native kernels compute on a CPU, not on CUDA"):
         resolve(model(), Wanted(kernels="native"), Machine(AVX512_BF16, cuda=True))
 
 
-def test_a_weight_format_without_kernels() -> None:
-    backend = resolve(model(), Wanted(), Machine(AVX512_BF16), "int4")
-    assert backend.missing == ("native kernels take weights of format float, not int4",)
+def test_other_machines_than_there_are_kernels_for() -> None:
+    assert resolve(model(), Wanted(), Machine(frozenset(), architecture="riscv64")).missing == (
+        "there are no native kernels for riscv64",
+    )
+    with pytest.raises(ConfigError, match=r"'neon': they are for aarch64, this is x86_64"):
+        resolve(model(), Wanted(kernels="neon"), Machine(AVX2))
+    with pytest.raises(ConfigError, match=r"'avx512': this CPU has no avx512bw, avx512dq, avx512f, avx512vl"):
+        resolve(model(), Wanted(kernels="avx512"), Machine(AVX2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "machine", "why"),
+    [
+        ({}, Wanted(kernels="torch", quantize="int4"), Machine(AVX2), r"model\.kernels is 'torch'"),
+        ({}, Wanted(quantize="int4"), Machine(AVX2, cuda=True), "on a card"),
+        ({}, Wanted(quantize="int4"), Machine(OLD), "this CPU has no avx2"),
+        ({"hidden_act": "gelu"}, Wanted(quantize="nf4"), Machine(AVX2), "experts: native kernels compute silu"),
+    ],
+)
+def test_nothing_is_quantised_where_torch_computes(
+    changes: dict[str, Any], wanted: Wanted, machine: Machine, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"quantize {wanted.quantize}: .*{why}"):
+        resolve(model(**changes), wanted, machine)
 
 
 def test_cuda_that_is_not_there() -> None:
@@ -152,5 +180,5 @@ def test_cuda_that_is_not_there() -> None:
 
 def test_a_backend_is_said_in_one_line() -> None:
     assert str(resolve(model(), Wanted(), Machine(AVX512_BF16))) == (
-        "bfloat16 on cpu, trunk: native kernels, experts: native kernels"
+        "bfloat16 on cpu, trunk: native kernels, experts: native kernels (avx512_bf16)"
     )
