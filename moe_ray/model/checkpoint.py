@@ -127,7 +127,15 @@ class Checkpoint:
         """
         arrays = [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
         heads = stored.interleaved_heads
-        return [pairs_in_halves(array, heads) for array in arrays] if heads else arrays
+        if not heads:
+            return arrays
+        for part in stored.parts:
+            if part.shape[:1] != stored.shape[:1]:
+                raise CheckpointError(
+                    f"{self._where(part.name)}: {stored.format} weights whose rotary pairs of rows lie side by side"
+                    f" are not read: this tensor has no row for each row of the weight"
+                )
+        return [pairs_in_halves(array, heads) for array in arrays]
 
     def tensor(self, name: str) -> np.ndarray:
         """All of a tensor that there is, whatever it is. Not counted as read. Raises `CheckpointError`."""
