@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from moe_ray.config import DEMO_MODEL, Config
 from moe_ray.errors import CheckpointError
 from moe_ray.model.foreign import (
+    CONFIG,
     CONSOLIDATED,
     GGUF_SOURCE,
     GPTQ_SINGLE,
@@ -64,6 +65,21 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     if repo["file"] is not None:
         return _unpacked(_download_gguf(repo["repo"], repo["file"], config.model.revision), config)
     return _download(name, config.model.revision)
+
+
+def resolve_config(config: Config, progress: Progress | None = None) -> Path:
+    """Return where to read the config.json of `config.model.path`: the checkpoint's directory, or that file alone.
+
+    Of a Hub repo id no more than this file is fetched, unless all weights are here already. Raises `CheckpointError`.
+    """
+    name = config.model.path
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path.resolve()
+    repo = _REPO_ID.fullmatch(name)
+    if name == DEMO_MODEL or path.exists() or repo is None or repo["file"] is not None:
+        return resolve_model(config, progress)
+    return _download_config(name, config.model.revision)
 
 
 def _unpacked(gguf: Path, config: Config) -> Path:
@@ -153,6 +169,25 @@ def _download(repo_id: str, revision: str | None) -> Path:
 def _has_weights(directory: Path) -> bool:
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return (index_in(names) or single_in(names)) is not None or any(directory.glob(CONSOLIDATED))
+
+
+def _download_config(repo_id: str, revision: str | None) -> Path:
+    """The config.json of a repository, or its directory here where all weights are in it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _said(repo_id):
+        try:
+            path = Path(hf_hub_download(repo_id, CONFIG, revision=revision))
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"model {repo_id!r}: its {CONFIG} is not in the local cache, and the Hub cannot be reached: give "
+                f"--model a {CONFIG} that you have"
+            ) from error
+        except EntryNotFoundError as error:
+            raise CheckpointError(f"model {repo_id!r}: the repository has no {CONFIG}") from error
+    weights = weight_files(path.parent)
+    return path.parent if weights and all((path.parent / name).exists() for name in weights) else path
 
 
 def _refuse_foreign_repo(repo_id: str, commit: str) -> None:

@@ -18,7 +18,7 @@ from gguf_files import write_gguf
 
 from moe_ray.config import load_config
 from moe_ray.errors import CheckpointError
-from moe_ray.hub import resolve_model, small_files, weight_files
+from moe_ray.hub import resolve_config, resolve_model, small_files, weight_files
 from moe_ray.model.checkpoint import Checkpoint
 
 COMMIT = "0" * 40
@@ -52,6 +52,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if body:
                 self.fetched.append(name)
         self.send_response(200 if content else 404)
+        if not content:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.sha256(path.encode()).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
@@ -82,12 +84,14 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     server.server_close()
 
 
-def resolve(environment: dict[str, str], name: str = "owner/mixtral") -> subprocess.CompletedProcess[str]:
+def resolve(
+    environment: dict[str, str], name: str = "owner/mixtral", by: str = "resolve_model"
+) -> subprocess.CompletedProcess[str]:
     """`resolve_model` in a process of its own: the Hub's client reads its environment once."""
     code = (
         "import sys\nfrom moe_ray.config import load_config\nfrom moe_ray.errors import CheckpointError\n"
-        "from moe_ray.hub import resolve_model\n"
-        "try: print(resolve_model(load_config(flags={'model': {'path': sys.argv[1]}})))\n"
+        f"from moe_ray.hub import {by}\n"
+        f"try: print({by}(load_config(flags={{'model': {{'path': sys.argv[1]}}}})))\n"
         "except CheckpointError as error: sys.exit(str(error))"
     )
     return subprocess.run(
@@ -118,6 +122,35 @@ def test_only_what_is_read_comes_down(hub: dict[str, str]) -> None:
     assert Hub.fetched == []
     offline = resolve({**hub, "HF_HUB_OFFLINE": "1"})
     assert offline.stdout == done.stdout, offline.stderr
+
+
+def test_a_plan_fetches_config_json_alone(hub: dict[str, str]) -> None:
+    Hub.files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": WEIGHTS}
+    done = resolve(hub, by="resolve_config")
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.strip())
+    assert (path.name, path.read_bytes(), Hub.fetched) == ("config.json", b"{}", ["config.json"])
+    offline = {**hub, "HF_HUB_OFFLINE": "1"}
+    assert resolve(offline, by="resolve_config").stdout == done.stdout
+    assert resolve(hub).returncode == 0
+    with_weights = resolve(offline, by="resolve_config")
+    assert Path(with_weights.stdout.strip()) == path.parent, "all weights are here: their headers can be read"
+
+
+def test_a_plan_without_a_config_json_says_why(hub: dict[str, str]) -> None:
+    Hub.files = {"README.md": b"text"}
+    assert "model 'owner/mixtral': the repository has no config.json" in resolve(hub, by="resolve_config").stderr
+    offline = resolve({**hub, "HF_HUB_OFFLINE": "1"}, by="resolve_config")
+    assert "its config.json is not in the local cache, and the Hub cannot be reached: give --model" in offline.stderr
+
+
+def test_a_plan_takes_a_file_or_a_directory(tmp_path: Path) -> None:
+    file = tmp_path / "mixtral-8x7b.json"
+    file.write_text("{}")
+    for path, found in ((file, file), (tmp_path, tmp_path)):
+        assert resolve_config(load_config(flags={"model": {"path": str(path)}})) == found.resolve()
+    with pytest.raises(CheckpointError, match="neither a directory"):
+        resolve_config(load_config(flags={"model": {"path": str(tmp_path / "absent" / "config.json")}}))
 
 
 def test_the_index_says_which_weights_are_read(hub: dict[str, str]) -> None:

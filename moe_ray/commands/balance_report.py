@@ -14,8 +14,7 @@ from moe_ray.commands.planned import Planned, size
 from moe_ray.config.number_sets import ALL, format_runs
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.balance import Proposal, Rows, parse_load, propose
-from moe_ray.experts.planning.footprint import key_parameters
-from moe_ray.model.formats import dtype_bytes
+from moe_ray.experts.planning.footprint import weights_of_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +113,13 @@ class _Extra(TypedDict):
 
 def _extras(planned: Planned, balanced: Balanced) -> list[_Extra]:
     """Each further replica: the layers that it holds, by expert, and their bytes."""
-    of_layer = key_parameters(planned.model) * dtype_bytes(planned.plan.dtype)
     found: list[_Extra] = []
     for keys in balanced.proposal.extras:
         layers: dict[str, list[int]] = {}
         for expert, layer in sorted((expert, layer) for layer, expert in keys):
             layers.setdefault(f"Expert{expert}", []).append(layer)
-        found.append({"layers": layers, "weight_bytes": of_layer * len(keys)})
+        nbytes = sum(map(planned.held.nbytes, weights_of_keys(planned.model, keys)))
+        found.append({"layers": layers, "weight_bytes": nbytes})
     return found
 
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe_ray.commands.options import ConfigFile, Dtype, JsonOutput, Model, error_console, numbers, output_console
+from moe_ray.commands.options import (
+    ConfigFile,
+    Dtype,
+    JsonOutput,
+    Quantize,
+    QuantizeTrunk,
+    error_console,
+    numbers,
+    output_console,
+)
 from moe_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,9 +24,14 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Model = "demo",
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="A directory, a config.json, a Hugging Face repo id, or `demo`."),
+    ] = "demo",
     config: ConfigFile = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
+    quantize_trunk: QuantizeTrunk = None,
     gpu_memory: Annotated[float | None, typer.Option(help="Size of each card in GiB: says what fits.")] = None,
     load: Annotated[
         Path | None,
@@ -49,7 +63,10 @@ def plan(
     ] = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """Show what each actor would hold and read, and the KV cache, before anything starts; with --load, what to add."""
+    """Show what each actor would hold and read, and the KV cache, before anything starts; with --load, what to add.
+
+    No weights are needed: of a Hugging Face repository only config.json is fetched.
+    """
     from moe_ray.commands.balance_report import balanced, print_balance
     from moe_ray.commands.cache import with_usable_cache
     from moe_ray.commands.network_report import print_distance
@@ -57,21 +74,26 @@ def plan(
     from moe_ray.commands.planned import planned
     from moe_ray.config import load_config
     from moe_ray.console import loading_bars
-    from moe_ray.hub import resolve_model
+    from moe_ray.hub import resolve_config
 
     if load is None and (extra_replicas is not None or layers_per_spare is not None):
         raise ConfigError("--extra-replicas and --layers-per-spare go with --load")
 
     distance = _distance(bandwidth, latency, streams, step_ms)
-    settings = with_usable_cache(load_config({"model": {"path": model, "dtype": dtype}}, config), error_console())
+    flags = {
+        "model": {"path": model, "dtype": dtype},
+        "experts": {"quantize": quantize},
+        "trunk": {"quantize": quantize_trunk},
+    }
+    settings = with_usable_cache(load_config(flags, config), error_console())
     with loading_bars(error_console()) as progress:
-        directory = resolve_model(settings, progress)
+        directory = resolve_config(settings, progress)
     made = planned(settings, directory, without_weights=True, cards=gpu_memory is not None)
     advice = None if load is None else balanced(made, load, extra_replicas, layers_per_spare)
     if json_output:
         print(plan_json(made, gpu_memory, advice, distance))
         return
-    print_plan(output_console(), made, gpu_memory)
+    print_plan(output_console(), made, gpu_memory, for_cards=True)
     if advice is not None:
         print_balance(output_console(), made, advice)
     if distance is not None:

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from moe_ray.commands.balance_report import Balanced, balance_json
 from moe_ray.commands.network_report import Distance, network_json
-from moe_ray.commands.planned import GIB, Planned, size
+from moe_ray.commands.planned import GB, GIB, Planned, size
+from moe_ray.experts.planning.cards import smallest_card
 
 
-def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> None:
-    """Print the plan as a table; with `gpu_gib`, what fits cards of that size."""
+def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_cards: bool = False) -> None:
+    """Print the plan as a table; with `gpu_gib`, what fits cards of that size; `for_cards`: the smallest that do."""
     model, plan = planned.model, planned.plan
     console.print(
         f"[bold]{planned.model_name}[/]  {plan.total_parameters / 1e9:.2f} B parameters, "
@@ -23,29 +24,57 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None) -> Non
     console.print(str(planned.directory), style="dim", markup=False, soft_wrap=True)
     if gpu_gib is not None:
         console.print(f"on cards, in {plan.dtype}; this machine's CPU does not count", style="dim")
+    if planned.unseen_quantization is not None:
+        console.print(
+            f"its weights are quantised with {planned.unseen_quantization}; they are not here, so this is the plan of "
+            f"weights in the formats named below (--quantize sets another)",
+            style="yellow",
+            soft_wrap=True,
+        )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("actor", "parameters", "weights", "reads from disk"):
-        table.add_column(column, justify="left" if column == "actor" else "right")
+    for column in ("actor", "parameters", "held as", "weights"):
+        table.add_column(column, justify="left" if column in ("actor", "held as") else "right")
+    if planned.bytes_to_read:
+        table.add_column("reads from disk", justify="right")
     if gpu_gib is not None:
         table.add_column(f"on {gpu_gib:g} GiB", justify="right")
+    elif for_cards:
+        table.add_column("smallest card")
     fits = plan.fits(int(gpu_gib * GIB)) if gpu_gib is not None else []
     for i, actor in enumerate(plan.actors):
-        reads = planned.bytes_to_read.get(actor.name)
-        row = [
-            actor.name,
-            f"{actor.parameters / 1e6:,.1f} M",
-            size(actor.weight_bytes),
-            "-" if reads is None else size(reads),
-        ]
+        row = [actor.name, f"{actor.parameters / 1e6:,.1f} M", ", ".join(actor.held_as), size(actor.weight_bytes)]
+        if planned.bytes_to_read:
+            row.append(size(planned.bytes_to_read[actor.name]))
         if fits:
             _, ok, tokens = fits[i]
             row.append(("fits" + (f", {tokens:,} KV tokens" if tokens else "")) if ok else "does not fit")
+        elif for_cards:
+            row.append(_said(smallest_card(plan.need_bytes(actor))))
         table.add_row(*row)
     console.print(table)
+    if for_cards:
+        _print_whole(console, planned)
     console.print(
         f"KV cache: {plan.kv_bytes_per_token:,} B a token, {size(plan.kv_bytes_per_token * plan.context)} "
         f"for one sequence of {plan.context:,} tokens"
     )
+
+
+def _print_whole(console: Console, planned: Planned) -> None:
+    """The whole model in the units in which others state it, and the card that would hold it alone."""
+    plan = planned.plan
+    scales = plan.total_scale_bytes
+    parts = f", of which {scales / GB:.1f} GB are scales" if scales else ""
+    alone = _said(smallest_card(plan.whole_need_bytes))
+    console.print(f"all weights: {plan.total_bytes / GB:.1f} GB{parts}; on one card: {alone}", soft_wrap=True)
+
+
+def _said(card: tuple[int, str] | None) -> str:
+    return "none" if card is None else f"{card[0]} GiB ({card[1]})"
+
+
+def _json_card(card: tuple[int, str] | None) -> dict[str, object] | None:
+    return None if card is None else {"gib": card[0], "cards": card[1].split(", ")}
 
 
 def plan_json(
@@ -58,8 +87,11 @@ def plan_json(
         {
             "actor": actor.name,
             "parameters": actor.parameters,
+            "held_as": list(actor.held_as),
             "weight_bytes": actor.weight_bytes,
+            "scale_bytes": actor.scale_bytes,
             "read_bytes": planned.bytes_to_read.get(actor.name),
+            "smallest_card": _json_card(smallest_card(plan.need_bytes(actor))),
             **({"fits": fits[actor.name]} if fits else {}),
         }
         for actor in plan.actors
@@ -68,7 +100,10 @@ def plan_json(
         {
             "model": planned.model_name,
             "dtype": plan.dtype,
+            "unseen_quantization": planned.unseen_quantization,
             "total_weight_bytes": plan.total_bytes,
+            "total_scale_bytes": plan.total_scale_bytes,
+            "smallest_card_for_all": _json_card(smallest_card(plan.whole_need_bytes)),
             "kv_bytes_per_token": plan.kv_bytes_per_token,
             "context": plan.context,
             "rows": rows,

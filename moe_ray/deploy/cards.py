@@ -13,13 +13,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_ray.config import Config
 from moe_ray.experts.planning.cards import GIB, MEMORY_LABEL, Card, Part, Shares, memory_of, share_cards
-from moe_ray.experts.planning.footprint import Plan
+from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS, Plan
 
 KIND_LABEL: Final = "ray.io/accelerator-type"
 """Label by which Ray names the kind of a node's cards."""
 KIND_RESOURCE: Final = "accelerator_type:"
-LEAST_CACHE_TOKENS: Final = 2048
-"""A trunk is not put on a card that leaves its KV cache fewer tokens (or one whole sequence, where that is less)."""
 ASK_TIMEOUT_S: Final = 30.0
 
 

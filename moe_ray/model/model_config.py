@@ -64,15 +64,20 @@ class ModelConfig:
             refuse_foreign(directory)
             if not path.exists() and any(directory.glob(CONSOLIDATED)):
                 path = directory / PARAMS
-        if not path.exists():
-            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json")
-        raw = read_json_object(path)
-        config = ModelConfig.from_dict(config_of_params(raw, str(path)) if path.name == PARAMS else raw, str(path))
+        config = ModelConfig.read(path)
         if config.quantization is None:
             for beside in (directory / name for name in FILES):
                 if settings := read_json_object(beside):
                     return replace(config, quantization=quantization_from(settings, str(beside)))
         return config
+
+    @staticmethod
+    def read(path: Path) -> ModelConfig:
+        """Read a config.json, whatever its name, or params.json. Raises `CheckpointError` naming file and key."""
+        if not path.exists():
+            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json")
+        raw = read_json_object(path)
+        return ModelConfig.from_dict(config_of_params(raw, str(path)) if path.name == PARAMS else raw, str(path))
 
     @staticmethod
     def from_dict(raw: Any, source: str = "config.json") -> ModelConfig:

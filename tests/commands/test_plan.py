@@ -5,47 +5,31 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from moe_ray.commands.balance_report import Balanced, balanced, print_balance
+from moe_ray.commands.main import app
 from moe_ray.commands.network_report import Distance, print_distance
 from moe_ray.commands.plan_report import plan_json, print_plan
 from moe_ray.commands.planned import Planned, planned
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
-from moe_ray.experts.planning.footprint import ActorPlan, Network, Plan, make_plan, network_step
+from moe_ray.experts.planning.cards import COMMON, MEMORY_GIB, PROCESS_BYTES, RESERVE, smallest_card
+from moe_ray.experts.planning.footprint import ActorPlan, Network, Plan, WeightsHeld, make_plan, network_step
 from moe_ray.experts.planning.placement import holdings
+from moe_ray.model.formats import Grouping, StoredWeight
+from moe_ray.model.formats.held import HeldAs
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.weights import weights_of_expert
 
-MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1, config.json
-    "architectures": ["MixtralForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.02,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
+EXAMPLE = Path(__file__).parents[2] / "examples" / "mixtral-8x7b" / "config.json"
+MIXTRAL_8X7B = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+"""mistralai/Mixtral-8x7B-v0.1, config.json"""
 GB = 10**9
 
 
@@ -187,6 +171,17 @@ def test_proposed_spares_are_a_configuration(small: Path, per_actor: int) -> Non
     ]
 
 
+def test_proposed_spares_of_quantised_experts_have_their_bytes(small: Path) -> None:
+    config = load_config({"model": {"path": str(small)}, "experts": {"quantize": "int4"}})
+    made = planned(config, small, without_weights=True)
+    advice = balanced(made, small / "load.json", 2, 3)
+    extras = json.loads(plan_json(made, None, advice))["balance"]["extras"]
+    key = made.plan.actors[1].weight_bytes // 4
+    assert [extra["weight_bytes"] for extra in extras] == [
+        key * sum(map(len, extra["layers"].values())) for extra in extras
+    ]
+
+
 def test_proposed_replicas_are_a_configuration(small: Path) -> None:
     config = load_config({"model": {"path": str(small)}})
     made = planned(config, small, without_weights=True)
@@ -301,3 +296,105 @@ def test_wrong_networks_are_refused(small: Path, flags: tuple[str, ...], said: s
     error = CliRunner().invoke(app, ["plan", "--model", str(small), *flags]).exception
     assert isinstance(error, ConfigError)
     assert said in str(error)
+
+
+@pytest.mark.parametrize(
+    ("flags", "over", "below", "expert", "card", "alone"),
+    [  # the article that this project starts from: over 90 GB at 16 bits, over 45 at 8, over 23 at 4
+        ([], 90, 94, 2.0, 16, 141),
+        (["--quantize", "int8", "--quantize-trunk", "int8"], 45, 47, 1 + 2 / 128, 8, 80),
+        (["--quantize", "int4", "--quantize-trunk", "int4"], 23, 24, 0.5 + 2 / 32, 4, 32),
+        (["--quantize", "nf4", "--quantize-trunk", "nf4"], 23, 24, 0.5 + 2 / 64, 4, 32),
+    ],
+)
+def test_mixtral_8x7b_in_the_precisions_of_the_article(
+    flags: list[str], over: float, below: float, expert: float, card: int, alone: int
+) -> None:
+    command = ["plan", "--model", str(EXAMPLE), "--dtype", "float16", *flags]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    codes = (made["total_weight_bytes"] - made["total_scale_bytes"]) / GB
+    assert over < codes < below
+    assert sum(row["weight_bytes"] for row in made["rows"]) == made["total_weight_bytes"]
+    for row in made["rows"][1:]:
+        assert row["weight_bytes"] == 32 * 3 * 4096 * 14336 * expert
+        assert row["smallest_card"]["gib"] == card
+    assert made["smallest_card_for_all"]["gib"] == alone
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "100"}).stdout
+    assert re.search(rf"Expert7 .* {card} GiB \(", shown)
+    assert f"on one card: {alone} GiB" in shown
+
+
+def test_what_the_trunk_of_mixtral_8x7b_keeps_as_floats() -> None:
+    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2
+    floats = 32000 * 4096 + 32 * (2 * 4096 + 8 * 4096) + 4096
+    held = WeightsHeld(HeldAs("float16", "int8"), {3: HeldAs("float16", "int4")})
+    trunk, *experts = make_plan(mixtral(), "float16", held=held).actors
+    assert trunk.weight_bytes == 2 * floats + (32 * layer + 32000 * 4096) * (1 + 2 / 128)
+    assert [actor.held_as for actor in experts] == [("float16",)] * 3 + [("int4",)] + [("float16",)] * 4
+    assert experts[3].weight_bytes / experts[0].weight_bytes == (0.5 + 2 / 32) / 2
+
+
+def test_formats_of_one_expert_and_of_spares_are_planned(small: Path) -> None:
+    (small / "config.yaml").write_text(
+        "experts:\n"
+        "  quantize: int4\n"
+        "  overrides: {3: {quantize: int8}, 1: {quantize: null}}\n"
+        '  spares: [{experts: {3: "0"}, quantize: int8}, {experts: {0: "1-2"}}]\n'
+    )
+    config = load_config({"model": {"path": str(small), "dtype": "bfloat16"}}, small / "config.yaml")
+    made = planned(config, small, without_weights=True).plan
+    key = 3 * 64 * 96
+    eighths = [4 * key * bits for bits in (4 + 16 / 32, 16, 4 + 16 / 32)]
+    assert [actor.weight_bytes * 8 for actor in made.actors[1:4]] == eighths
+    # 64 inputs are a group of 64, 96 are three of 32
+    int8 = 2 * (96 * 64 + 96 * 2) + (64 * 96 + 64 * 2 * 3)
+    assert made.actors[4].weight_bytes == 4 * int8
+    assert [actor.weight_bytes for actor in made.actors[5:]] == [int8, 2 * made.actors[1].weight_bytes // 4]
+    assert [actor.held_as for actor in made.actors[4:]] == [("int8",), ("int8",), ("int4",)]
+
+
+def test_a_quantisation_that_does_not_exist_is_refused() -> None:
+    result = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--quantize", "int3"])
+    assert isinstance(result.exception, ConfigError)
+    assert "`experts.quantize`: Input should be 'int8', 'int4' or 'nf4', got 'int3'" in str(result.exception)
+
+
+def test_what_comes_quantised_is_planned_in_its_own_bits() -> None:
+    model = mixtral()
+    how = Grouping(bits=4, group=128, offsets=True)
+    stored = {
+        weight: StoredWeight("gptq", weight.shape, (), how)
+        for layer in range(32)
+        for weight in weights_of_expert(model, layer, 0)
+    }
+    held = WeightsHeld(HeldAs("float16"), {0: HeldAs("float16", "int8")}, stored)
+    _, first, second, *_ = make_plan(model, "float16", held=held).actors
+    assert (first.held_as, second.held_as) == (("gptq",), ("float16",))
+    assert first.weight_bytes == first.parameters * (0.5 + 4 / 128)
+    assert first.scale_bytes == first.parameters * 4 / 128
+
+
+def test_a_quantised_config_without_its_weights_is_planned_aloud(tmp_path: Path) -> None:
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL_8X7B, "quantization_config": said}))
+    command = ["plan", "--model", str(tmp_path / "config.json"), "--dtype", "float16", "--quantize", "int4"]
+    assert "its weights are quantised with gptq; they are not here" in CliRunner().invoke(app, command).stdout
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["unseen_quantization"] == "gptq"
+    plain = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--json"])
+    assert json.loads(plain.stdout)["unseen_quantization"] is None
+
+
+def test_the_smallest_card_has_room_for_the_process_and_a_reserve() -> None:
+    sizes = [gib for gib, _ in COMMON]
+    assert sizes == sorted(set(sizes))
+    edge = int(16 * 2**30 * (1 - RESERVE)) - PROCESS_BYTES
+    assert [found[0] for need in (edge, edge + 1) if (found := smallest_card(need))] == [16, 24]
+    assert smallest_card(10**12) is None
+
+
+def test_common_cards_have_the_memory_that_ray_knows_them_by() -> None:
+    for gib, names in COMMON:
+        for name in names.split(", "):
+            assert MEMORY_GIB.get(name, gib) == gib, name

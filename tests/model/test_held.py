@@ -9,7 +9,8 @@ import pytest
 from moe_ray.errors import ConfigError
 from moe_ray.model.formats import FORMATS
 from moe_ray.model.formats.grouped import MIDDLE
-from moe_ray.model.formats.held import GROUPINGS, NF4_LEVELS, QUANTIZATIONS, HeldAs, grouping, nbytes
+from moe_ray.model.formats.held import GROUPINGS, QUANTIZATIONS, HeldAs, grouping, nbytes
+from moe_ray.model.formats.rounding import NF4
 
 
 def test_each_quantisation_has_a_grouping() -> None:
@@ -26,7 +27,7 @@ def test_nf4_levels_are_the_quantiles_of_their_definition() -> None:
     above = [quantile(offset + (0.5 - offset) * i / 8) for i in range(8)]
     below = [-quantile(offset + (0.5 - offset) * i / 7) for i in range(7)]
     levels = sorted([*above, 0.0, *below])
-    assert [level / max(above) for level in levels] == pytest.approx(NF4_LEVELS, abs=2e-7)
+    assert [level / max(above) for level in levels] == pytest.approx(NF4, abs=2e-7)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,32 @@ MEMORY_GIB: Final = {
 }
 """By Ray's name of the card; where cards of one name come in several sizes, the smallest."""
 
+COMMON: Final = (
+    (4, "GTX 1650"),
+    (6, "RTX 2060"),
+    (8, "RTX 4060"),
+    (12, "RTX 3060"),
+    (16, "T4, V100, RTX 4060 Ti"),
+    (24, "L4, A10G, RTX 4090"),
+    (32, "RTX 5090"),
+    (40, "A100-40G"),
+    (48, "L40S, RTX A6000"),
+    (80, "A100-80G, H100"),
+    (96, "H20, RTX-PRO-6000"),
+    (141, "H200"),
+    (180, "B200"),
+    (270, "B300"),
+)
+"""Sizes of cards in GiB, ascending, and common cards of each."""
+
+
+def smallest_card(need_bytes: int) -> tuple[int, str] | None:
+    """The smallest of `COMMON` that holds one process with so many bytes of weights and cache; None: none does."""
+    for gib, names in COMMON:
+        if need_bytes + PROCESS_BYTES <= int(gib * GIB * (1 - RESERVE)):
+            return gib, names
+    return None
+
 
 @dataclass(frozen=True, slots=True)
 class Card:

@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from moe_ray.core import ExpertKey
 from moe_ray.experts.planning.placement import Holding, holdings
-from moe_ray.model.formats import FLOATS, dtype_bytes
+from moe_ray.model.families import Weight
+from moe_ray.model.formats import StoredWeight, dtype_bytes
+from moe_ray.model.formats.grouped import Grouping
+from moe_ray.model.formats.held import HeldAs, grouping
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 
 WEIGHT_BYTES = 4
 """Of a routing weight, which goes out with its row."""
+LEAST_CACHE_TOKENS = 2048
+"""A trunk is not put on a card that leaves its KV cache fewer tokens (or one whole sequence, where that is less)."""
 CALL_BYTES = 96
 """Of a call or reply beside its rows: TCP, IP and Ethernet's headers, and ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsHeld:
+    """What the weights of a model are held as, once they are loaded."""
+
+    trunk: HeldAs
+    experts: Mapping[int, HeldAs] = field(default_factory=dict)
+    """By expert; those that are not here are floats in the trunk's dtype."""
+    stored: Mapping[Weight, StoredWeight] = field(default_factory=dict)
+    """Weights of a checkpoint that is quantised: these keep their own bits."""
+
+    spares: tuple[HeldAs, ...] = ()
+    """What each spare holds its experts as; those that are not here: as the experts' own actors."""
+
+    def in_spare(self, number: int) -> WeightsHeld:
+        """The same for one spare."""
+        if number >= len(self.spares):
+            return self
+        return replace(self, experts=dict.fromkeys(self.experts, self.spares[number]))
+
+    @staticmethod
+    def all_in(dtype: str) -> WeightsHeld:
+        """Everything as floats of one dtype."""
+        return WeightsHeld(HeldAs(dtype))
+
+    def held_as(self, weight: Weight) -> str:
+        """What a weight is held as: a float dtype, a quantisation, or the format of a quantised checkpoint."""
+        stored = self.stored.get(weight)
+        return stored.format if stored is not None else self._of(weight).of(weight.role)
+
+    def nbytes(self, weight: Weight) -> int:
+        """Bytes in memory of a weight, scales with it."""
+        how = self._grouping(weight)
+        return how.nbytes(_matrix(weight)) if how is not None else weight.numel * dtype_bytes(self.held_as(weight))
+
+    def scale_bytes(self, weight: Weight) -> int:
+        """Of those, the bytes of scales and offsets."""
+        how = self._grouping(weight)
+        return 0 if how is None else how.nbytes(_matrix(weight)) - weight.numel * how.bits // 8
+
+    def _grouping(self, weight: Weight) -> Grouping | None:
+        stored = self.stored.get(weight)
+        return stored.grouping if stored is not None else grouping(self.held_as(weight), weight.shape[-1])
+
+    def _of(self, weight: Weight) -> HeldAs:
+        if weight.expert is None:
+            return self.trunk
+        return self.experts.get(weight.expert, HeldAs(self.trunk.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +81,10 @@ class ActorPlan:
     weight_bytes: int
     spare: bool = False
     """It holds copies of what others hold."""
+    scale_bytes: int = 0
+    """Of `weight_bytes`: scales and offsets of quantised weights."""
+    held_as: tuple[str, ...] = ()
+    """What its matrices are held as; those of a trunk without its embedding and gates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +107,24 @@ class Plan:
     def total_bytes(self) -> int:
         """The model's; spares hold copies."""
         return sum(actor.weight_bytes for actor in self.actors if not actor.spare)
+
+    @property
+    def total_scale_bytes(self) -> int:
+        """Of `total_bytes`: scales and offsets of quantised weights."""
+        return sum(actor.scale_bytes for actor in self.actors if not actor.spare)
+
+    def need_bytes(self, actor: ActorPlan) -> int:
+        """Weights of an actor; of the trunk, with KV cache for `LEAST_CACHE_TOKENS` tokens or one whole sequence."""
+        return actor.weight_bytes + (self._least_cache_bytes if actor is self.actors[0] else 0)
+
+    @property
+    def whole_need_bytes(self) -> int:
+        """The same of all actors together, without spares."""
+        return self.total_bytes + self._least_cache_bytes
+
+    @property
+    def _least_cache_bytes(self) -> int:
+        return min(LEAST_CACHE_TOKENS, self.context) * self.kv_bytes_per_token
 
     def fits(self, card_bytes: int, reserve: float = 0.1) -> list[tuple[ActorPlan, bool, int]]:
         """(actor, whether its weights fit a card of `card_bytes`, KV tokens that remain for it) for each actor.
@@ -122,22 +199,41 @@ def network_step(model: ModelConfig, dtype: str, network: Network, tokens: int, 
     return NetworkStep(tokens, round(out), round(back), layers * 2 * network.latency_ms, 1e3 * transfer_s)
 
 
-def make_plan(model: ModelConfig, dtype: str, placed: Sequence[Holding] | None = None) -> Plan:
-    """Plan `model` in `dtype`: one trunk, and the actors of `placed`; default: one per expert over all layers."""
-    held_as = FLOATS[dtype]
-    trunk = list(weights_of_trunk(model))
-    key = key_parameters(model)
-    key_bytes = sum(held_as.nbytes(weight.shape) for weight in weights_of_expert(model, 0, 0))
+def make_plan(
+    model: ModelConfig, dtype: str, placed: Sequence[Holding] | None = None, held: WeightsHeld | None = None
+) -> Plan:
+    """Plan `model`: one trunk, and the actors of `placed`; default: one per expert over all layers.
+
+    Rows and KV cache are in `dtype`, and weights as `held` says; default: in `dtype`.
+    """
+    held = held or WeightsHeld.all_in(dtype)
     if placed is None:
         placed = holdings(model.num_hidden_layers, model.num_local_experts)
-    trunk_bytes = sum(held_as.nbytes(weight.shape) for weight in trunk)
-    actors = [ActorPlan("Trunk", sum(weight.numel for weight in trunk), trunk_bytes)]
-    for held in placed:
-        count = len(held.keys)
-        actors.append(ActorPlan(held.name, key * count, key_bytes * count, held.spare is not None))
+    actors = [_actor("Trunk", tuple(weights_of_trunk(model)), held)]
+    for one in placed:
+        here = held if one.spare is None else held.in_spare(one.spare)
+        actors.append(_actor(one.name, weights_of_keys(model, one.keys), here, one.spare is not None))
     return Plan(dtype, tuple(actors), model.kv_elements_per_token * dtype_bytes(dtype), model.max_position_embeddings)
 
 
-def key_parameters(model: ModelConfig) -> int:
-    """Parameters of one expert in one layer."""
-    return sum(weight.numel for weight in weights_of_expert(model, 0, 0))
+def weights_of_keys(model: ModelConfig, keys: Iterable[ExpertKey]) -> tuple[Weight, ...]:
+    """Every weight of these (layer, expert) keys, in their order."""
+    return tuple(weight for layer, expert in sorted(keys) for weight in weights_of_expert(model, layer, expert))
+
+
+def _actor(name: str, weights: Sequence[Weight], held: WeightsHeld, spare: bool = False) -> ActorPlan:
+    matrices = [weight for weight in weights if weight.role not in ("embed", "router") and len(weight.shape) > 1]
+    return ActorPlan(
+        name,
+        sum(weight.numel for weight in weights),
+        sum(map(held.nbytes, weights)),
+        spare,
+        sum(map(held.scale_bytes, weights)),
+        tuple(dict.fromkeys(map(held.held_as, matrices))),
+    )
+
+
+def _matrix(weight: Weight) -> tuple[int, int]:
+    """The shape of a weight that is quantised."""
+    rows, columns = weight.shape
+    return rows, columns

@@ -13,23 +13,16 @@ from moe_ray.errors import ConfigError
 from moe_ray.model.families import Role
 from moe_ray.model.formats import FLOATS
 from moe_ray.model.formats.grouped import Grouping
+from moe_ray.model.formats.rounding import NF4
 
 Quantization = Literal["int8", "int4", "nf4"]
 """What experts or the trunk may be quantised to on load."""
 QUANTIZATIONS: Final[tuple[str, ...]] = get_args(Quantization)
 
-NF4_LEVELS: Final = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""NormalFloat-4: quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E)."""
-
 GROUPINGS: Final[dict[str, Grouping]] = {
     "int8": Grouping(bits=8, group=128),
     "int4": Grouping(bits=4, group=32),
-    "nf4": Grouping(bits=4, group=64, levels=NF4_LEVELS),
+    "nf4": Grouping(bits=4, group=64, levels=NF4),
 }
 """By name, one for each of `QUANTIZATIONS`. Where a group does not divide a row, it is smaller: see `grouping`."""
 LEAST_GROUP: Final = 32
