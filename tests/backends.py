@@ -14,7 +14,7 @@ from moe_ray.errors import KernelsUnavailable
 from moe_ray.model.compute.base import FFN, TrunkCompute
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.expert import NativeFFN
-from moe_ray.model.compute.native.holding import hold, holding_of
+from moe_ray.model.compute.native.held_form import form_of, hold
 from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.expert import TorchFFN
@@ -68,8 +68,8 @@ def ffn_of(compute: Compute, w1: torch.Tensor, w3: torch.Tensor, w2: torch.Tenso
     if compute.kernels is None:
         return TorchFFN(*(each.to(compute.torch_dtype) for each in (w1, w3, w2)), "silu")
     gate, up, down = map(FloatMatrix, (w1, w3, w2))
-    w13 = hold(compute.kernels, holding_of([gate, up], compute.dtype, quantize), [gate], [up])
-    held = hold(compute.kernels, holding_of([down], compute.dtype, quantize), [down])
+    w13 = hold(compute.kernels, form_of([gate, up], compute.dtype, quantize), [gate], [up])
+    held = hold(compute.kernels, form_of([down], compute.dtype, quantize), [down])
     return NativeFFN(w13, held, compute.kernels, compute.dtype)
 
 

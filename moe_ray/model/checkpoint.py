@@ -21,7 +21,7 @@ from moe_ray.model.formats import (
     TensorEntry,
     TensorPart,
 )
-from moe_ray.model.matrix import CheckpointMatrix, tensor_of
+from moe_ray.model.matrix import StoredMatrix, tensor_of
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
 from moe_ray.model.tensor_file import read_bytes
@@ -98,9 +98,21 @@ class Checkpoint:
                 raise CheckpointError(f"{self._where(error.name)}: {error}") from None
         raise self._not_found(place)
 
-    def matrix(self, weight: Weight, read: Callable[[], None] | None = None) -> CheckpointMatrix:
+    def matrix(self, weight: Weight, read: Callable[[], None] = lambda: None) -> StoredMatrix:
         """One weight [N, K] to be read later; `read` is called after each reading. Raises `CheckpointError`."""
-        return CheckpointMatrix(self, weight, read)
+
+        def values() -> np.ndarray:
+            found = self.read_values(weight)
+            read()
+            return found
+
+        def codes() -> GroupedCodes:
+            found = self.read_codes(weight)
+            assert found is not None, "a matrix without a grouping has no codes"
+            read()
+            return found
+
+        return StoredMatrix(self.find(weight), values, codes)
 
     def read(self, weight: Weight, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return one weight in memory of its own (never a view of the file). Raises `CheckpointError`."""

@@ -11,7 +11,7 @@ from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.expert import NativeFFN
-from moe_ray.model.compute.native.holding import Holding, hold, holding_of
+from moe_ray.model.compute.native.held_form import HeldForm, form_of, hold
 from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.weights import weights_of_expert
 
@@ -69,7 +69,7 @@ class ExpertReader:
         """What the weights of one key are held as, in words."""
         if self._kernels is None:
             return self._compute.dtype
-        up, down = self._holdings(key)
+        up, down = self._forms(key)
         return str(up) if up == down else f"{up}, down {down}"
 
     def read(self, key: ExpertKey) -> FFN:
@@ -77,7 +77,7 @@ class ExpertReader:
         ffn: FFN
         if self._kernels is not None:
             gate, up, down = map(self._checkpoint.matrix, self._weights[key])
-            joined, single = self._holdings(key)
+            joined, single = self._forms(key)
             w13 = hold(self._kernels, joined, [gate], [up])
             ffn = NativeFFN(w13, hold(self._kernels, single, [down]), self._kernels, self._compute.dtype)
         else:
@@ -94,7 +94,7 @@ class ExpertReader:
         inner, hidden = self._weights[key][0].shape
         if self._kernels is not None:
             kernels = self._kernels
-            joined, single = self._holdings(key)
+            joined, single = self._forms(key)
             gate_up = kernels.blank(joined.block((inner, hidden), 2))
             down = kernels.blank(single.block((hidden, inner), 1))
 
@@ -118,11 +118,11 @@ class ExpertReader:
 
         return Blank([bytes_of(w13), bytes_of(w2)], filled)
 
-    def _holdings(self, key: ExpertKey) -> tuple[Holding, Holding]:
+    def _forms(self, key: ExpertKey) -> tuple[HeldForm, HeldForm]:
         """Of gate and up, which are one block, and of down."""
         gate, up, down = map(self._checkpoint.matrix, self._weights[key])
         dtype = self._compute.dtype
-        return holding_of([gate, up], dtype, self._quantize), holding_of([down], dtype, self._quantize)
+        return form_of([gate, up], dtype, self._quantize), form_of([down], dtype, self._quantize)
 
     def fingerprint(self, key: ExpertKey) -> bytes:
         """Names the weights of one key in this checkpoint by samples of their values. Raises `CheckpointError`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -10,9 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from moe_ray.model.checkpoint import Checkpoint
-    from moe_ray.model.families import Weight
-    from moe_ray.model.formats import GroupedCodes, Grouping
+    from moe_ray.model.formats import GroupedCodes, Grouping, StoredWeight
 
 
 class Matrix(Protocol):
@@ -40,46 +39,32 @@ class Matrix(Protocol):
         ...
 
 
-class CheckpointMatrix:
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
     """`Matrix` of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, weight: Weight, read: Callable[[], None] | None = None) -> None:
-        """`read` is called after each reading. Raises `CheckpointError` where the weight is not to be found."""
-        self._checkpoint, self._weight, self._read = checkpoint, weight, read
-        self._stored = checkpoint.find(weight)
+    stored: StoredWeight
+    read_values: Callable[[], np.ndarray]
+    read_codes: Callable[[], GroupedCodes]
 
     @property
     def shape(self) -> tuple[int, int]:
-        n, k = self._weight.shape
+        n, k = self.stored.shape
         return n, k
 
     @property
     def grouping(self) -> Grouping | None:
-        return self._stored.grouping
-
-    @property
-    def format(self) -> str:
-        """Its row of `FORMATS`."""
-        return self._stored.format
+        return self.stored.grouping
 
     @property
     def bits(self) -> float:
-        return 8 * self._stored.nbytes / self._weight.numel
+        return 8 * self.stored.nbytes / math.prod(self.stored.shape)
 
     def values(self) -> np.ndarray:
-        values = self._checkpoint.read_values(self._weight)
-        self._done()
-        return values
+        return self.read_values()
 
     def codes(self) -> GroupedCodes:
-        codes = self._checkpoint.read_codes(self._weight)
-        assert codes is not None
-        self._done()
-        return codes
-
-    def _done(self) -> None:
-        if self._read is not None:
-            self._read()
+        return self.read_codes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ from moe_ray.errors import ConfigError, KernelsUnavailable
 from moe_ray.model.compute.compute import open_compute
 from moe_ray.model.compute.resolve import NATIVE, Wanted
 from moe_ray.model.formats import GroupedCodes, Grouping
-from moe_ray.model.formats.held import NF4_LEVELS
-from moe_ray.model.formats.rounding import round_to_nearest
+from moe_ray.model.formats.rounding import NF4, round_to_nearest
 from moe_ray.model.matrix import FloatMatrix
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.native import build
@@ -72,7 +71,7 @@ GROUPINGS = [
     Grouping(8, 256),
     Grouping(4, 32),
     Grouping(4, 128, offsets=True),
-    Grouping(4, 64, levels=NF4_LEVELS),
+    Grouping(4, 64, levels=NF4),
     Grouping(4, 32, levels=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)),
     Grouping(4, 32, reordered=True),
     Grouping(8, 128, offsets=True, reordered=True),
@@ -95,7 +94,7 @@ def test_linear_of_codes(kernels: Kernels, grouping: Grouping) -> None:
     values = torch.from_numpy(weight.values())
     unpacked = kernels.unpack_rows(packed, torch.arange(n))
     # Offsets are held in 11 bits, a table's levels as the nearest of 255, unless they are whole multiples of a step.
-    inexact = 5e-3 if grouping.levels == NF4_LEVELS else 5e-4 if grouping.offsets else 1e-7
+    inexact = 5e-3 if grouping.levels == NF4 else 5e-4 if grouping.offsets else 1e-7
     assert (unpacked - values).abs().max() <= inexact * values.abs().max()
     x = random(40, k)
     right_for_any_rows(kernels, packed, x, x.double() @ unpacked.double().T, 1e-2)  # inputs of 8 bits

@@ -188,23 +188,23 @@ def test_packed_weights_are_those_that_packing_gives(quantize: str | None) -> No
     import torch
     from backends import open_backend, random
 
-    from moe_ray.model.compute.native.holding import hold, holding_of
+    from moe_ray.model.compute.native.held_form import form_of, hold
     from moe_ray.model.matrix import FloatMatrix
     from moe_ray.native.kernels import Packed
 
     kernels = open_backend("native bfloat16").kernels
     assert kernels is not None
     gate, up = (FloatMatrix(random(72, 64, seed=seed)) for seed in range(2))  # the last panel is not full
-    holding = holding_of([gate, up], "bfloat16", quantize)
+    form = form_of([gate, up], "bfloat16", quantize)
 
     def memory(packed: Packed) -> list[memoryview]:
         return [memoryview(packed.memory)]
 
-    held = hold(kernels, holding, [gate], [up])
+    held = hold(kernels, form, [gate], [up])
     server = WeightsServer(lambda key, layout, fingerprint: memory(held), options=OPTIONS)
-    arrived = kernels.blank(holding.block(gate.shape, 2))
+    arrived = kernels.blank(form.block(gate.shape, 2))
     WeightsLink(server.address, OPTIONS).read(KEY, LAYOUT, PRINT, memory(arrived))
-    assert bytes(arrived.memory) == bytes(hold(kernels, holding, [gate], [up]).memory)
+    assert bytes(arrived.memory) == bytes(hold(kernels, form, [gate], [up]).memory)
     x = random(3, 64)
     assert torch.equal(kernels.linear(x, arrived), kernels.linear(x, held))
     server.close()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
-from moe_ray.model.compute.native.holding import Holding, hold, holding_of
+from moe_ray.model.compute.native.held_form import HeldForm, form_of, hold
 from moe_ray.model.layers import rope_table
 from moe_ray.model.matrix import FloatMatrix, Matrix
 from moe_ray.model.trunk_weights import TrunkWeights
@@ -77,12 +77,12 @@ class NativeTrunk:
         return Layer(*norms, *(block.address for block in blocks))
 
     def _matrix(self, rows: Sequence[Matrix]) -> Packed:
-        holding = holding_of(rows, self._dtype, self._quantize)
-        self.held[str(holding)] = None
-        return self._keep(hold(self.kernels, holding, rows))
+        form = form_of(rows, self._dtype, self._quantize)
+        self.held[str(form)] = None
+        return self._keep(hold(self.kernels, form, rows))
 
     def _floats(self, tensor: torch.Tensor) -> Packed:
-        return self._keep(hold(self.kernels, Holding(self._dtype), [FloatMatrix(tensor)]))
+        return self._keep(hold(self.kernels, HeldForm(self._dtype), [FloatMatrix(tensor)]))
 
     def _keep(self, held: HeldT) -> HeldT:
         self._held.append(held)

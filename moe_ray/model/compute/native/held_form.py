@@ -23,7 +23,7 @@ FEW_BITS: Final = 7.0
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class HeldForm:
     """How one block of matrices is held. Decided before anything is read."""
 
     dtype: str
@@ -47,7 +47,7 @@ class Holding:
         return block_shape(self.grouping, *shape, count)
 
 
-def holding_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None) -> Holding:
+def form_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None) -> HeldForm:
     """How matrices of one block are held: quantised to `quantize`, or as stored where kernels compute on that.
 
     Weights that are stored in no more bits than `quantize` stay as they are. What no kernel computes on is converted:
@@ -59,21 +59,21 @@ def holding_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = No
     inputs = matrices[0].shape[1]
     wanted = None if quantize is None else grouping(quantize, inputs)
     if common is not None and usable and (wanted is None or common.bits <= wanted.bits):
-        return Holding(dtype, common, as_stored=True)
+        return HeldForm(dtype, common, as_stored=True)
     if wanted is None and max(matrix.bits for matrix in matrices) <= FEW_BITS:
         wanted = grouping("int8", inputs)
-    return Holding(dtype, wanted)
+    return HeldForm(dtype, wanted)
 
 
-def hold(kernels: Kernels, holding: Holding, *matrices: Sequence[Matrix]) -> Packed:
+def hold(kernels: Kernels, form: HeldForm, *matrices: Sequence[Matrix]) -> Packed:
     """Read matrices and pack them into one block. Each is given as weights [N, K] that lie one above the other.
 
     Raises `CheckpointError` for what cannot be read, and for columns in different orders.
     """
-    how = holding.grouping
+    how = form.grouping
     if how is None:
-        return kernels.pack_floats(holding.dtype, *(_floats(rows, holding.dtype) for rows in matrices))
-    if holding.as_stored:
+        return kernels.pack_floats(form.dtype, *(_floats(rows, form.dtype) for rows in matrices))
+    if form.as_stored:
         return pack_codes(kernels, *_of_one_order([[matrix.codes() for matrix in rows] for rows in matrices]))
     return pack_codes(kernels, *(_stacked([_rounded(kernels, matrix, how) for matrix in rows]) for rows in matrices))
 
