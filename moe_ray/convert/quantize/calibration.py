@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from moe_ray.model import moe
 from moe_ray.model.compute.torch.expert import ACTIVATIONS
+from moe_ray.model.compute.torch.trunk import LayerTensors
 from moe_ray.model.layers import apply_rope, rms_norm, rope_table
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.trunk_weights import LayerWeights
 
 WINDOW: Final = 512
 """Tokens that see each other."""
@@ -78,7 +78,7 @@ class CalibrationRun:
         table = rope_table(config, max(self._lengths), torch.float32, torch.device("cpu"))
         self._cos_sin = torch.cat([table[:length] for length in self._lengths])  # [T, 2, head_dim]
 
-    def attention_inputs(self, weights: LayerWeights) -> torch.Tensor:
+    def attention_inputs(self, weights: LayerTensors) -> torch.Tensor:
         """What q, k and v see: [T, D]."""
         return rms_norm(self.hidden, weights.input_norm, self._config.rms_norm_eps)
 
