@@ -17,6 +17,9 @@ from moe_ray.model.model_config import ModelConfig
 
 WINDOW: Final = 512
 """Tokens that see each other."""
+LEAST_DAMPING: Final = 0.01
+"""The paper's."""
+MOST_DAMPING: Final = 0.5
 BORROWED: Final = 0.1
 """The most that another expert's token counts for an expert with too few of its own."""
 
@@ -29,6 +32,14 @@ class ExpertInputs:
     weights: torch.Tensor  # [M]: how much each counts
     own: int
     """How many were routed to it."""
+
+    def damping(self, width: int) -> float:
+        """GPTQ's damping for a weight with `width` inputs: the more, the fewer rows there are to tell them apart.
+
+        On the demo model's layers (180 to 231 rows of an expert, other text to measure on) 0.5 lost less than 0.1, and
+        that less than the paper's 0.01, with which w2 lost more than by plain rounding.
+        """
+        return min(MOST_DAMPING, max(LEAST_DAMPING, 0.1 * width / max(self.own, 1)))
 
     def hessian(self, inputs: torch.Tensor | None = None) -> torch.Tensor:
         """The weighted sum of x x' [K, K] over rows, or over `inputs` [M, K] computed of them."""

@@ -53,10 +53,12 @@ def rtn(expert: ExpertMatrices, config: QuantizeConfig) -> ExpertCodes:
 def gptq_expert(expert: ExpertMatrices, seen: ExpertInputs, run: CalibrationRun, config: QuantizeConfig) -> ExpertCodes:
     """GPTQ; w2 is calibrated on what the rounded w1 and w3 make of the rows."""
     joined = torch.cat((expert.w1, expert.w3))  # they share their inputs, and so the Hessian
-    both = gptq(joined, seen.hessian(), config.experts, act_order=config.act_order)
+    how, act_order = config.experts, config.act_order
+    both = gptq(joined, seen.hessian(), how, damping=seen.damping(joined.shape[1]), act_order=act_order)
     w1, w3 = (both.rows(part) for part in (slice(0, len(expert.w1)), slice(len(expert.w1), None)))
     inner = run.inner(seen.rows, *(torch.from_numpy(codes.values()) for codes in (w1, w3)))
-    return ExpertCodes(w1, w3, gptq(expert.w2, seen.hessian(inner), config.experts, act_order=config.act_order))
+    damping = seen.damping(inner.shape[1])
+    return ExpertCodes(w1, w3, gptq(expert.w2, seen.hessian(inner), how, damping=damping, act_order=act_order))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from moe_ray.model.formats.rounding import fit, nearest, values_of
 
 BLOCK: Final = 128
 """Columns whose errors reach the columns after them in one product (section 3.3, "lazy batch-updates")."""
-MOST_DAMPING: Final = 1.0
+LAST_DAMPING: Final = 1.0
 
 
 def gptq(
@@ -95,6 +95,6 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
                 return upper
-        if damping >= MOST_DAMPING:
+        if damping >= LAST_DAMPING:
             raise ArithmeticError("a Hessian with numbers that are not finite")
         damping *= 10
