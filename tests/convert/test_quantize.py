@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from moe_ray.commands.main import app
 from moe_ray.convert.quantize import layer as one_layer
 from moe_ray.convert.quantize.awq import scale_of, search
-from moe_ray.convert.quantize.calibration import CalibrationRun, expert_inputs
+from moe_ray.convert.quantize.calibration import CalibrationRun, LayerFloats, expert_inputs
 from moe_ray.convert.quantize.config import QuantizeConfig
 from moe_ray.convert.quantize.gptq import gptq, output_error
 from moe_ray.convert.quantize.quantize import quantize
@@ -25,6 +25,7 @@ from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.formats import Grouping
 from moe_ray.model.formats.rounding import round_to_nearest
 from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.model.weights import weights_of_model
 
 LAYERS, EXPERTS = 2, 4
 
@@ -142,6 +143,20 @@ def test_transformers_loads_it(method: str, model: Path, text: Path, tmp_path: P
     assert float((ours - exact).square().mean() / exact.square().mean()) < 0.1
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_moe_ray_reads_the_same_and_in_its_own_bits(method: str, model: Path, text: Path, tmp_path: Path) -> None:
+    config = QuantizeConfig(4, 32, asymmetric=True, method=method, calibration_text=text, calibration_tokens=128)  # type: ignore[arg-type]
+    quantize(model, tmp_path / "q", config)
+    theirs = decompressed(tmp_path / "q")
+    checkpoint = Checkpoint.open(tmp_path / "q")
+    for weight in weights_of_model(checkpoint.config):
+        name = checkpoint.place(weight).named("weight")
+        stored = checkpoint.find(weight)
+        assert stored.grouping == (None if weight.expert is None else config.experts)
+        torch.testing.assert_close(checkpoint.read(weight, torch.float32), theirs[name].float(), rtol=1e-6, atol=1e-7)
+    checkpoint.close()
+
+
 def correlated_inputs(rows: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(9)
     mixed = torch.randn(width // 4, width, generator=generator)
@@ -234,10 +249,15 @@ def test_awq_scales_up_what_is_large() -> None:
     assert int(scale.argmax()) == 7
 
 
+def layer_floats(trunk: TrunkWeights, layer: int) -> LayerFloats:
+    found = trunk.layer(layer)
+    return LayerFloats(found.input_norm, trunk.tensor(*found.qkv), trunk.tensor(found.out), found.post_norm, found.gate)
+
+
 @torch.inference_mode()
 def test_folding_a_scale_changes_no_output(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
-    weights = TrunkWeights(checkpoint, torch.float32, torch.device("cpu")).layer(0)
+    weights = layer_floats(TrunkWeights(checkpoint, torch.float32, torch.device("cpu")), 0)
     states = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     scale = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5
     folded, really = one_layer.fold(weights, scale, torch.bfloat16)
@@ -260,7 +280,7 @@ def test_a_calibration_run_is_the_model(model: Path) -> None:
     trunk = TrunkWeights(checkpoint, torch.float32, torch.device("cpu"))
     run = CalibrationRun(config, windows, trunk.embed())
     for layer in range(LAYERS):
-        weights = trunk.layer(layer)
+        weights = layer_floats(trunk, layer)
         run.add(run.attended(run.attention_inputs(weights), weights.qkv) @ weights.out.T)
         states = run.expert_states(weights.post_norm)
         chosen, routing = run.route(states, weights.gate)
