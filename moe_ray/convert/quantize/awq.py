@@ -8,12 +8,11 @@ from typing import Final
 
 import torch
 
-from moe_ray.convert.quantize.gptq import output_error
 from moe_ray.model.formats import Grouping
 from moe_ray.model.formats.rounding import round_to_nearest
 
-GRID: Final = 20
-"""Exponents between 0 and 1 that are tried (section 3.2; the authors' code has as many)."""
+GRID: Final = 10
+"""Steps between the exponents 0 and 1 that are tried (section 3.2; the authors' code has 20)."""
 LEAST: Final = 1e-4
 """Of an input's mean size, so that one that is hardly ever there is not divided by nothing."""
 
@@ -38,14 +37,14 @@ class Search:
         return 1 - min(self.losses) / self.losses[0] if self.losses[0] else 0.0
 
 
-def search(weights: Sequence[torch.Tensor], hessian: torch.Tensor, size: torch.Tensor, grouping: Grouping) -> Search:
-    """What rounding weights [N, K] of one input loses in their outputs, for each exponent of `size` [K]."""
+def search(weights: Sequence[torch.Tensor], rows: torch.Tensor, size: torch.Tensor, grouping: Grouping) -> Search:
+    """What rounding weights [N, K] loses in their outputs of `rows` [M, K], for each exponent of `size` [K]."""
     losses = []
     joined = torch.cat(list(weights))
     for step in range(GRID + 1):
         scale = scale_of(size, step / GRID)
         rounded = torch.from_numpy(round_to_nearest(joined * scale, grouping, search=False).values()) / scale
-        losses.append(output_error(rounded - joined, hessian))
+        losses.append(float(((rounded - joined) @ rows.T).square().sum()))
     return Search(tuple(losses))
 
 

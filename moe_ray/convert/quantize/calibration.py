@@ -19,6 +19,8 @@ WINDOW: Final = 512
 LEAST_DAMPING: Final = 0.01
 """The paper's."""
 MOST_DAMPING: Final = 0.5
+SAMPLED: Final = 128
+"""Rows of an expert on which scales are compared."""
 BORROWED: Final = 0.1
 """The most that another expert's token counts for an expert with too few of its own."""
 
@@ -55,6 +57,11 @@ class ExpertInputs:
         """The weighted sum of x x' [K, K] over rows, or over `inputs` [M, K] computed of them."""
         scaled = (self.rows if inputs is None else inputs) * self.weights.sqrt()[:, None]
         return scaled.T @ scaled
+
+    def sample(self, inputs: torch.Tensor | None = None) -> torch.Tensor:
+        """About `SAMPLED` rows spread over all [M, K], each times the root of its weight."""
+        step = max(1, len(self.rows) // SAMPLED)
+        return (self.rows if inputs is None else inputs)[::step] * self.weights[::step].sqrt()[:, None]
 
     def power(self, inputs: torch.Tensor | None = None) -> torch.Tensor:
         """The diagonal of the Hessian, [K]."""

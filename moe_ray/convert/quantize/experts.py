@@ -84,10 +84,10 @@ def smoothing(
         inputs = seen(index)
         inner = run.inner(inputs.rows, expert.w1, expert.w3)
         inner_size = inputs.size(inner)
-        found = search([expert.w2], inputs.hessian(inner), inner_size, how)
+        found = search([expert.w2], inputs.sample(inner), inner_size, how)
         inner_scale = scale_of(inner_size, found.best)
         inner_scales.append(inner_scale)
-        here = search([expert.w1, expert.w3 / inner_scale[:, None]], inputs.hessian(), size, how)
+        here = search([expert.w1, expert.w3 / inner_scale[:, None]], inputs.sample(), size, how)
         total = here if total is None else total + here
     assert total is not None, "a layer has experts"
     return Smoothing(total.best, scale_of(size, total.best), inner_scales)
