@@ -187,9 +187,10 @@ class Kernels:
         return out
 
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Return x [T, K] times a packed [N, K] transposed, float32 [T, N]."""
+        """Return x [T, K] times a packed [N, K] transposed, float32 [T, N]. A block of one matrix."""
         import torch
 
+        assert (packed.shape.count, packed.shape.k) == (1, x.shape[1])
         out = torch.empty((x.shape[0], packed.shape.n))
         self.library.linear_f32(self._pool, dtype_code(x), x.data_ptr(), x.shape[0], packed.address, out.data_ptr())
         return out
