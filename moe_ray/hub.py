@@ -119,6 +119,12 @@ def weight_files(directory: Path) -> list[str]:
     return sorted({name for name in files if isinstance(name, str) and is_shard(name)})
 
 
+def other_weight_files(names: Collection[str]) -> list[str]:
+    """Weights under other names, read where there is neither index nor the one file: Mistral's own, or AutoGPTQ's."""
+    pattern = CONSOLIDATED if PARAMS in names else GPTQ_SINGLE
+    return sorted(name for name in names if "/" not in name and fnmatch(name, pattern))
+
+
 @contextmanager
 def _said(name: str) -> Iterator[None]:
     """Turn what a download raises into `CheckpointError`."""

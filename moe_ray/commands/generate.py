@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_ray.commands.options import Device, Dtype, MaxModelLen, MaxTokens, Model, Temperature, error_console
+from moe_ray.commands.options import (
+    Device,
+    Dtype,
+    MaxModelLen,
+    MaxTokens,
+    Model,
+    Quantize,
+    QuantizeTrunk,
+    Temperature,
+    error_console,
+)
 
 
 def generate(
@@ -20,6 +30,8 @@ def generate(
     seed: Annotated[int | None, typer.Option()] = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
+    quantize_trunk: QuantizeTrunk = None,
     max_model_len: MaxModelLen = None,
 ) -> None:
     """Complete one prompt in this process, without Ray, streaming to standard output."""
@@ -37,6 +49,8 @@ def generate(
             model,
             dtype=dtype,
             device=device,
+            quantize=quantize,
+            quantize_trunk=quantize_trunk,
             max_model_len=max_model_len,
             progress=progress,
         )

@@ -14,6 +14,8 @@ from moe_ray.commands.options import (
     JsonOutput,
     Kernels,
     Model,
+    Quantize,
+    QuantizeTrunk,
     Settings,
     error_console,
     output_console,
@@ -39,6 +41,8 @@ def perplexity(
     dtype: Dtype = None,
     device: Device = None,
     kernels: Kernels = None,
+    quantize: Quantize = None,
+    quantize_trunk: QuantizeTrunk = None,
     config: ConfigFile = None,
     settings: Settings = None,
     json_output: JsonOutput = False,
@@ -62,7 +66,11 @@ def perplexity(
     stride = stride or context
     check_windows(context, stride)
     words = read_text(text)
-    flags = {"model": {"path": model, "dtype": dtype, "device": device, "kernels": kernels}}
+    flags = {
+        "model": {"path": model, "dtype": dtype, "device": device, "kernels": kernels},
+        "experts": {"quantize": quantize},
+        "trunk": {"quantize": quantize_trunk},
+    }
     chosen = with_usable_cache(load_config(with_settings(flags, settings or ()), config), error_console())
     with loading_bars(error_console()) as progress:
         directory = resolve_model(chosen, progress)

@@ -14,6 +14,8 @@ from moe_ray.commands.options import (
     Dtype,
     LogLevel,
     MaxModelLen,
+    Quantize,
+    QuantizeTrunk,
     error_console,
 )
 
@@ -31,6 +33,8 @@ def serve(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    quantize: Quantize = None,
+    quantize_trunk: QuantizeTrunk = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed together.", show_default="64")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens per step.", show_default="512")] = None,
@@ -96,7 +100,8 @@ def serve(
             "speculative": speculative,
             "num_speculative_tokens": num_speculative_tokens,
         },
-        "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss},
+        "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss, "quantize": quantize},
+        "trunk": {"quantize": quantize_trunk},
         "transport": transport,
         "log_level": log_level,
     }

@@ -161,7 +161,8 @@ def test_a_model_that_does_not_exist() -> None:
     for command in (["plan"], ["serve"], ["generate", "x"]):
         error = one_line(refused(*command, "--model", "/no/such/model"))
         assert error == (
-            "error: model '/no/such/model': neither a directory, nor a Hugging Face repo id (owner/name), nor `demo`"
+            "error: model '/no/such/model': neither a directory, nor a .gguf file, nor a Hugging Face repo id "
+            "(owner/name, or owner/name:FILE.gguf), nor `demo`"
         )
 
 

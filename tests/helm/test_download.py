@@ -95,11 +95,20 @@ def test_only_what_is_read_comes_down(hub: str, tmp_path: Path) -> None:
     )
 
 
+def test_mistrals_own_files_come_down(hub: str, tmp_path: Path) -> None:
+    wanted = {"params.json": b"{}", "consolidated.safetensors": b"w" * 99, "tokenizer.model": b"pieces"}
+    Hub.files = {**wanted, "consolidated.00.pth": b"pickle"}
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    fetched = {str(path.relative_to(tmp_path / "mixtral")) for path in (tmp_path / "mixtral").rglob("*")}
+    assert {name for name in fetched if not name.startswith(".")} == set(wanted)
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         ({"mixtral.Q4_K_M.gguf": b"GGUF"}, "a GGUF file"),
-        ({"params.json": b"{}", "consolidated.safetensors": b"w"}, "Mistral's own layout"),
+        ({"params.json": b"{}", "consolidated.00.pth": b"pickle"}, "Mistral's own layout as pickles"),
         ({"config.json": b"{}", "pytorch_model.bin": b"pickle"}, "pickle checkpoints"),
         ({"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {}}'}, "model.safetensors.index.json"),
     ],

@@ -20,6 +20,7 @@ from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.families import Weight
 from moe_ray.model.foreign import INDEX, SINGLE
+from moe_ray.model.matrix import tensor_of
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import read_header
 from moe_ray.model.trunk import Trunk
@@ -140,13 +141,14 @@ def test_a_sharded_checkpoint_reads_as_the_whole_one(sharded: Path, random_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bfloat16_without_torch_is_torchs(whole: Path, dtype: torch.dtype) -> None:
+def test_values_without_torch_are_torchs(whole: Path, dtype: torch.dtype) -> None:
     change(whole, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
     checkpoint = Checkpoint.open(whole)
     for weight in weights_of_expert(checkpoint.config, 2, 3):
         read, start = checkpoint.read(weight, torch.bfloat16), checkpoint.bytes_read
-        again = torch.from_numpy(checkpoint.read_bfloat16(weight).view("int16")).view(torch.bfloat16)
-        assert torch.equal(again, read)
+        again = checkpoint.read_values(weight)
+        assert again.dtype.name == str(dtype).removeprefix("torch.")
+        assert torch.equal(tensor_of(again).bfloat16(), read)
         assert checkpoint.bytes_read - start == start, "each way counts what it took"
         checkpoint.bytes_read = 0
 
@@ -179,7 +181,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read(whole: Path) -> None:
     name = name_of(checkpoint, first)
     with open(whole / SINGLE, "r+b") as file:
         file.truncate(header[name].start + 100)
-    refused(lambda: checkpoint.read_bfloat16(first), SINGLE, name, "bytes early")
+    refused(lambda: checkpoint.read_values(first), SINGLE, name, "bytes early")
 
 
 def test_missing_tensor(whole: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from moe_ray.hub import small_files, weight_files
-from moe_ray.model.foreign import INDEX, what_it_is
+from moe_ray.hub import other_weight_files, small_files, weight_files
+from moe_ray.model.foreign import INDEX, SINGLE, what_it_is
 
 MARK = ".moe-ray-complete"
 REPORT_S = float(os.environ.get("REPORT_S") or 15)
@@ -64,6 +64,8 @@ def download(repo: str, revision: str | None, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     fetch(repo, commit, directory, small)
     weights = weight_files(directory)
+    if weights == [SINGLE] and SINGLE not in every:
+        weights = other_weight_files(every) or [SINGLE]
     if absent := [name for name in weights if name not in every] or ([] if weights else [INDEX]):
         sys.exit(f"{repo} at {commit}: has no {absent[0]}; {what_it_is(every, lambda name: {}) or 'it is not read'}")
     sizes = {name: every[name] for name in (*small, *weights)}
