@@ -6,9 +6,10 @@ ARGS   ?=
 # Whole files go to one worker each, so that what a file's tests see of each other never depends on timing.
 FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
+ARM64 := g++-aarch64-linux-gnu qemu-user  # Debian's packages: the kernels run on an emulated arm64, too
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
-.PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv clean
+.PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv arm64 clean
 
 serve: venv  ## serve the demo model at http://127.0.0.1:8000 (ARGS="--port 9000" passes flags on)
 	$(BIN)/moe-ray serve $(ARGS)
@@ -25,7 +26,7 @@ test-fast: venv  ## all that is proven without Ray: three minutes on two cores
 test-fast-torch: venv  ## the same as on a CPU that moe_ray has no kernels for: torch computes
 	$(FAST) --plain-cpu $(ARGS) $(NONE_IS_FINE)
 
-test-slow: venv  ## Ray, servers, processes that are killed, parity with transformers through all of it
+test-slow: venv arm64  ## Ray, servers, processes that are killed, parity with transformers through all of it
 	$(BIN)/pytest -m slow $(ARGS) $(NONE_IS_FINE)
 
 check: venv  ## formatting, lint and types
@@ -52,6 +53,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --progress-bar on -e ".[dev]"
 	$(BIN)/pip install --no-deps --no-build-isolation $(REFERENCES) || echo "$(REFERENCES): tests that read as they do are skipped"
 	@touch $@
+
+arm64:  # as root on Debian; else the tests that need it are skipped
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || { apt-get -qq update && apt-get -qq install -y $(ARM64); } \
+	  || echo "without $(ARM64) the kernels are not run on arm64"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,175 @@
+// Runs every kernel on numbers that are the same on every machine, and writes what comes out: test_arm64.py compares the
+// outputs of two builds. Checks by itself that a row's result depends neither on the rows beside it nor on threads.
+
+#include <cstdio>
+
+#include "kernels.cpp"
+
+namespace {
+
+uint64_t state = 1;
+float uniform() {  // in [-1, 1)
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<float>(static_cast<int64_t>(state >> 40)) / (1 << 23) - 1.0f;
+}
+
+std::vector<float> random_floats(int64_t n, float scale) {
+  std::vector<float> out(n);
+  for (float& x : out) x = uniform() * scale;
+  return out;
+}
+
+template <class T>
+std::vector<T> as(const std::vector<float>& values) {  // sizes: multiples of 16
+  std::vector<T> out(values.size());
+  for (size_t i = 0; i < values.size(); i += 16) store(out.data() + i, load(values.data() + i));
+  return out;
+}
+
+struct Block {
+  std::vector<uint8_t> memory;
+  void* at() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64); }
+};
+
+Block blank(Header head) {
+  Block block;
+  block.memory.resize(block_bytes(&head) + 64);
+  std::memcpy(block.at(), &head, sizeof head);
+  return block;
+}
+
+Header header(int32_t kind, int32_t group, int64_t n, int64_t k, int64_t count) {
+  Header head{};
+  head.kind = kind, head.group = group, head.n = n, head.k = k, head.count = count, head.multiplier = 1.0f;
+  return head;
+}
+
+void add_floats(void* pool, Block& block, int64_t which, int32_t kind, const std::vector<float>& w) {
+  if (kind == kFloat32) pack_floats(pool, block.at(), which, w.data());
+  else if (kind == kBfloat16) pack_floats(pool, block.at(), which, as<bf16>(w).data());
+  else pack_floats(pool, block.at(), which, as<half>(w).data());
+}
+
+// Random weights of any kind, rounded where they are codes.
+Block weights(void* pool, int32_t kind, int32_t group, bool offsets, bool table, bool order, int64_t n, int64_t k,
+              int64_t count) {
+  Header head = header(kind, group, n, k, count);
+  head.has_offsets = offsets, head.has_table = table, head.has_order = order;
+  float levels[16];
+  for (int i = 0; i < 16; i++) {
+    levels[i] = static_cast<float>(i * i - 100) / 125;
+    head.table[i] = static_cast<int8_t>(static_cast<uint8_t>(i * i - 100 + table_middle()));
+  }
+  Block block = blank(head);
+  const Matrix m = matrix_at(block.at());
+  for (int64_t j = 0; order && j < k; j++) m.order[j] = static_cast<int32_t>((j * 37 + 11) % k);
+  for (int64_t which = 0; which < count; which++) {
+    const std::vector<float> w = random_floats(n * k, 0.1f);
+    if (!group) {
+      add_floats(pool, block, which, kind, w);
+      continue;
+    }
+    std::vector<uint8_t> codes(n * k);
+    std::vector<float> scales(n * k / group), shifts(n * k / group);
+    round_codes(pool, kFloat32, w.data(), n, k, kind == kInt4 ? 4 : 8, group, table ? levels : nullptr, codes.data(),
+                scales.data(), offsets ? shifts.data() : nullptr);
+    pack_codes(pool, block.at(), which, codes.data(), scales.data(), offsets ? shifts.data() : nullptr, group);
+  }
+  return block;
+}
+
+FILE* out;
+void write(const std::vector<float>& values) { std::fwrite(values.data(), 4, values.size(), out); }
+
+bool same = true;
+void check(const float* a, const float* b, int64_t n, const char* what) {
+  if (std::memcmp(a, b, n * 4) == 0) return;
+  std::printf("%s depends on company or threads\n", what);
+  same = false;
+}
+
+void linears(void* one, void* three) {
+  struct Kinds {
+    int32_t kind, group;
+    bool offsets, table, order;
+  };
+  const Kinds kinds[] = {{kFloat32, 0, false, false, false}, {kBfloat16, 0, false, false, false},
+                         {kFloat16, 0, false, false, false}, {kInt8, 128, false, false, false},
+                         {kInt8, 32, true, false, false},    {kInt4, 32, false, false, false},
+                         {kInt4, 64, true, false, true},     {kInt4, 64, false, true, false}};
+  const int64_t n = 72, k = 256, rows = 13;
+  for (const Kinds& how : kinds) {
+    Block block = weights(one, how.kind, how.group, how.offsets, how.table, how.order, n, k, 1);
+    const std::vector<bf16> x = as<bf16>(random_floats(rows * k, 2.0f));
+    std::vector<float> all_rows(rows * n), again(rows * n), few(rows * n), back(n * k);
+    linear_f32(one, kBfloat16, x.data(), rows, block.at(), all_rows.data());
+    linear_f32(three, kBfloat16, x.data(), rows, block.at(), again.data());
+    check(all_rows.data(), again.data(), rows * n, "linear");
+    for (int64_t count = 1; count < rows; count++) {
+      linear_f32(one, kBfloat16, x.data(), count, block.at(), few.data());
+      check(all_rows.data(), few.data(), count * n, "linear");
+    }
+    write(all_rows);
+    std::vector<int64_t> ids(n);
+    for (int64_t i = 0; i < n; i++) ids[i] = i;
+    unpack_rows(block.at(), ids.data(), n, back.data());
+    write(back);
+  }
+}
+
+void experts(void* one, void* three) {
+  const int64_t hidden = 64, inner = 96, rows = 7;
+  for (int32_t kind : {kFloat32, kBfloat16, kInt8, kInt4}) {
+    const int32_t group = kind >= kInt8 ? 32 : 0;
+    Block w13 = weights(one, kind, group, false, false, false, inner, hidden, 2);
+    Block w2 = weights(one, kind, group, false, false, false, hidden, inner, 1);
+    const std::vector<float> x = random_floats(rows * hidden, 2.0f), by = random_floats(rows, 1.0f);
+    std::vector<float> got(rows * hidden), again(rows * hidden);
+    expert_ffn(one, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), got.data());
+    expert_ffn(three, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), again.data());
+    check(got.data(), again.data(), rows * hidden, "an expert");
+    write(got);
+  }
+}
+
+template <class T>
+void fronts(void* pool, int32_t dtype) {
+  const int64_t D = 96, hd = 64, tokens = 9, block_size = 4, slots = 16, experts = 5;
+  for (int64_t group : {1, 3, 7}) {
+    const int64_t kv = 2, heads = kv * group, width = (heads + 2 * kv) * hd;
+    Block qkv = weights(pool, dtype, 0, false, false, false, width, D, 1);
+    Block back = weights(pool, dtype, 0, false, false, false, D, heads * hd, 1);
+    Block gate = weights(pool, dtype, 0, false, false, false, experts, D, 1);
+    std::vector<float> norm(D, 1.0f), hidden = random_floats(tokens * D, 1.0f);
+    std::vector<T> k_cache(slots * kv * hd), v_cache(slots * kv * hd), rows(tokens * 2 * D);
+    const std::vector<float> rope = random_floats(tokens * hd, 1.0f);
+    std::vector<int32_t> positions(tokens), where(tokens), sequence(tokens), tables = {2, 0, 1}, row_of(tokens * 2);
+    for (int32_t t = 0; t < tokens; t++) positions[t] = t, where[t] = tables[t / block_size] * block_size + t % block_size;
+    const int64_t start = 0;
+    std::vector<int64_t> counts(experts);
+    std::vector<float> by(tokens * 2), logits(tokens * D);
+    const Shape shape{D, heads, kv, hd, experts, 2, 1e-5f, 0.125f, group == 3 ? 4 : 0};
+    const Layer layer{norm.data(), norm.data(), qkv.at(), back.at(), gate.at(), k_cache.data(), v_cache.data()};
+    const Step step{tokens,       block_size, positions.data(), where.data(), sequence.data(),
+                    tables.data(), &start,    rope.data()};
+    layer_front(pool, dtype, &shape, &layer, &step, hidden.data(), rows.data(), by.data(), counts.data(), row_of.data());
+    combine(dtype, hidden.data(), tokens, D, 2, rows.data(), row_of.data());
+    write(hidden);
+  }
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  out = std::fopen(argv[1], "wb");
+  void *one = pool_new(1), *three = pool_new(3);
+  linears(one, three);
+  experts(one, three);
+  fronts<float>(one, kFloat32);
+  fronts<bf16>(three, kBfloat16);
+  fronts<half>(one, kFloat16);
+  pool_free(one);
+  pool_free(three);
+  std::fclose(out);
+  return same ? 0 : 1;
+}
