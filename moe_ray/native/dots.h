@@ -55,11 +55,12 @@ struct Pairs {
 
   template <int ROWS>
   static void step(const uint8_t* w, const float* x, int64_t ldx, Lanes* sums) {
-    const Lanes even = first_of_pairs(w), odd = second_of_pairs(w);
+    const Lanes even = first_of_pairs(w);
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) sums[i] = plus_product(even, all(x[i * ldx]), sums[i]);
+    for (int i = 0; i < ROWS; i++) sums[i] = plus_product(even, all(x[i * ldx]), sums[i]), settle_now(sums[i]);
+    const Lanes odd = second_of_pairs(w);
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) sums[i] = plus_product(odd, all(x[i * ldx + 1]), sums[i]);
+    for (int i = 0; i < ROWS; i++) sums[i] = plus_product(odd, all(x[i * ldx + 1]), sums[i]), settle_now(sums[i]);
   }
 };
 #endif

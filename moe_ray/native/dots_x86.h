@@ -20,6 +20,7 @@ inline void whole_store(void* p, Whole x) { _mm512_storeu_si512(p, x); }
 inline Whole whole_same(int32_t x) { return _mm512_set1_epi32(x); }
 inline Whole whole_table(const int8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 inline Lanes whole_floats(Whole x) { return {_mm512_cvtepi32_ps(x)}; }
+inline void settle_now(Whole& x) { asm("" : "+v"(x)); }  // see simd_avx512.h
 inline Whole low_nibbles(Whole x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Whole high_nibbles(Whole x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 inline Whole looked_up(Whole table, Whole index) { return _mm512_shuffle_epi8(table, index); }
@@ -55,6 +56,7 @@ inline Whole whole_table(const int8_t* p) {
   return {table, table};
 }
 inline Lanes whole_floats(Whole x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline void settle_now(Whole& x) { asm("" : "+x"(x.a), "+x"(x.b)); }  // see simd_avx2.h
 inline __m256i nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Whole low_nibbles(Whole x) { return {nibbles(x.a), nibbles(x.b)}; }
 inline Whole high_nibbles(Whole x) {
@@ -145,9 +147,9 @@ template <int ROWS>
 inline void add_signed(Whole weights, const int16_t* x, int64_t ldx, Whole* sums) {
   const Whole even = even_bytes(weights), odd = odd_bytes(weights);
 #pragma GCC unroll 12
-  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(even, same_two(x + i * ldx)));
+  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(even, same_two(x + i * ldx))), settle_now(sums[i]);
 #pragma GCC unroll 12
-  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(odd, same_two(x + i * ldx + 2)));
+  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(odd, same_two(x + i * ldx + 2))), settle_now(sums[i]);
 }
 
 struct Bytes {
@@ -207,9 +209,15 @@ struct Nibbles<false> {
     const Whole both = whole_load(w);
     const Whole low = low_nibbles(both), high = high_nibbles(both);
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) sums[i].now = add16(sums[i].now, pairs8(low, same_four(x + i * ldx)));
+    for (int i = 0; i < ROWS; i++) {
+      sums[i].now = add16(sums[i].now, pairs8(low, same_four(x + i * ldx)));
+      settle_now(sums[i].now);
+    }
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) sums[i].now = add16(sums[i].now, pairs8(high, same_four(x + i * ldx + 4)));
+    for (int i = 0; i < ROWS; i++) {
+      sums[i].now = add16(sums[i].now, pairs8(high, same_four(x + i * ldx + 4)));
+      settle_now(sums[i].now);
+    }
   }
 };
 

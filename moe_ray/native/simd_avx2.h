@@ -11,6 +11,8 @@ struct Lanes {
 
 constexpr int kRegisters = 8;  // how many Lanes the register file holds
 
+// Keeps the compiler from computing what comes later before this: it would not all fit into registers.
+inline void settle_now(Lanes& x) { asm("" : "+x"(x.a), "+x"(x.b)); }
 inline Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Lanes operator+(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline Lanes operator-(Lanes x, Lanes y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }

@@ -11,6 +11,8 @@ struct Lanes {
 
 constexpr int kRegisters = 32;  // how many Lanes the register file holds
 
+// Keeps the compiler from computing what comes later before this: it would not all fit into registers.
+inline void settle_now(Lanes& x) { asm("" : "+v"(x.v)); }
 inline Lanes all(float x) { return {_mm512_set1_ps(x)}; }
 inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }

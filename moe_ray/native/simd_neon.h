@@ -16,6 +16,8 @@ inline Lanes each_quarter(const Each& work) {
   return {{work(0), work(1), work(2), work(3)}};
 }
 
+// Keeps the compiler from computing what comes later before this: it would not all fit into registers.
+inline void settle_now(Lanes& x) { asm("" : "+w"(x.v[0]), "+w"(x.v[1]), "+w"(x.v[2]), "+w"(x.v[3])); }
 inline Lanes all(float x) {
   const float32x4_t v = vdupq_n_f32(x);
   return {{v, v, v, v}};
