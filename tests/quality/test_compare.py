@@ -131,7 +131,7 @@ def test_the_command_gives_b_options_of_its_own(readable_model: Path, tmp_path: 
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert said["a"]["computed_by"].startswith("float32 on cpu")
-    assert said["b"]["computed_by"].startswith("float16 on cpu, trunk: torch")
+    assert said["b"]["computed_by"].startswith("float16 on cpu, trunk and experts by torch")
     assert 0 < said["kl_mean"] < 0.02
     assert said["perplexity_ratio"] == pytest.approx(said["b"]["perplexity"] / said["a"]["perplexity"], rel=1e-6)
     assert [row["layer"] for row in said["routing"]] == [0, 1, 2, 3]

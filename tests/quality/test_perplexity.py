@@ -127,6 +127,6 @@ def test_the_command_prints_what_it_computed(readable_model: Path, tmp_path: Pat
     again = perplexity(Scorer(config, readable_model, 32), token_ids, 32, 16)
     assert said["perplexity"] == pytest.approx(again.value.mean, rel=1e-6)
     assert (said["tokens"], said["scored"], said["stride"]) == (len(token_ids), len(token_ids) - 1, 16)
-    assert said["computed_by"].startswith("float32 on cpu, trunk: torch")
+    assert said["computed_by"].startswith("float32 on cpu, trunk and experts by torch")
     shown = CliRunner().invoke(app, [*command, "--limit-tokens", "60"], env={"COLUMNS": "80"})
     assert "59 of 60 tokens scored, windows of 32, stride 16" in shown.stdout

@@ -109,8 +109,11 @@ class Backend:
         return f"torch computes, which is slower: {'; '.join(self.missing)}" if self.missing else ""
 
     def __str__(self) -> str:
-        native = f" ({self.kernels})" if self.kernels else ""
-        return f"{self.dtype} on {self.device}, trunk: {self.trunk} kernels, experts: {self.experts} kernels{native}"
+        names = {"torch": "torch", "native": f"native {self.kernels}"}
+        if self.trunk == self.experts:
+            return f"{self.dtype} on {self.device}, trunk and experts by {names[self.trunk]} kernels"
+        trunk, experts = names[self.trunk], names[self.experts]
+        return f"{self.dtype} on {self.device}, trunk by {trunk} kernels, experts by {experts} kernels"
 
 
 def choose_dtype(wanted: str, stored: str, device: str, cpu_flags: frozenset[str], kernels: str | None) -> str:
@@ -138,7 +141,7 @@ def resolve(model: ModelConfig, wanted: Wanted, machine: Machine) -> Backend:
     is not supported.
 
     >>> str(resolve(mixtral, Wanted(), Machine(frozenset({"avx2", "fma", "f16c"}))))
-    'bfloat16 on cpu, trunk: native kernels, experts: native kernels (avx2)'
+    'bfloat16 on cpu, trunk and experts by native avx2 kernels'
     """
     if wanted.device == "cuda" and not machine.cuda:
         raise ConfigError("model.device is 'cuda', but this process sees no CUDA device")

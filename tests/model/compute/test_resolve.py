@@ -180,5 +180,8 @@ def test_cuda_that_is_not_there() -> None:
 
 def test_a_backend_is_said_in_one_line() -> None:
     assert str(resolve(model(), Wanted(), Machine(AVX512_BF16))) == (
-        "bfloat16 on cpu, trunk: native kernels, experts: native kernels (avx512_bf16)"
+        "bfloat16 on cpu, trunk and experts by native avx512_bf16 kernels"
+    )
+    assert str(resolve(model(hidden_act="gelu"), Wanted(), Machine(AVX2))) == (
+        "bfloat16 on cpu, trunk by native avx2 kernels, experts by torch kernels"
     )
