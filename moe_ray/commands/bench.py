@@ -111,6 +111,34 @@ def transport(
     run_bench(run_transport, options, PLOT, json_output, plot, curves)
 
 
+def kernels(
+    names_: Annotated[
+        str | None, typer.Option("--kernels", help="Instruction sets: a list.", show_default="this machine's best")
+    ] = None,
+    formats: Annotated[str, typer.Option(help="What weights are held as: a list.")] = "bfloat16,int8,int4,nf4",
+    rows: Annotated[str, typer.Option(help="Rows that are multiplied at once: a list of numbers.")] = "1,4,16,128",
+    outputs: Annotated[int, typer.Option(min=1, help="Of the matrix.")] = 7168,
+    inputs: Annotated[int, typer.Option(min=1, help="Of the matrix, a multiple of 128.")] = 1024,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")] = 5,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Time the native kernels' products for each weight format, and the share of the memory's bandwidth they reach."""
+    from moe_ray.bench.kernels import PLOT, KernelOptions, run_kernels
+
+    options = KernelOptions(
+        kernels=names(names_) if names_ else (),
+        formats=names(formats),
+        rows=numbers(rows, "--rows"),
+        outputs=outputs,
+        inputs=inputs,
+        threads=threads,
+        repeats=repeats,
+    )
+    run_bench(run_kernels, options, PLOT, json_output, plot)
+
+
 def engine(
     model: BenchModel = None,
     carriers: Annotated[

@@ -28,6 +28,7 @@ CONVERSIONS = (upcycle, quantize)
 BENCHES = (
     bench.serve,
     bench.roofline,
+    bench.kernels,
     bench.transport,
     bench.engine,
     bench_lab.chaos,

@@ -1,0 +1,150 @@
+"""`moe-ray bench kernels`: products of the native kernels, weights read from memory, by format and instruction set."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from moe_ray.bench.probe import Probe
+from moe_ray.bench.report import Plot, Report, Row, machine_facts
+from moe_ray.config import load_config
+from moe_ray.errors import ConfigError, KernelsUnavailable
+from moe_ray.model.formats import FLOATS, GroupedCodes
+from moe_ray.model.formats.held import GROUPINGS, grouping
+from moe_ray.native.build import KERNELS, kernels_here
+from moe_ray.native.codes import pack_codes, round_codes
+from moe_ray.native.kernels import Kernels, Packed
+from moe_ray.telemetry import cores
+
+Progress = Callable[[str, int, int], None]
+
+PLOT: Final = Plot("rows", "gflop_per_s", "what", log_x=True, log_y=True)
+ROTATION_BYTES: Final = 256 * 2**20
+"""Of copies of each matrix that are multiplied in turn, so that no cache holds the next."""
+LEAST_S: Final = 0.05
+"""That one measurement takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """What is measured."""
+
+    kernels: tuple[str, ...] = ()
+    """Names of `KERNELS`. Default: this machine's best."""
+    formats: tuple[str, ...] = ("bfloat16", "int8", "int4", "nf4")
+    rows: tuple[int, ...] = (1, 4, 16, 128)
+    outputs: int = 7168
+    inputs: int = 1024
+    threads: int | None = None
+    """Default: the cores of this process."""
+    repeats: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    kernels: Kernels
+    format: str
+    copies: list[Packed]
+
+    def milliseconds(self, x: np.ndarray, out: np.ndarray) -> float:
+        """Of one product of x [rows, K] bfloat16, on average over the copies."""
+        run, pool, rows = self.kernels.library.linear_f32, self.kernels.pool, len(x)
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < LEAST_S:
+            for packed in self.copies:
+                run(pool, 2, x.ctypes.data, rows, packed.address, out.ctypes.data)
+            done += len(self.copies)
+        return 1000 * (time.perf_counter() - started) / done
+
+
+def run_kernels(options: KernelOptions, on_progress: Progress) -> Report:
+    """Time each format on each instruction set, in turn. Raises `ConfigError` for what this machine cannot run."""
+    threads = options.threads or cores()
+    cases = list(_cases(options, threads))
+    probe = Probe(threads, (), torch.bfloat16)
+    generator = np.random.default_rng(0)
+    inputs = {
+        rows: generator.standard_normal((rows, options.inputs)).astype(ml_dtypes.bfloat16) for rows in options.rows
+    }
+    times: dict[tuple[int, int], list[float]] = {}
+    machine = probe.measure()
+    for repeat in range(options.repeats):
+        on_progress("products", repeat, options.repeats)
+        for number, case in enumerate(cases):
+            for rows, x in inputs.items():
+                out = np.empty((rows, options.outputs), np.float32)
+                times.setdefault((number, rows), []).append(case.milliseconds(x, out))
+    on_progress("products", options.repeats, options.repeats)
+    facts = {
+        "outputs": options.outputs,
+        "inputs": options.inputs,
+        "threads": threads,
+        "repeats": options.repeats,
+        "read_gb_per_s": round(machine.read_gb_per_s, 1),
+        **machine_facts(),
+    }
+    work = options.outputs * options.inputs
+    return Report(
+        "kernels",
+        [
+            _row(cases[number], rows, statistics.median(found), work, machine.read_gb_per_s)
+            for (number, rows), found in times.items()
+        ],
+        facts,
+    )
+
+
+def _row(case: _Case, rows: int, milliseconds: float, weights: int, read_gb_per_s: float) -> Row:
+    read = case.copies[0].nbytes / milliseconds / 1e6
+    return {
+        "what": f"{case.kernels.name} {case.format}",
+        "rows": rows,
+        "ms": round(milliseconds, 4),
+        "gb_per_s": round(read, 1),
+        "share_of_read": round(read / read_gb_per_s, 2),
+        "gflop_per_s": round(2 * rows * weights / milliseconds / 1e6, 1),
+    }
+
+
+def _cases(options: KernelOptions, threads: int) -> list[_Case]:
+    best = kernels_here()
+    names = options.kernels or ((best,) if best else ())
+    if not names:
+        raise ConfigError("there are no native kernels for this machine")
+    for name in names:
+        if name not in KERNELS:
+            raise ConfigError(f"--kernels: {name!r} is none of {', '.join(KERNELS)}")
+    for name in options.formats:
+        if name not in (*FLOATS, *GROUPINGS):
+            raise ConfigError(f"--formats: {name!r} is none of {', '.join((*FLOATS, *GROUPINGS))}")
+    if options.inputs % 128:
+        raise ConfigError(f"--inputs: must be a multiple of 128, got {options.inputs}")
+    values = np.random.default_rng(1).standard_normal((options.outputs, options.inputs), dtype=np.float32) / 32
+    cases = []
+    for name, form in product(names, options.formats):
+        try:
+            kernels = Kernels(load_config().cache_dir, threads, name)
+        except KernelsUnavailable as error:
+            raise ConfigError(f"--kernels {name}: {error}") from None
+        packed = _packed(kernels, form, values)
+        copies = [packed]
+        while sum(copy.nbytes for copy in copies) < ROTATION_BYTES:
+            copies.append(kernels.blank(packed.shape))
+            copies[-1].memory[:] = packed.memory[:]
+        cases.append(_Case(kernels, form, copies))
+    return cases
+
+
+def _packed(kernels: Kernels, form: str, values: np.ndarray) -> Packed:
+    how = grouping(form, values.shape[1])
+    if how is None:
+        return kernels.pack_floats(form, values.astype(np.dtype(form)))
+    return pack_codes(kernels, GroupedCodes(how, *round_codes(kernels, values, how)))
