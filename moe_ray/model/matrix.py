@@ -21,6 +21,11 @@ class Matrix(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     @property
+    def format(self) -> str:
+        """A row of `FORMATS`."""
+        ...
+
+    @property
     def grouping(self) -> Grouping | None:
         """How it is quantised, where it can be had as `codes`; None: as floats only."""
         ...
@@ -53,6 +58,10 @@ class StoredMatrix:
         return n, k
 
     @property
+    def format(self) -> str:
+        return self.stored.format
+
+    @property
     def grouping(self) -> Grouping | None:
         return self.stored.grouping
 
@@ -77,6 +86,10 @@ class FloatMatrix:
     def shape(self) -> tuple[int, int]:
         n, k = self.tensor.shape
         return n, k
+
+    @property
+    def format(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
 
     @property
     def grouping(self) -> None:

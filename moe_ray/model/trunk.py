@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 
@@ -16,6 +17,8 @@ from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.trunk_weights import TrunkWeights
+
+logger = logging.getLogger(__name__)
 
 ForwardSteps = Generator[None, None, torch.Tensor]
 """A forward pass that yields wherever it would wait for experts and returns the logits."""
@@ -46,7 +49,9 @@ class Trunk:
         self._compute: TrunkCompute
         if compute.backend.trunk == "native":
             assert compute.kernels is not None, "a native backend is opened with its kernels"
-            self._compute = NativeTrunk(weights, max_model_len, compute.kernels, compute.dtype, quantize)
+            native = NativeTrunk(weights, max_model_len, compute.kernels, compute.dtype, quantize)
+            logger.info("Trunk: weights held as %s", ", ".join(native.held))
+            self._compute = native
         elif quantize is not None:
             raise ConfigError(f"trunk.quantize is {quantize!r}, but torch computes the trunk of this process")
         else:

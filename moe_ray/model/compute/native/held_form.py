@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.errors import CheckpointError
+from moe_ray.model.formats import FLOATS
 from moe_ray.model.formats.grouped import GroupedCodes, Grouping
 from moe_ray.model.formats.held import grouping
 from moe_ray.native.codes import block_shape, lacks, pack_codes, round_codes
@@ -32,13 +33,16 @@ class HeldForm:
     """Of codes; None: floats are held."""
     as_stored: bool = False
     """Whether the checkpoint's codes are taken as they are."""
+    converted: str = ""
+    """The format of quantised weights that no kernel computes on; empty where nothing was converted."""
 
     def __str__(self) -> str:
+        converted = f" (converted from {self.converted})" if self.converted else ""
         if self.grouping is None:
-            return self.dtype
+            return f"{self.dtype}{converted}"
         table = " by table" if self.grouping.levels else ""
         offsets = " with offsets" if self.grouping.offsets else ""
-        return f"int{self.grouping.bits}{table} in groups of {self.grouping.group}{offsets}"
+        return f"int{self.grouping.bits}{table} in groups of {self.grouping.group}{offsets}{converted}"
 
     def block(self, shape: tuple[int, int], count: int) -> BlockShape:
         """The shape of the block for `count` matrices [N, K] of it."""
@@ -62,7 +66,8 @@ def form_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None)
         return HeldForm(dtype, common, as_stored=True)
     if wanted is None and max(matrix.bits for matrix in matrices) <= FEW_BITS:
         wanted = grouping("int8", inputs)
-    return HeldForm(dtype, wanted)
+    quantised = [matrix.format for matrix in matrices if matrix.format not in FLOATS]
+    return HeldForm(dtype, wanted, converted=quantised[0] if quantised and quantize is None else "")
 
 
 def hold(kernels: Kernels, form: HeldForm, *matrices: Sequence[Matrix]) -> Packed:
