@@ -45,54 +45,41 @@ inline int32x4_t dot8(int32x4_t sum, int8x16_t w, int8x16_t x) {
 #endif
 }
 
-template <int ROWS>
-inline void add_signed(const int8x16_t w[4], const int8_t* x, int64_t ldx, Whole* sums) {
-#pragma GCC unroll 6
-  for (int i = 0; i < ROWS; i++) {
-    const int8x16_t four = same_four(x + i * ldx);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++)
-      sums[i].v[j] = vreinterpretq_s8_s32(dot8(vreinterpretq_s32_s8(sums[i].v[j]), w[j], four));
-  }
-}
-
-struct Bytes {
+// Four sums of one register each.
+struct Signed {
   using Input = int8_t;
-  static constexpr int kMiddle = 0, kStoredXor = 128, kBytes = 128;
   using Sums = Whole;
   static constexpr bool kIntegers = true;
+  static constexpr int kParts = 2;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
-
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
-    for (int q = 0; q < 2; q++) add_signed<ROWS>(whole_load(w + 64 * q).v, x + 4 * q, ldx, sums);
+  static int8x16_t inputs(const Input* x, int q) { return same_four(x + 4 * q); }
+  static void add(Sums& sum, const Whole& weights, int8x16_t x) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      sum.v[j] = vreinterpretq_s8_s32(dot8(vreinterpretq_s32_s8(sum.v[j]), weights.v[j], x));
   }
 };
 
-template <bool TABLE>
-struct Nibbles {
-  using Input = int8_t;
-  static constexpr int kMiddle = TABLE ? 0 : 8, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
-  using Sums = Whole;
-  static constexpr bool kIntegers = true;
-  static Sums begun(int32_t start) { return whole_same(start); }
-  static Whole total(Sums s) { return s; }
-  static void settle(Sums&) {}
+struct Bytes : Signed {
+  static constexpr int kMiddle = 0, kStoredXor = 128, kBytes = 128;
+  static Whole part(const uint8_t* w, const Whole&, int q) { return whole_load(w + 64 * q); }
+};
 
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole table, const Input* x, int64_t ldx, Sums* sums) {
+template <bool TABLE>
+struct Nibbles : Signed {
+  static constexpr int kMiddle = TABLE ? 0 : 8, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
+  static Whole part(const uint8_t* w, const Whole& table, int q) {
     const Whole both = whole_load(w);
-    int8x16_t low[4], high[4];
+    Whole out;
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const uint8x16_t bytes = vreinterpretq_u8_s8(both.v[j]);
-      const uint8x16_t l = vandq_u8(bytes, vdupq_n_u8(15)), h = vshrq_n_u8(bytes, 4);
-      low[j] = TABLE ? vqtbl1q_s8(table.v[0], l) : vreinterpretq_s8_u8(l);
-      high[j] = TABLE ? vqtbl1q_s8(table.v[0], h) : vreinterpretq_s8_u8(h);
+      const uint8x16_t codes = q ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15));
+      out.v[j] = TABLE ? vqtbl1q_s8(table.v[0], codes) : vreinterpretq_s8_u8(codes);
     }
-    add_signed<ROWS>(low, x, ldx, sums);
-    add_signed<ROWS>(high, x + 4, ldx, sums);
+    return out;
   }
 };
 

@@ -98,73 +98,59 @@ inline Whole same_two(const int16_t* x) {
 // Weights of 8 bits, stored as their codes.
 struct Bytes {
   using Input = int8_t;
-  static constexpr int kMiddle = 128, kStoredXor = 0, kBytes = 128;  // kBytes: of 8 inputs of a panel
   using Sums = Whole;
   static constexpr bool kIntegers = true;
+  static constexpr int kMiddle = 128, kStoredXor = 0, kBytes = 128, kParts = 2;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
-
-  // Adds the products of 8 inputs of each row.
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
-    for (int q = 0; q < 2; q++) {
-      const Whole codes = whole_load(w + 64 * q);
-#pragma GCC unroll 12
-      for (int i = 0; i < ROWS; i++) sums[i] = dot8(sums[i], codes, same_four(x + i * ldx + 4 * q));
-    }
-  }
+  static Whole part(const uint8_t* w, Whole, int q) { return whole_load(w + 64 * q); }
+  static Whole inputs(const Input* x, int q) { return same_four(x + 4 * q); }
+  static void add(Sums& sum, Whole weights, Whole x) { sum = dot8(sum, weights, x); }
 };
 
 // Codes of 4 bits. TABLE: they are looked up.
 template <bool TABLE>
 struct Nibbles {
   using Input = int8_t;
-  static constexpr int kMiddle = TABLE ? 128 : 8, kStoredXor = 0, kBytes = 64;
-  static constexpr int kTableMiddle = 128;  // what is added to a table's values
   using Sums = Whole;
   static constexpr bool kIntegers = true;
+  static constexpr int kMiddle = TABLE ? 128 : 8, kStoredXor = 0, kBytes = 64, kParts = 2;
+  static constexpr int kTableMiddle = 128;  // what is added to a table's values
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
-
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole table, const Input* x, int64_t ldx, Sums* sums) {
-    const Whole both = whole_load(w);
-    Whole low = low_nibbles(both), high = high_nibbles(both);
-    if constexpr (TABLE) low = looked_up(table, low), high = looked_up(table, high);
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) sums[i] = dot8(sums[i], low, same_four(x + i * ldx));
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) sums[i] = dot8(sums[i], high, same_four(x + i * ldx + 4));
+  static Whole part(const uint8_t* w, Whole table, int q) {
+    const Whole codes = q ? high_nibbles(whole_load(w)) : low_nibbles(whole_load(w));
+    return TABLE ? looked_up(table, codes) : codes;
   }
+  static Whole inputs(const Input* x, int q) { return same_four(x + 4 * q); }
+  static void add(Sums& sum, Whole weights, Whole x) { sum = dot8(sum, weights, x); }
 };
 
 #else
 
-// Signed weights of 8 bits times four inputs of 16 bits, which lie in the order 0 2 1 3.
-template <int ROWS>
-inline void add_signed(Whole weights, const int16_t* x, int64_t ldx, Whole* sums) {
-  const Whole even = even_bytes(weights), odd = odd_bytes(weights);
-#pragma GCC unroll 12
-  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(even, same_two(x + i * ldx))), settle_now(sums[i]);
-#pragma GCC unroll 12
-  for (int i = 0; i < ROWS; i++) sums[i] = add32(sums[i], pairs16(odd, same_two(x + i * ldx + 2))), settle_now(sums[i]);
-}
-
-struct Bytes {
+// Signed weights of 8 bits times inputs of 16, of which four lie in the order 0 2 1 3: the even ones, then the odd ones.
+struct Signed {
   using Input = int16_t;
-  static constexpr int kMiddle = 0, kStoredXor = 128, kBytes = 128;
   using Sums = Whole;
   static constexpr bool kIntegers = true;
+  static constexpr int kMiddle = 0, kParts = 4;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
+  static Whole inputs(const Input* x, int q) { return same_two(x + 2 * q); }
+  static void add(Sums& sum, Whole weights, Whole x) {
+    sum = add32(sum, pairs16(weights, x));
+    settle_now(sum);
+  }
+};
 
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
-    add_signed<ROWS>(whole_load(w), x, ldx, sums);
-    add_signed<ROWS>(whole_load(w + 64), x + 4, ldx, sums);
+struct Bytes : Signed {
+  static constexpr int kStoredXor = 128, kBytes = 128;
+  static Whole part(const uint8_t* w, Whole, int q) {
+    const Whole weights = whole_load(w + 64 * (q / 2));
+    return q % 2 ? odd_bytes(weights) : even_bytes(weights);
   }
 };
 
@@ -172,52 +158,35 @@ template <bool TABLE>
 struct Nibbles;
 
 template <>
-struct Nibbles<true> {
-  using Input = int16_t;
-  static constexpr int kMiddle = 0, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
-  using Sums = Whole;
-  static constexpr bool kIntegers = true;
-  static Sums begun(int32_t start) { return whole_same(start); }
-  static Whole total(Sums s) { return s; }
-  static void settle(Sums&) {}
-
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole table, const Input* x, int64_t ldx, Sums* sums) {
-    const Whole both = whole_load(w);
-    add_signed<ROWS>(looked_up(table, low_nibbles(both)), x, ldx, sums);
-    add_signed<ROWS>(looked_up(table, high_nibbles(both)), x + 4, ldx, sums);
+struct Nibbles<true> : Signed {
+  static constexpr int kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
+  static Whole part(const uint8_t* w, Whole table, int q) {
+    const Whole weights = looked_up(table, q / 2 ? high_nibbles(whole_load(w)) : low_nibbles(whole_load(w)));
+    return q % 2 ? odd_bytes(weights) : even_bytes(weights);
   }
 };
 
 template <>
 struct Nibbles<false> {
   using Input = int8_t;
-  static constexpr int kMiddle = 8, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
   struct Sums {
     Whole now, before;  // of 16 bits, since the last settling; of 32 bits
   };
   static constexpr bool kIntegers = true;
+  static constexpr int kMiddle = 8, kStoredXor = 0, kBytes = 64, kParts = 2, kTableMiddle = 0;
   static Sums begun(int32_t start) { return {whole_zero(), whole_same(start)}; }
   static Whole total(Sums s) { return s.before; }
   static void settle(Sums& s) {  // after 32 inputs at the latest
     s.before = add32(s.before, pairs16(s.now, whole_same(0x00010001)));
     s.now = whole_zero();
   }
-
-  template <int ROWS>
-  static void step(const uint8_t* w, Whole, const Input* x, int64_t ldx, Sums* sums) {
-    const Whole both = whole_load(w);
-    const Whole low = low_nibbles(both), high = high_nibbles(both);
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-      sums[i].now = add16(sums[i].now, pairs8(low, same_four(x + i * ldx)));
-      settle_now(sums[i].now);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < ROWS; i++) {
-      sums[i].now = add16(sums[i].now, pairs8(high, same_four(x + i * ldx + 4)));
-      settle_now(sums[i].now);
-    }
+  static Whole part(const uint8_t* w, Whole, int q) {
+    return q ? high_nibbles(whole_load(w)) : low_nibbles(whole_load(w));
+  }
+  static Whole inputs(const Input* x, int q) { return same_four(x + 4 * q); }
+  static void add(Sums& sum, Whole weights, Whole x) {
+    sum.now = add16(sum.now, pairs8(weights, x));
+    settle_now(sum.now);
   }
 };
 

@@ -25,6 +25,24 @@ constexpr int panels_at_once(int rows) {
   return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
 }
 
+// One step of all panels, `at` bytes from their beginnings: together where the registers hold their weights, else one panel
+// after the other.
+template <class Of, int ROWS, int PANELS>
+inline void steps(const uint8_t* w, int64_t at, int64_t stride, const Whole& table, const typename Of::Input* x, int64_t ldx,
+                  typename Of::Sums (*sums)[ROWS]) {
+  // Behind the end of these panels come those that are multiplied next.
+  const uint8_t* soon = w + kAhead + (at + kAhead < stride ? 0 : (PANELS - 1) * stride);
+#pragma GCC unroll 4
+  for (int p = 0; p < PANELS; p++)
+    for (int line = 0; line < Of::kBytes; line += 64) prefetch(soon + p * stride + line);
+  if constexpr (kRegisters == 32) {
+    step<Of, ROWS, PANELS>(w, stride, table, x, ldx, sums);
+  } else {
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) step<Of, ROWS, 1>(w + p * stride, stride, table, x, ldx, sums + p);
+  }
+}
+
 template <class Of, int ROWS, int PANELS>
 void float_tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, Tile& out, int column) {
   Lanes sums[PANELS][ROWS];
@@ -33,13 +51,9 @@ void float_tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, T
   const auto* x = static_cast<const typename Of::Input*>(in.rows) + row * in.ld;
   const uint8_t* w = m.data + panel * m.panel_bytes();
   const int64_t stride = m.panel_bytes();
-  for (int64_t j = 0; j < m.k(); j += Of::kInputs, w += Of::kBytes) {
-#pragma GCC unroll 4
-    for (int p = 0; p < PANELS; p++) {
-      prefetch(w + p * stride + kAhead);
-      Of::template step<ROWS>(w + p * stride, x + j, in.ld, sums[p]);
-    }
-  }
+  const Whole no_table = whole_zero();
+  for (int64_t at = 0; at < stride; at += Of::kBytes, w += Of::kBytes, x += Of::kInputs)
+    steps<Of, ROWS, PANELS>(w, at, stride, no_table, x, in.ld, sums);
   for (int p = 0; p < PANELS; p++)
     for (int i = 0; i < ROWS; i++) store(out.value[i] + (column + p) * kPanel, sums[p][i]);
 }
@@ -53,19 +67,14 @@ void integer_tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel,
   const int64_t groups = m.groups(), stride = m.panel_bytes(), blocks = m.head->group / 32;
   const auto* x = static_cast<const typename Of::Input*>(in.rows) + row * in.ld;
   const uint8_t* w = m.data + panel * stride;
-  for (int64_t g = 0; g < groups; g++) {
+  for (int64_t g = 0, at = 0; g < groups; g++) {
     typename Of::Sums sums[PANELS][ROWS];
     for (int p = 0; p < PANELS; p++)
       for (int i = 0; i < ROWS; i++) sums[p][i] = Of::begun(in.starts[(row + i) * groups + g]);
     for (int64_t b = 0; b < blocks; b++) {
 #pragma GCC unroll 4
-      for (int eight = 0; eight < 4; eight++, w += Of::kBytes, x += 8) {
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) {
-          prefetch(w + p * stride + kAhead);
-          Of::template step<ROWS>(w + p * stride, table, x, in.ld, sums[p]);
-        }
-      }
+      for (int eight = 0; eight < 4; eight++, at += Of::kBytes, w += Of::kBytes, x += 8)
+        steps<Of, ROWS, PANELS>(w, at, stride, table, x, in.ld, sums);
       for (int p = 0; p < PANELS; p++)
         for (int i = 0; i < ROWS; i++) Of::settle(sums[p][i]);
     }
