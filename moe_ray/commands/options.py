@@ -22,7 +22,9 @@ ConfigFile = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")]
-Kernels = Annotated[str | None, typer.Option(help="auto, native or torch.", show_default="auto")]
+Kernels = Annotated[
+    str | None, typer.Option(help="auto, native, torch, or an instruction set such as avx2.", show_default="auto")
+]
 Quantize = Annotated[
     str | None, typer.Option(help="Experts to int8, int4 or nf4 on load.", show_default="as in the checkpoint")
 ]
