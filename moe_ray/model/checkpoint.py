@@ -101,18 +101,21 @@ class Checkpoint:
     def matrix(self, weight: Weight, read: Callable[[], None] = lambda: None) -> StoredMatrix:
         """One weight [N, K] to be read later; `read` is called after each reading. Raises `CheckpointError`."""
 
+        stored = self.find(weight)
+
         def values() -> np.ndarray:
-            found = self.read_values(weight)
+            found = self._take(stored)
             read()
             return found
 
         def codes() -> GroupedCodes:
-            found = self.read_codes(weight)
+            found = FORMATS[stored.format].codes(stored, self.arrays(stored))
             assert found is not None, "a matrix without a grouping has no codes"
+            self.bytes_read += stored.nbytes
             read()
             return found
 
-        return StoredMatrix(self.find(weight), values, codes)
+        return StoredMatrix(stored, values, codes)
 
     def read(self, weight: Weight, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return one weight in memory of its own (never a view of the file). Raises `CheckpointError`."""
@@ -120,17 +123,7 @@ class Checkpoint:
 
     def read_values(self, weight: Weight) -> np.ndarray:
         """Return one weight's values, in the float dtype that its format decodes to. Raises `CheckpointError`."""
-        stored = self.find(weight)
-        values = self._values(stored)
-        self.bytes_read += stored.nbytes
-        return values
-
-    def read_codes(self, weight: Weight) -> GroupedCodes | None:
-        """Return one weight's codes; None where its format has none. Raises `CheckpointError`."""
-        stored = self.find(weight)
-        codes = FORMATS[stored.format].codes(stored, self.arrays(stored))
-        self.bytes_read += stored.nbytes
-        return codes
+        return self._take(self.find(weight))
 
     def arrays(self, stored: StoredWeight) -> list[np.ndarray]:
         """The arrays of a weight as they are stored, rows in the model's order, for a backend that computes on them.
@@ -196,6 +189,12 @@ class Checkpoint:
             file.close()
         self._opened_files.clear()
         self._headers.clear()
+
+    def _take(self, stored: StoredWeight) -> np.ndarray:
+        """One weight's values, counted in `bytes_read`."""
+        values = self._values(stored)
+        self.bytes_read += stored.nbytes
+        return values
 
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""

@@ -45,7 +45,8 @@ class ExpertReader:
             raise ConfigError(f"experts.quantize is {quantize!r}, but torch computes the experts of this process")
         self._checkpoint, self._compute, self._progress = checkpoint, compute, progress
         self._weights = {key: weights_of_expert(config, *key) for key in sorted(keys)}
-        self._stored = {key: checkpoint.check(weights) for key, weights in self._weights.items()}
+        self._matrices = {key: tuple(map(checkpoint.matrix, weights)) for key, weights in self._weights.items()}
+        self._stored = {key: sum(one.stored.nbytes for one in matrices) for key, matrices in self._matrices.items()}
         self._kernels = compute.kernels if compute.backend.experts == "native" else None
         self._quantize = quantize
         self._done = 0
@@ -76,7 +77,7 @@ class ExpertReader:
         """Make one key of the checkpoint's weights. Raises `CheckpointError`."""
         ffn: FFN
         if self._kernels is not None:
-            gate, up, down = map(self._checkpoint.matrix, self._weights[key])
+            gate, up, down = self._matrices[key]
             joined, single = self._forms(key)
             w13 = hold(self._kernels, joined, [gate], [up])
             ffn = NativeFFN(w13, hold(self._kernels, single, [down]), self._kernels, self._compute.dtype)
@@ -120,7 +121,7 @@ class ExpertReader:
 
     def _forms(self, key: ExpertKey) -> tuple[HeldForm, HeldForm]:
         """Of gate and up, which are one block, and of down."""
-        gate, up, down = map(self._checkpoint.matrix, self._weights[key])
+        gate, up, down = self._matrices[key]
         dtype = self._compute.dtype
         return form_of([gate, up], dtype, self._quantize), form_of([down], dtype, self._quantize)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.model.formats.weight_format import Place, ShapeMismatch, Source, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import Place, Source, StoredWeight, TensorPart, sole_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +31,8 @@ class FloatFormat:
 
     def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
         (name,) = self.names(place)
-        entry = source.entry(name)
-        if entry is None or entry.dtype != self.stored:
+        if not sole_tensor(name, self.stored, place.whole(shape), source):
             return None
-        whole = place.whole(shape)
-        if entry.shape != whole:
-            raise ShapeMismatch(name, entry.shape, whole)
         nbytes = self.nbytes(shape)
         return StoredWeight(
             self.name, shape, (TensorPart(name, self.stored, shape, nbytes, offset=place.index * nbytes),)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.model.formats.grouped import GroupedCodes, Grouping
-from moe_ray.model.formats.weight_format import Place, ShapeMismatch, Source, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import Place, Source, StoredWeight, TensorPart, sole_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,12 +58,8 @@ class GgufFormat:
 
     def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
         (name,) = self.names(place)
-        entry = source.entry(name)
-        if entry is None or entry.dtype != self.stored:
+        if not sole_tensor(name, self.stored, place.whole(shape), source):
             return None
-        whole = place.whole(shape)
-        if entry.shape != whole:
-            raise ShapeMismatch(name, entry.shape, whole)
         nbytes = self.nbytes(shape)
         rows = math.prod(shape[:-1])
         part = TensorPart(name, "U8", (rows, nbytes // rows), nbytes, offset=place.index * nbytes)

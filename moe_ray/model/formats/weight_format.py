@@ -146,6 +146,16 @@ class WeightFormat(Protocol):
         ...
 
 
+def sole_tensor(name: str, stored: str, whole: tuple[int, ...], source: Source) -> bool:
+    """Whether a tensor of this dtype holds a weight alone; `whole`: its shape. Raises `ShapeMismatch`."""
+    entry = source.entry(name)
+    if entry is None or entry.dtype != stored:
+        return False
+    if entry.shape != whole:
+        raise ShapeMismatch(name, entry.shape, whole)
+    return True
+
+
 class BadTensor(Exception):
     """A tensor is not what its format says. Raised and caught inside `model/`."""
 
