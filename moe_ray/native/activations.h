@@ -30,21 +30,18 @@ struct InputRoom {
   std::vector<int32_t> starts;
 };
 
-inline void integers_of(const float* x, int64_t n, float most, int8_t* out, Lanes& total, Lanes factor) {
-  for (int64_t j = 0; j < n; j += 16) {
-    const Lanes whole = maximum(minimum(nearest(load(x + j) * factor), all(most)), all(-most));
-    total = total + whole;
-    store_bytes(out + j, whole);
-  }
-}
+inline void store_integers(int8_t* p, Lanes whole) { store_bytes(p, whole); }
+inline void store_integers(int16_t* p, Lanes whole) { store_shorts(p, whole); }
 
-inline void integers_of(const float* x, int64_t n, float most, int16_t* out, Lanes& total, Lanes factor) {
+template <class Input>
+void integers_of(const float* x, int64_t n, float most, Input* out, Lanes& total, Lanes factor) {
   for (int64_t j = 0; j < n; j += 16) {
     const Lanes whole = maximum(minimum(nearest(load(x + j) * factor), all(most)), all(-most));
     total = total + whole;
-    store_shorts(out + j, whole);
+    store_integers(out + j, whole);
   }
-  for (int64_t j = 0; j < n; j += 4) std::swap(out[j + 1], out[j + 2]);  // as `add_signed` of dots_x86.h takes them
+  if (sizeof(Input) == 2)
+    for (int64_t j = 0; j < n; j += 4) std::swap(out[j + 1], out[j + 2]);  // as `Signed` of dots_x86.h takes them
 }
 
 // One row as integers. The scale of a group is its largest magnitude over the largest integer (absmax).

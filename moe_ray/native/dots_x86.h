@@ -95,37 +95,34 @@ inline Whole same_two(const int16_t* x) {
 
 #if defined(MOE_RAY_VNNI)
 
-// Weights of 8 bits, stored as their codes.
-struct Bytes {
+// Unsigned weights times signed inputs.
+struct Unsigned {
   using Input = int8_t;
   using Sums = Whole;
   static constexpr bool kIntegers = true;
-  static constexpr int kMiddle = 128, kStoredXor = 0, kBytes = 128, kParts = 2;
+  static constexpr int kStoredXor = 0, kParts = 2;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
-  static Whole part(const uint8_t* w, Whole, int q) { return whole_load(w + 64 * q); }
   static Whole inputs(const Input* x, int q) { return same_four(x + 4 * q); }
   static void add(Sums& sum, Whole weights, Whole x) { sum = dot8(sum, weights, x); }
 };
 
+// Weights of 8 bits, stored as their codes.
+struct Bytes : Unsigned {
+  static constexpr int kMiddle = 128, kBytes = 128;
+  static Whole part(const uint8_t* w, Whole, int q) { return whole_load(w + 64 * q); }
+};
+
 // Codes of 4 bits. TABLE: they are looked up.
 template <bool TABLE>
-struct Nibbles {
-  using Input = int8_t;
-  using Sums = Whole;
-  static constexpr bool kIntegers = true;
-  static constexpr int kMiddle = TABLE ? 128 : 8, kStoredXor = 0, kBytes = 64, kParts = 2;
+struct Nibbles : Unsigned {
+  static constexpr int kMiddle = TABLE ? 128 : 8, kBytes = 64;
   static constexpr int kTableMiddle = 128;  // what is added to a table's values
-  static Sums begun(int32_t start) { return whole_same(start); }
-  static Whole total(Sums s) { return s; }
-  static void settle(Sums&) {}
   static Whole part(const uint8_t* w, Whole table, int q) {
     const Whole codes = q ? high_nibbles(whole_load(w)) : low_nibbles(whole_load(w));
     return TABLE ? looked_up(table, codes) : codes;
   }
-  static Whole inputs(const Input* x, int q) { return same_four(x + 4 * q); }
-  static void add(Sums& sum, Whole weights, Whole x) { sum = dot8(sum, weights, x); }
 };
 
 #else
