@@ -57,7 +57,10 @@ class Listener:
         for sock in (*self._listeners, *list(self._connections)):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        for listener in self._listeners:
+            listener.close()
+        # Connections are closed by the threads that serve them: some use the descriptor's number without the
+        # interpreter, and a number that is free is at once another file's.
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._closed:
@@ -77,12 +80,10 @@ class Listener:
         try:
             sock = welcome(connection, self._tls, self._options, self._service)
             self._connections.add(sock)  # another object, if TLS took the connection over
-            self._serve_one(sock)
+            if not self._closed:
+                self._serve_one(sock)
         except (OSError, EOFError, ProtocolError):
             pass  # the peer is gone, or sends something else than frames: its connection ends, others go on
-        except ValueError:  # what a socket's users say of one that `close` has closed
-            if not self._closed:
-                raise
         finally:
             self._connections -= {connection, sock}
             sock.close()

@@ -23,6 +23,8 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import connect
 from moe_ray.transport.base import CallBatch, Link, LinkOptions, TlsFiles
 from moe_ray.transport.handshake import CALLS, welcome
+from moe_ray.transport.handshake import connect as shake_hands
+from moe_ray.transport.listener import Listener
 from moe_ray.transport.native_socket import NativeSocketLink, links_library
 from moe_ray.transport.socket import SocketExpertServer, SocketLink
 
@@ -204,6 +206,29 @@ def test_closing_the_server_breaks_its_links() -> None:
     assert link.broken
     with pytest.raises(LinkBroken):
         link_to(server.address)
+
+
+def test_a_connection_in_use_keeps_its_descriptor_until_its_thread_is_done() -> None:
+    """Native threads know a connection by its number: closed under them, it would soon be another file's."""
+    used, go_on, numbers = threading.Event(), threading.Event(), list[int]()
+
+    def serve(sock: socket.socket) -> None:
+        number = sock.fileno()
+        used.set()
+        assert go_on.wait(20)
+        numbers.extend([number, sock.fileno()])
+        used.set()
+
+    listener = Listener(serve, "127.0.0.1", 0, OPTIONS)
+    sock = shake_hands(listener.address, OPTIONS)
+    assert used.wait(20)
+    used.clear()
+    listener.close()
+    assert sock.recv(1) == b"", "the peer is told at once"
+    go_on.set()
+    assert used.wait(20)
+    assert numbers[0] == numbers[1] >= 0
+    sock.close()
 
 
 def test_a_taken_port_is_a_config_error(server: SocketExpertServer) -> None:
