@@ -123,7 +123,7 @@ class ExpertReader:
         """Of gate and up, which are one block, and of down."""
         gate, up, down = self._matrices[key]
         dtype = self._compute.dtype
-        return form_of([gate, up], dtype, self._quantize), form_of([down], dtype, self._quantize)
+        return form_of([gate, up], dtype, self._quantize), form_of([down], dtype, self._quantize, wide_inputs=True)
 
     def fingerprint(self, key: ExpertKey) -> bytes:
         """Names the weights of one key in this checkpoint by samples of their values. Raises `CheckpointError`."""

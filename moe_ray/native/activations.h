@@ -33,21 +33,21 @@ struct InputRoom {
 inline void store_integers(int8_t* p, Lanes whole) { store_bytes(p, whole); }
 inline void store_integers(int16_t* p, Lanes whole) { store_shorts(p, whole); }
 
-template <class Input>
-void integers_of(const float* x, int64_t n, float most, Input* out, Lanes& total, Lanes factor) {
+template <class PanelClass>
+void integers_of(const float* x, int64_t n, float most, typename PanelClass::Input* out, Lanes& total, Lanes factor) {
   for (int64_t j = 0; j < n; j += 16) {
     const Lanes whole = maximum(minimum(nearest(load(x + j) * factor), all(most)), all(-most));
     total = total + whole;
     store_integers(out + j, whole);
   }
-  if (sizeof(Input) == 2)
-    for (int64_t j = 0; j < n; j += 4) std::swap(out[j + 1], out[j + 2]);  // as `Signed` of dots_x86.h takes them
+  for (int64_t j = 0; j < n; j += 4) PanelClass::arrange(out + j);
 }
 
 // One row as integers. The scale of a group is its largest magnitude over the largest integer (absmax).
-template <class Input, class T>
-void quantise_row(const T* x, const Matrix& m, int32_t middle, float most, Input* out, float* scales, int32_t* starts,
+template <class PanelClass, class T>
+void quantise_row(const T* x, const Matrix& m, typename PanelClass::Input* out, float* scales, int32_t* starts,
                   float* sums) {
+  constexpr float most = sizeof(*out) == 1 ? 127.0f : 32512.0f;  // 127 * 256: of 16 bits both halves are signed
   const int64_t group = m.head->group;
   alignas(64) float values[128];
   for (int64_t g = 0; g < m.groups(); g++) {
@@ -67,10 +67,10 @@ void quantise_row(const T* x, const Matrix& m, int32_t middle, float most, Input
     }
     const float peak = largest(top), scale = peak / most + sum(unsound);
     Lanes total = all(0.0f);
-    integers_of(values, group, most, out + g * group, total, all(peak > 0.0f ? most / peak : 0.0f));
+    integers_of<PanelClass>(values, group, most, out + g * group, total, all(peak > 0.0f ? most / peak : 0.0f));
     const float whole = sum(total);  // exact: below 2^24
     scales[g] = scale;
-    starts[g] = -middle * static_cast<int32_t>(whole);
+    starts[g] = -PanelClass::kMiddle * static_cast<int32_t>(whole);
     sums[g] = scale * whole;
   }
 }
@@ -83,12 +83,10 @@ Inputs quantised(Pool& pool, InputRoom& r, const Matrix& m, const T* x, int64_t 
   float* scales = room(r.scales, rows * groups);
   float* sums = room(r.sums, rows * groups);
   int32_t* starts = room(r.starts, rows * groups);
-  const float most = sizeof(Input) == 1 ? 127.0f : 32767.0f;
   const int64_t batch = 4;  // rows per chunk of work
   pool.run(static_cast<int>((rows + batch - 1) / batch), rows * k < (64 << 10), [&](int chunk, int) {
     for (int64_t t = chunk * batch; t < std::min(rows, (chunk + 1) * batch); t++)
-      quantise_row(x + t * ldx, m, PanelClass::kMiddle, most, out + t * k, scales + t * groups, starts + t * groups,
-                   sums + t * groups);
+      quantise_row<PanelClass>(x + t * ldx, m, out + t * k, scales + t * groups, starts + t * groups, sums + t * groups);
   });
   return {out, k, scales, starts, sums};
 }
@@ -123,7 +121,8 @@ Inputs floats_for(Pool& pool, InputRoom& r, int64_t k, const T* x, int64_t ldx, 
 template <class T>
 Inputs inputs_for(Pool& pool, InputRoom& r, const Matrix& m, const T* x, int64_t ldx, int64_t rows) {
   switch (m.head->kind) {
-    case kInt8: return quantised<Bytes>(pool, r, m, x, ldx, rows);
+    case kInt8:
+      return m.head->wide_inputs ? quantised<WideBytes>(pool, r, m, x, ldx, rows) : quantised<Bytes>(pool, r, m, x, ldx, rows);
     case kInt4:
       return m.head->has_table ? quantised<Nibbles<true>>(pool, r, m, x, ldx, rows)
                                : quantised<Nibbles<false>>(pool, r, m, x, ldx, rows);

@@ -59,8 +59,8 @@ def lacks(grouping: Grouped) -> str:
     return ""
 
 
-def block_shape(grouping: Grouped, n: int, k: int, count: int = 1) -> BlockShape:
-    """The block that `count` such matrices [n, k] are packed into."""
+def block_shape(grouping: Grouped, n: int, k: int, count: int = 1, wide_inputs: bool = False) -> BlockShape:
+    """The block that `count` such matrices [n, k] are packed into. `wide_inputs` is for codes of 8 bits only."""
     return BlockShape(
         kind=INT4 if grouping.bits == 4 else INT8,
         n=n,
@@ -70,16 +70,17 @@ def block_shape(grouping: Grouped, n: int, k: int, count: int = 1) -> BlockShape
         offsets=grouping.offsets,
         table=grouping.levels is not None,
         order=grouping.reordered,
+        wide_inputs=wide_inputs and grouping.bits == 8,
     )
 
 
-def pack_codes(kernels: Kernels, *weights: Codes) -> Packed:
-    """Return matrices [N, K] packed, all of one grouping (see `lacks`) and order."""
+def pack_codes(kernels: Kernels, *weights: Codes, wide_inputs: bool = False) -> Packed:
+    """Return matrices [N, K] packed, all of one grouping (see `lacks`) and order. `wide_inputs`: see `BlockShape`."""
     import numpy as np
 
     grouping = weights[0].grouping
     n, k = weights[0].codes.shape
-    packed = kernels.blank(block_shape(grouping, n, k, len(weights)))
+    packed = kernels.blank(block_shape(grouping, n, k, len(weights), wide_inputs))
     header = packed.header
     step = 1.0
     if grouping.levels is not None:

@@ -54,6 +54,7 @@ struct Signed {
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
+  static void arrange(Input*) {}
   static int8x16_t inputs(const Input* x, int q) { return same_four(x + 4 * q); }
   static void add(Sums& sum, const Whole& weights, int8x16_t x) {
 #pragma GCC unroll 4
@@ -62,14 +63,47 @@ struct Signed {
   }
 };
 
+// Weights of 8 bits, stored as their codes; the sign is put in when they are read.
 struct Bytes : Signed {
-  static constexpr int kMiddle = 0, kStoredXor = 128, kBytes = 128;
-  static Whole part(const uint8_t* w, const Whole&, int q) { return whole_load(w + 64 * q); }
+  static constexpr int kMiddle = 0, kBytes = 128;
+  static Whole part(const uint8_t* w, const Whole&, int q) {
+    Whole codes = whole_load(w + 64 * q);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) codes.v[j] = veorq_s8(codes.v[j], vdupq_n_s8(-128));
+    return codes;
+  }
+};
+
+// The same times inputs of 16 bits, as two of 8: four high halves, then four low ones.
+struct WideBytes : Bytes {
+  using Input = int16_t;
+  struct Halves {
+    int8x16_t high, low;
+  };
+  static void arrange(Input* four) {
+    int8_t halves[8];
+    for (int i = 0; i < 4; i++) {
+      halves[i + 4] = static_cast<int8_t>(four[i]);
+      halves[i] = static_cast<int8_t>((four[i] - halves[i + 4]) >> 8);
+    }
+    std::memcpy(four, halves, sizeof halves);
+  }
+  static Halves inputs(const Input* x, int q) {
+    const auto* halves = reinterpret_cast<const int8_t*>(x + 4 * q);
+    return {same_four(halves), same_four(halves + 4)};
+  }
+  static void add(Sums& sum, const Whole& weights, const Halves& x) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const int32x4_t high = vshlq_n_s32(dot8(vdupq_n_s32(0), weights.v[j], x.high), 8);
+      sum.v[j] = vreinterpretq_s8_s32(vaddq_s32(vreinterpretq_s32_s8(sum.v[j]), dot8(high, weights.v[j], x.low)));
+    }
+  }
 };
 
 template <bool TABLE>
 struct Nibbles : Signed {
-  static constexpr int kMiddle = TABLE ? 0 : 8, kStoredXor = 0, kBytes = 64, kTableMiddle = 0;
+  static constexpr int kMiddle = TABLE ? 0 : 8, kBytes = 64, kTableMiddle = 0;
   static Whole part(const uint8_t* w, const Whole& table, int q) {
     const Whole both = whole_load(w);
     Whole out;

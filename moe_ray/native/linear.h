@@ -19,9 +19,9 @@ struct Tile {
   alignas(64) float value[kMostRows][kGroup * kPanel];
 };
 
-// How many panels of so many rows are summed at once: what the registers hold.
-constexpr int panels_at_once(int rows) {
-  if (kRegisters == 32) return rows <= 6 ? 4 : 2;
+// How many panels of so many rows are summed at once: what the registers hold. Integers have a sum of floats beside theirs.
+constexpr int panels_at_once(int rows, bool integers) {
+  if (kRegisters == 32) return rows <= (integers ? 4 : 6) ? 4 : 2;
   return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
 }
 
@@ -106,7 +106,7 @@ void tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, Tile& o
 // ROWS rows and `count` panels, from `panel` on.
 template <class Of, int ROWS>
 void strip(const Inputs& in, int64_t row, const Matrix& m, int64_t panel, int count, Tile& out) {
-  constexpr int kAtOnce = panels_at_once(ROWS);
+  constexpr int kAtOnce = panels_at_once(ROWS, Of::kIntegers);
   int done = 0;
   for (; done + kAtOnce <= count; done += kAtOnce) tile<Of, ROWS, kAtOnce>(in, row, m, panel + done, out, done);
   for (; done < count; done++) tile<Of, ROWS, 1>(in, row, m, panel + done, out, done);
@@ -134,18 +134,25 @@ void strip_of(int rows, const Inputs& in, int64_t row, const Matrix& m, int64_t 
   }
 }
 
+// Rows that pass through the registers together. The shorter the groups, the more often their integers become floats.
+inline int most_rows(const Matrix& m) {
+  if (kRegisters < 32 || !m.head->group) return kMostRows;
+  return m.head->group < 128 ? 6 : 8;
+}
+
 template <class Of, class Store>
 void linear_of(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel) {
   const int64_t panels = m.panels();
   const bool alone = rows * panels * m.panel_bytes() < kAloneBytes;
+  const int most = most_rows(m);
   pool.run(static_cast<int>((panels + kGroup - 1) / kGroup), alone, [&](int chunk, int) {
     Tile out;
     const int64_t first = static_cast<int64_t>(chunk) * kGroup, end = std::min<int64_t>(first + kGroup, panels);
     // All panels of the chunk for each block of rows, as long as they stay in the cache; else a pair (gate and up) at a time.
-    const int64_t at_once = rows > kMostRows && kGroup * m.panel_bytes() > kCachedBytes ? 2 : kGroup;
+    const int64_t at_once = rows > most && kGroup * m.panel_bytes() > kCachedBytes ? 2 : kGroup;
     for (int64_t panel = first; panel < end; panel += at_once) {
       const int count = static_cast<int>(std::min(at_once, end - panel));
-      for (int64_t row = 0, blocks = (rows + kMostRows - 1) / kMostRows, some; row < rows; row += some, blocks--) {
+      for (int64_t row = 0, blocks = (rows + most - 1) / most, some; row < rows; row += some, blocks--) {
         some = (rows - row + blocks - 1) / blocks;  // blocks of like sizes
         strip_of<Of>(static_cast<int>(some), in, row, m, panel, count, out);
         for (int i = 0; i < some; i++)
@@ -164,7 +171,9 @@ void linear(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const S
     case kFloat32: return linear_of<Floats<float>>(pool, in, rows, m, store_panel);
     case kFloat16: return linear_of<Floats<half>>(pool, in, rows, m, store_panel);
     case kBfloat16: return linear_of<Pairs>(pool, in, rows, m, store_panel);
-    case kInt8: return linear_of<Bytes>(pool, in, rows, m, store_panel);
+    case kInt8:
+      if (m.head->wide_inputs) return linear_of<WideBytes>(pool, in, rows, m, store_panel);
+      return linear_of<Bytes>(pool, in, rows, m, store_panel);
     default:
       if (m.head->has_table) linear_of<Nibbles<true>>(pool, in, rows, m, store_panel);
       else linear_of<Nibbles<false>>(pool, in, rows, m, store_panel);

@@ -18,8 +18,9 @@ struct Header {
   int64_t n, k, count;  // outputs and inputs of each matrix; matrices
   int32_t has_offsets, has_table, has_order;
   float multiplier;  // of every scale and offset: a power of two that keeps them in float16's range
-  int8_t table[16];  // values of codes
-  int8_t unused[192];
+  int8_t table[16];    // values of codes
+  int32_t wide_inputs;  // of 8-bit codes: multiplied by inputs of 16 bits, where fewer would be faster
+  int8_t unused[188];
 };
 static_assert(sizeof(Header) == 256);
 
@@ -106,7 +107,7 @@ inline void pack_codes(Pool& pool, const Matrix& m, int64_t which, const uint8_t
       for (int64_t j = 0; j < k; j++) {
         const uint8_t code = row < n ? codes[row * k + j] : 0;
         uint8_t* to = data + place_of(kind, r, j);
-        if (kind == kInt8) *to = code ^ Bytes::kStoredXor;
+        if (kind == kInt8) *to = code;
         else if (j % 8 < 4) *to = code;
         else *to |= code << 4;
       }
@@ -162,7 +163,7 @@ inline void unpack_rows(const Matrix& m, const int64_t* ids, int64_t count, floa
           value = lanes[0];
           break;
         }
-        case kInt8: value = scale * ((*at ^ Bytes::kStoredXor) - 128) + offset; break;
+        case kInt8: value = scale * (*at - 128) + offset; break;
         case kInt4: {
           const int code = j % 8 < 4 ? *at & 15 : *at >> 4;
           value = scale * (m.head->has_table ? table_value(m, code) : code - 8) + offset;

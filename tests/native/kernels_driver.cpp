@@ -52,9 +52,9 @@ void add_floats(void* pool, Block& block, int64_t which, int32_t kind, const std
 
 // Random weights of any kind, rounded where they are codes.
 Block weights(void* pool, int32_t kind, int32_t group, bool offsets, bool table, bool order, int64_t n, int64_t k,
-              int64_t count) {
+              int64_t count, bool wide = false) {
   Header head = header(kind, group, n, k, count);
-  head.has_offsets = offsets, head.has_table = table, head.has_order = order;
+  head.has_offsets = offsets, head.has_table = table, head.has_order = order, head.wide_inputs = wide;
   float levels[16];
   for (int i = 0; i < 16; i++) {
     levels[i] = static_cast<float>(i * i - 100) / 125;
@@ -91,15 +91,16 @@ void check(const float* a, const float* b, int64_t n, const char* what) {
 void linears(void* one, void* three) {
   struct Kinds {
     int32_t kind, group;
-    bool offsets, table, order;
+    bool offsets, table, order, wide = false;
   };
   const Kinds kinds[] = {{kFloat32, 0, false, false, false}, {kBfloat16, 0, false, false, false},
                          {kFloat16, 0, false, false, false}, {kInt8, 128, false, false, false},
                          {kInt8, 32, true, false, false},    {kInt4, 32, false, false, false},
-                         {kInt4, 64, true, false, true},     {kInt4, 64, false, true, false}};
+                         {kInt4, 64, true, false, true},     {kInt4, 64, false, true, false},
+                         {kInt8, 128, false, false, false, true}, {kInt8, 32, true, false, true, true}};
   const int64_t n = 72, k = 256, rows = 13;
   for (const Kinds& how : kinds) {
-    Block block = weights(one, how.kind, how.group, how.offsets, how.table, how.order, n, k, 1);
+    Block block = weights(one, how.kind, how.group, how.offsets, how.table, how.order, n, k, 1, how.wide);
     const std::vector<bf16> x = as<bf16>(random_floats(rows * k, 2.0f));
     std::vector<float> all_rows(rows * n), again(rows * n), few(rows * n), back(n * k);
     linear_f32(one, kBfloat16, x.data(), rows, block.at(), all_rows.data());

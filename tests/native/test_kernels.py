@@ -78,8 +78,11 @@ GROUPINGS = [
 ]
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
-def test_linear_of_codes(kernels: Kernels, grouping: Grouping) -> None:
+WIDE = [(grouping, True) for grouping in GROUPINGS if grouping.bits == 8]
+
+
+@pytest.mark.parametrize(("grouping", "wide_inputs"), [*((each, False) for each in GROUPINGS), *WIDE], ids=str)
+def test_linear_of_codes(kernels: Kernels, grouping: Grouping, wide_inputs: bool) -> None:
     n, k = 72, 256
     generator = np.random.default_rng(n)
     groups = k // grouping.group
@@ -90,14 +93,14 @@ def test_linear_of_codes(kernels: Kernels, grouping: Grouping) -> None:
         generator.standard_normal((n, groups), np.float32) * 1e-4 if grouping.offsets else None,
         generator.permutation(k).astype(np.int32) if grouping.reordered else None,
     )
-    packed = pack_codes(kernels, weight)
+    packed = pack_codes(kernels, weight, wide_inputs=wide_inputs)
     values = torch.from_numpy(weight.values())
     unpacked = kernels.unpack_rows(packed, torch.arange(n))
     # Offsets are held in 11 bits, a table's levels as the nearest of 255, unless they are whole multiples of a step.
     inexact = 5e-3 if grouping.levels == NF4 else 5e-4 if grouping.offsets else 1e-7
     assert (unpacked - values).abs().max() <= inexact * values.abs().max()
     x = random(40, k)
-    right_for_any_rows(kernels, packed, x, x.double() @ unpacked.double().T, 1e-2)  # inputs of 8 bits
+    right_for_any_rows(kernels, packed, x, x.double() @ unpacked.double().T, 5e-5 if wide_inputs else 1e-2)
 
 
 @pytest.mark.parametrize("grouping", [*GROUPINGS[:7]], ids=str)

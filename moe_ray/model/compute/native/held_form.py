@@ -35,6 +35,8 @@ class HeldForm:
     """Whether the checkpoint's codes are taken as they are."""
     converted: str = ""
     """The format of quantised weights that no kernel computes on; empty where nothing was converted."""
+    wide_inputs: bool = False
+    """Whether inputs of 8-bit codes have 16 bits on every CPU."""
 
     def __str__(self) -> str:
         converted = f" (converted from {self.converted})" if self.converted else ""
@@ -48,10 +50,10 @@ class HeldForm:
         """The shape of the block for `count` matrices [N, K] of it."""
         if self.grouping is None:
             return BlockShape(DTYPE_CODES[self.dtype], *shape, count)
-        return block_shape(self.grouping, *shape, count)
+        return block_shape(self.grouping, *shape, count, self.wide_inputs)
 
 
-def form_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None) -> HeldForm:
+def form_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None, wide_inputs: bool = False) -> HeldForm:
     """How matrices of one block are held: quantised to `quantize`, or as stored where kernels compute on that.
 
     Weights that are stored in no more bits than `quantize` stay as they are. What no kernel computes on is converted:
@@ -63,11 +65,12 @@ def form_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None)
     inputs = matrices[0].shape[1]
     wanted = None if quantize is None else grouping(quantize, inputs)
     if common is not None and usable and (wanted is None or common.bits <= wanted.bits):
-        return HeldForm(dtype, common, as_stored=True)
+        return HeldForm(dtype, common, as_stored=True, wide_inputs=wide_inputs)
     if wanted is None and max(matrix.bits for matrix in matrices) <= FEW_BITS:
         wanted = grouping("int8", inputs)
     quantised = [matrix.format for matrix in matrices if matrix.format not in FLOATS]
-    return HeldForm(dtype, wanted, converted=quantised[0] if quantised and quantize is None else "")
+    converted = quantised[0] if quantised and quantize is None else ""
+    return HeldForm(dtype, wanted, converted=converted, wide_inputs=wide_inputs)
 
 
 def hold(kernels: Kernels, form: HeldForm, *matrices: Sequence[Matrix]) -> Packed:
@@ -79,8 +82,10 @@ def hold(kernels: Kernels, form: HeldForm, *matrices: Sequence[Matrix]) -> Packe
     if how is None:
         return kernels.pack_floats(form.dtype, *(_floats(rows, form.dtype) for rows in matrices))
     if form.as_stored:
-        return pack_codes(kernels, *_of_one_order([[matrix.codes() for matrix in rows] for rows in matrices]))
-    return pack_codes(kernels, *(_stacked([_rounded(kernels, matrix, how) for matrix in rows]) for rows in matrices))
+        weights = _of_one_order([[matrix.codes() for matrix in rows] for rows in matrices])
+    else:
+        weights = [_stacked([_rounded(kernels, matrix, how) for matrix in rows]) for rows in matrices]
+    return pack_codes(kernels, *weights, wide_inputs=form.wide_inputs)
 
 
 def _floats(rows: Sequence[Matrix], dtype: str) -> np.ndarray:

@@ -77,7 +77,7 @@ class NativeTrunk:
         return Layer(*norms, *(block.address for block in blocks))
 
     def _matrix(self, rows: Sequence[Matrix]) -> Packed:
-        form = form_of(rows, self._dtype, self._quantize)
+        form = form_of(rows, self._dtype, self._quantize, wide_inputs=True)
         self.held[str(form)] = None
         return self._keep(hold(self.kernels, form, rows))
 
