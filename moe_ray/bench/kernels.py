@@ -26,11 +26,15 @@ from moe_ray.telemetry import cores
 
 Progress = Callable[[str, int, int], None]
 
+WIDE: Final = "int8-wide"
+"""int8 with inputs of 16 bits on every CPU."""
 PLOT: Final = Plot("rows", "gflop_per_s", "what", log_x=True, log_y=True)
 ROTATION_BYTES: Final = 256 * 2**20
 """Of copies of each matrix that are multiplied in turn, so that no cache holds the next."""
 LEAST_S: Final = 0.05
 """That one measurement takes."""
+BARE_LOOPS: Final = 20
+"""Of which the fastest counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class KernelOptions:
 
     kernels: tuple[str, ...] = ()
     """Names of `KERNELS`. Default: this machine's best."""
-    formats: tuple[str, ...] = ("bfloat16", "int8", "int4", "nf4")
+    formats: tuple[str, ...] = ("bfloat16", "int8", WIDE, "int4", "nf4")
     rows: tuple[int, ...] = (1, 4, 16, 128)
     outputs: int = 7168
     inputs: int = 1024
@@ -53,6 +57,16 @@ class _Case:
     kernels: Kernels
     format: str
     copies: list[Packed]
+
+    def bare_gflop_per_s(self) -> float:
+        """What these weights' best instruction reaches in a loop that fetches nothing."""
+        run, pool, address = self.kernels.library.bare_loop, self.kernels.pool, self.copies[0].address
+        best, times = 0.0, 100_000
+        for _ in range(BARE_LOOPS):
+            started = time.perf_counter()
+            products = run(pool, address, times)
+            best = max(best, 2 * products / (time.perf_counter() - started) / 1e9)
+        return best
 
     def milliseconds(self, x: np.ndarray, out: np.ndarray) -> float:
         """Of one product of x [rows, K] bfloat16, on average over the copies."""
@@ -74,6 +88,7 @@ def run_kernels(options: KernelOptions, on_progress: Progress) -> Report:
     inputs = {
         rows: generator.standard_normal((rows, options.inputs)).astype(ml_dtypes.bfloat16) for rows in options.rows
     }
+    bare = [case.bare_gflop_per_s() for case in cases]
     times: dict[tuple[int, int], list[float]] = {}
     machine = probe.measure()
     for repeat in range(options.repeats):
@@ -95,14 +110,15 @@ def run_kernels(options: KernelOptions, on_progress: Progress) -> Report:
     return Report(
         "kernels",
         [
-            _row(cases[number], rows, statistics.median(found), work, machine.read_gb_per_s)
+            _row(cases[number], rows, statistics.median(found), work, machine.read_gb_per_s, bare[number])
             for (number, rows), found in times.items()
         ],
         facts,
     )
 
 
-def _row(case: _Case, rows: int, milliseconds: float, weights: int, read_gb_per_s: float) -> Row:
+def _row(case: _Case, rows: int, milliseconds: float, weights: int, read_gb_per_s: float, bare: float) -> Row:
+    gflop_per_s = 2 * rows * weights / milliseconds / 1e6
     read = case.copies[0].nbytes / milliseconds / 1e6
     return {
         "what": f"{case.kernels.name} {case.format}",
@@ -110,7 +126,8 @@ def _row(case: _Case, rows: int, milliseconds: float, weights: int, read_gb_per_
         "ms": round(milliseconds, 4),
         "gb_per_s": round(read, 1),
         "share_of_read": round(read / read_gb_per_s, 2),
-        "gflop_per_s": round(2 * rows * weights / milliseconds / 1e6, 1),
+        "gflop_per_s": round(gflop_per_s, 1),
+        "share_of_bare_loop": round(gflop_per_s / bare, 2),
     }
 
 
@@ -122,9 +139,10 @@ def _cases(options: KernelOptions, threads: int) -> list[_Case]:
     for name in names:
         if name not in KERNELS:
             raise ConfigError(f"--kernels: {name!r} is none of {', '.join(KERNELS)}")
+    known = (*FLOATS, *GROUPINGS, WIDE)
     for name in options.formats:
-        if name not in (*FLOATS, *GROUPINGS):
-            raise ConfigError(f"--formats: {name!r} is none of {', '.join((*FLOATS, *GROUPINGS))}")
+        if name not in known:
+            raise ConfigError(f"--formats: {name!r} is none of {', '.join(known)}")
     if options.inputs % 128:
         raise ConfigError(f"--inputs: must be a multiple of 128, got {options.inputs}")
     values = np.random.default_rng(1).standard_normal((options.outputs, options.inputs), dtype=np.float32) / 32
@@ -144,7 +162,8 @@ def _cases(options: KernelOptions, threads: int) -> list[_Case]:
 
 
 def _packed(kernels: Kernels, form: str, values: np.ndarray) -> Packed:
-    how = grouping(form, values.shape[1])
+    how = grouping("int8" if form == WIDE else form, values.shape[1])
     if how is None:
         return kernels.pack_floats(form, values.astype(np.dtype(form)))
-    return pack_codes(kernels, GroupedCodes(how, *round_codes(kernels, values, how)))
+    codes = GroupedCodes(how, *round_codes(kernels, values, how))
+    return pack_codes(kernels, codes, wide_inputs=form == WIDE)

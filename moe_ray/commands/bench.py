@@ -115,7 +115,9 @@ def kernels(
     names_: Annotated[
         str | None, typer.Option("--kernels", help="Instruction sets: a list.", show_default="this machine's best")
     ] = None,
-    formats: Annotated[str, typer.Option(help="What weights are held as: a list.")] = "bfloat16,int8,int4,nf4",
+    formats: Annotated[
+        str, typer.Option(help="What weights are held as: a list.")
+    ] = "bfloat16,int8,int8-wide,int4,nf4",
     rows: Annotated[str, typer.Option(help="Rows that are multiplied at once: a list of numbers.")] = "1,4,16,128",
     outputs: Annotated[int, typer.Option(min=1, help="Of the matrix.")] = 7168,
     inputs: Annotated[int, typer.Option(min=1, help="Of the matrix, a multiple of 128.")] = 1024,

@@ -1,6 +1,6 @@
 // How panels of 16 outputs are multiplied with rows of inputs, for each way to hold weights. A panel class has
 //   Input   what the inputs are converted to (activations.h)
-//   part    the weights of a panel for one input, or a few: kParts parts follow each other in kBytes
+//   part    the weights of a panel for one input, or a few: kParts parts of kInputs inputs follow each other in kBytes
 //   inputs  those of a row, beside every output
 //   add     the products to a row's sums: Lanes of floats; of integers whole numbers, a group at a time
 #pragma once

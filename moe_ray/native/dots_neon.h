@@ -50,7 +50,7 @@ struct Signed {
   using Input = int8_t;
   using Sums = Whole;
   static constexpr bool kIntegers = true;
-  static constexpr int kParts = 2;
+  static constexpr int kInputs = 8, kParts = 2;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}

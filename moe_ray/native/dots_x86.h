@@ -109,7 +109,7 @@ struct WideBytes {
   using Input = int16_t;
   using Sums = Whole;
   static constexpr bool kIntegers = true;
-  static constexpr int kMiddle = 128, kParts = 4, kBytes = 128;
+  static constexpr int kMiddle = 128, kInputs = 8, kParts = 4, kBytes = 128;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
@@ -136,7 +136,7 @@ struct Unsigned {
   using Input = int8_t;
   using Sums = Whole;
   static constexpr bool kIntegers = true;
-  static constexpr int kParts = 2;
+  static constexpr int kInputs = 8, kParts = 2;
   static Sums begun(int32_t start) { return whole_same(start); }
   static Whole total(Sums s) { return s; }
   static void settle(Sums&) {}
@@ -185,7 +185,7 @@ struct Nibbles<false> {
     Whole now, before;  // of 16 bits, since the last settling; of 32 bits
   };
   static constexpr bool kIntegers = true;
-  static constexpr int kMiddle = 8, kBytes = 64, kParts = 2, kTableMiddle = 0;
+  static constexpr int kMiddle = 8, kInputs = 8, kParts = 2, kBytes = 64, kTableMiddle = 0;
   static Sums begun(int32_t start) { return {whole_zero(), whole_same(start)}; }
   static Whole total(Sums s) { return s.before; }
   static void settle(Sums& s) {  // after 32 inputs at the latest

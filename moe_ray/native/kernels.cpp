@@ -3,6 +3,7 @@
 // outlives a call, except pools. `dtype` is that of rows and KV cache, as the wire numbers it (Kind); a matrix is a block of
 // matrix.h.
 
+#include "bare.h"
 #include "rounding.h"
 #include "trunk.h"
 
@@ -81,6 +82,20 @@ void linear_f32(void* pool, int32_t dtype, const void* x, int64_t rows, const vo
     using T = std::remove_pointer_t<decltype(type)>;
     linear_into(*static_cast<Pool*>(pool), static_cast<const T*>(x), rows, matrix_at(memory), out);
   });
+}
+
+// Multiplications with weights as those of the block at `memory` are multiplied, `times` for each of many sums, without any
+// memory. Returns how many.
+int64_t bare_loop(void* pool, const void* memory, int64_t times) {
+  Pool& threads = *static_cast<Pool*>(pool);
+  const Header& head = *matrix_at(memory).head;
+  switch (head.kind) {
+    case kFloat32: return bare<Floats<float>>(threads, times);
+    case kFloat16: return bare<Floats<half>>(threads, times);
+    case kBfloat16: return bare<Pairs>(threads, times);
+    case kInt8: return head.wide_inputs ? bare<WideBytes>(threads, times) : bare<Bytes>(threads, times);
+    default: return head.has_table ? bare<Nibbles<true>>(threads, times) : bare<Nibbles<false>>(threads, times);
+  }
 }
 
 void expert_ffn(void* pool, int32_t dtype, const void* x, const float* weights, int64_t rows, const void* w13,

@@ -104,6 +104,7 @@ _SIGNATURES: Final = {
     "round_codes": (None, (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 4)),
     "unpack_rows": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "linear_f32": (None, (c_void_p, c_int32, c_void_p, c_int64, c_void_p, c_void_p)),
+    "bare_loop": (c_int64, (c_void_p, c_void_p, c_int64)),
     "expert_ffn": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3)),
     "layer_supported": (c_int, (c_int64, c_int64, c_int64)),
     "layer_front": (

@@ -73,7 +73,7 @@ void integer_tile(const Inputs& in, int64_t row, const Matrix& m, int64_t panel,
       for (int i = 0; i < ROWS; i++) sums[p][i] = Of::begun(in.starts[(row + i) * groups + g]);
     for (int64_t b = 0; b < blocks; b++) {
 #pragma GCC unroll 4
-      for (int eight = 0; eight < 4; eight++, at += Of::kBytes, w += Of::kBytes, x += 8)
+      for (int eight = 0; eight < 4; eight++, at += Of::kBytes, w += Of::kBytes, x += Of::kInputs)
         steps<Of, ROWS, PANELS>(w, at, stride, table, x, in.ld, sums);
       for (int p = 0; p < PANELS; p++)
         for (int i = 0; i < ROWS; i++) Of::settle(sums[p][i]);
