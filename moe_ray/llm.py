@@ -64,6 +64,7 @@ class LLM:
         kernels: str | None = None,
         quantize: str | None = None,
         quantize_trunk: str | None = None,
+        kv_cache_dtype: str | None = None,
         max_model_len: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
@@ -71,12 +72,13 @@ class LLM:
         """Load `model`: a directory, a Hugging Face repo id, or `demo`.
 
         `quantize`, `quantize_trunk`: hold the experts', the trunk's matrices in fewer bits: "int8", "int4" or "nf4".
+        `kv_cache_dtype`: "auto", or "int8": half of bfloat16's memory for the KV cache.
         `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is called
         with (what, done, total) while things load. Raises `CheckpointError`, `ConfigError`.
         """
         compute = {"dtype": dtype, "device": device, "kernels": kernels}
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
-        engine = {"micro_batches": 1, **options.pop("engine", {})}
+        engine = {"micro_batches": 1, "kv_cache_dtype": kv_cache_dtype, **options.pop("engine", {})}
         model_options = {"path": str(model), "max_model_len": max_model_len, **compute}
         sections = {
             "experts": {"quantize": quantize, **options.pop("experts", {})},

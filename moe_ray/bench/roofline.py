@@ -22,6 +22,7 @@ from moe_ray.config import load_config
 from moe_ray.core import SamplingParams
 from moe_ray.errors import ConfigError
 from moe_ray.model.formats import dtype_bytes
+from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 from moe_ray.telemetry import cores
@@ -98,8 +99,8 @@ def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
     return float(num_experts * (1 - (1 - top_k / num_experts) ** tokens))
 
 
-def work_of(model: ModelConfig, dtype: str) -> Work:
-    """The bytes and operations of `model` held in `dtype`."""
+def work_of(model: ModelConfig, dtype: str, kv_cache_dtype: str = "auto") -> Work:
+    """The bytes and operations of `model` held in `dtype`, its KV cache as `engine.kv_cache_dtype` says."""
     size = dtype_bytes(dtype)
     trunk_weights = list(weights_of_trunk(model))
     embedding = model.vocab_size * model.hidden_size
@@ -110,7 +111,7 @@ def work_of(model: ModelConfig, dtype: str) -> Work:
     return Work(
         shared_bytes=shared * size,
         expert_bytes=expert * size,
-        kv_bytes_per_token=model.kv_elements_per_token * size,
+        kv_bytes_per_token=kv_bytes_per_token(model, held_in(kv_cache_dtype, dtype)),
         num_layers=model.num_hidden_layers,
         num_experts=model.num_local_experts,
         top_k=model.num_experts_per_tok,
@@ -154,7 +155,7 @@ def run_roofline(options: RooflineOptions, on_progress: Progress) -> Report:
     torch.set_num_threads(threads)
     llm = LLM(directory, progress=on_progress)
     probe = Probe(threads, matmul_shapes(model), compute.torch_dtype)
-    work = work_of(model, compute.dtype)
+    work = work_of(model, compute.dtype, config.engine.kv_cache_dtype)
     fresh = count()  # no two requests share a prefix, so that nothing comes out of the prefix cache
 
     def run(concurrency: int, output_tokens: int) -> Rates:

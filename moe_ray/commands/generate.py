@@ -10,6 +10,7 @@ import typer
 from moe_ray.commands.options import (
     Device,
     Dtype,
+    KvCacheDtype,
     MaxModelLen,
     MaxTokens,
     Model,
@@ -32,6 +33,7 @@ def generate(
     device: Device = None,
     quantize: Quantize = None,
     quantize_trunk: QuantizeTrunk = None,
+    kv_cache_dtype: KvCacheDtype = None,
     max_model_len: MaxModelLen = None,
 ) -> None:
     """Complete one prompt in this process, without Ray, streaming to standard output."""
@@ -51,6 +53,7 @@ def generate(
             device=device,
             quantize=quantize,
             quantize_trunk=quantize_trunk,
+            kv_cache_dtype=kv_cache_dtype,
             max_model_len=max_model_len,
             progress=progress,
         )

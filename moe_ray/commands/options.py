@@ -31,6 +31,9 @@ Quantize = Annotated[
 QuantizeTrunk = Annotated[
     str | None, typer.Option(help="The trunk to int8, int4 or nf4 on load.", show_default="as in the checkpoint")
 ]
+KvCacheDtype = Annotated[
+    str | None, typer.Option(help="auto, or int8: half of bfloat16's memory for the KV cache.", show_default="auto")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration; may be repeated.")
 ]

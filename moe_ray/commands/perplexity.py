@@ -13,6 +13,7 @@ from moe_ray.commands.options import (
     Dtype,
     JsonOutput,
     Kernels,
+    KvCacheDtype,
     Model,
     Quantize,
     QuantizeTrunk,
@@ -43,6 +44,7 @@ def perplexity(
     kernels: Kernels = None,
     quantize: Quantize = None,
     quantize_trunk: QuantizeTrunk = None,
+    kv_cache_dtype: KvCacheDtype = None,
     config: ConfigFile = None,
     settings: Settings = None,
     json_output: JsonOutput = False,
@@ -70,6 +72,7 @@ def perplexity(
         "model": {"path": model, "dtype": dtype, "device": device, "kernels": kernels},
         "experts": {"quantize": quantize},
         "trunk": {"quantize": quantize_trunk},
+        "engine": {"kv_cache_dtype": kv_cache_dtype},
     }
     chosen = with_usable_cache(load_config(with_settings(flags, settings or ()), config), error_console())
     with loading_bars(error_console()) as progress:

@@ -11,6 +11,7 @@ from moe_ray.commands.options import (
     ConfigFile,
     Dtype,
     JsonOutput,
+    KvCacheDtype,
     Quantize,
     QuantizeTrunk,
     error_console,
@@ -32,6 +33,7 @@ def plan(
     dtype: Dtype = None,
     quantize: Quantize = None,
     quantize_trunk: QuantizeTrunk = None,
+    kv_cache_dtype: KvCacheDtype = None,
     gpu_memory: Annotated[float | None, typer.Option(help="Size of each card in GiB: says what fits.")] = None,
     load: Annotated[
         Path | None,
@@ -84,6 +86,7 @@ def plan(
         "model": {"path": model, "dtype": dtype},
         "experts": {"quantize": quantize},
         "trunk": {"quantize": quantize_trunk},
+        "engine": {"kv_cache_dtype": kv_cache_dtype},
     }
     settings = with_usable_cache(load_config(flags, config), error_console())
     with loading_bars(error_console()) as progress:

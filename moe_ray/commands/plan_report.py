@@ -56,7 +56,7 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_ca
         _print_whole(console, planned)
     console.print(
         f"KV cache: {plan.kv_bytes_per_token:,} B a token, {size(plan.kv_bytes_per_token * plan.context)} "
-        f"for one sequence of {plan.context:,} tokens"
+        f"for one sequence of {plan.context:,} tokens, in {plan.kv_cache_dtype}"
     )
 
 
@@ -105,6 +105,7 @@ def plan_json(
             "total_scale_bytes": plan.total_scale_bytes,
             "smallest_card_for_all": _json_card(smallest_card(plan.whole_need_bytes)),
             "kv_bytes_per_token": plan.kv_bytes_per_token,
+            "kv_cache_dtype": plan.kv_cache_dtype,
             "context": plan.context,
             "rows": rows,
             **({} if balanced is None else {"balance": balance_json(planned, balanced)}),

@@ -70,7 +70,7 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
     device = "cuda" if cards or config.model.device == "cuda" else "cpu"
     dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags(), build.kernels_here())
     held = weights_held(config, dtype, experts, found.quantised)
-    plan = make_plan(model, dtype, placed, held)
+    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype)
     return Planned(config.served_name, directory, model, plan, found.bytes_to_read, held, per_actor)
 
 

@@ -16,6 +16,7 @@ from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import Compute, open_compute
 from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.end_tokens import end_token_ids
+from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.moe import Experts
 from moe_ray.model.trunk import Trunk
@@ -27,7 +28,7 @@ GPU_CACHE_SHARE = 0.85
 
 def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
     """How many KV blocks the configured (or default) memory holds, never more than all sequences can use."""
-    size, itemsize = config.engine.block_size, compute.torch_dtype.itemsize
+    size, held = config.engine.block_size, held_in(config.engine.kv_cache_dtype, compute.dtype)
     if config.engine.kv_cache_gib is not None:
         budget = int(config.engine.kv_cache_gib * GIB)
     elif compute.device == "cuda":
@@ -36,7 +37,7 @@ def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
         budget = min(int(CPU_CACHE_SHARE * psutil.virtual_memory().available), CPU_CACHE_MOST)
     longest = config.model.max_model_len or model.max_position_embeddings
     most = config.engine.max_num_seqs * -(-longest // size)
-    return min(num_blocks_for(model, size, itemsize, budget), most)
+    return min(num_blocks_for(kv_bytes_per_token(model, held), size, budget), most)
 
 
 def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
@@ -98,5 +99,6 @@ def build_engine(
         max_model_len=max_model_len(config, model, blocks),
         micro_batches=None if config.engine.micro_batches == "auto" else config.engine.micro_batches,
         eos_token_ids=end_token_ids(checkpoint.directory, model.vocab_size),
+        kv_cache_dtype=config.engine.kv_cache_dtype,
     )
     return Engine(trunk, options)

@@ -13,7 +13,7 @@ from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
 from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
-from moe_ray.engine.kv_cache import KVCache
+from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.micro_batches import split_batch
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
@@ -33,6 +33,8 @@ class EngineOptions:
     micro_batches: int | None = 1
     """None: as many as turn out to be fastest."""
     eos_token_ids: frozenset[int] = frozenset()
+    kv_cache_dtype: str = "auto"
+    """"auto": as the trunk's rows; or "int8"."""
 
 
 class Engine:
@@ -48,7 +50,8 @@ class Engine:
             )
         self.options = options
         self._trunk = trunk
-        self._cache = KVCache(trunk.config, options.num_blocks, options.block_size, trunk.dtype, trunk.device)
+        held = cache_dtype(options.kv_cache_dtype, trunk.dtype)
+        self._cache = KVCache(trunk.config, options.num_blocks, options.block_size, held, trunk.device)
         self._allocator = BlockAllocator(options.num_blocks, options.block_size)
         costs = StepCosts(trunk.config.num_local_experts, trunk.config.num_experts_per_tok)
         self._scheduler = Scheduler(

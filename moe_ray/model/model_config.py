@@ -48,11 +48,6 @@ class ModelConfig:
     quantization: Quantization | None = None
     """How its weights are quantised; None: config.json and the files beside it say nothing of it."""
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of K and V that one token keeps, over all layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-
     @staticmethod
     def load(directory: Path) -> ModelConfig:
         """Read `directory/config.json`, or else Mistral's params.json.

@@ -8,55 +8,17 @@
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "cache.h"
 
 namespace moe_ray {
-
-template <class T>
-struct PagedCache {
-  const T* k;  // [slots, kv_heads, head_dim]
-  const T* v;
-  const int32_t* table;  // the sequence's blocks
-  int64_t block_size, row;  // row: elements from one slot to the next
-
-  int64_t at(int64_t position) const {
-    return (table[position / block_size] * block_size + position % block_size) * row;
-  }
-};
-
-// Products of query and key, `kStep` elements at a time.
-template <class T>
-struct Scores {
-  static constexpr int kStep = 16;
-  using Query = float;
-  struct Key {
-    Lanes part;
-  };
-  static Key key(const T* p) { return {load(p)}; }
-  static Lanes add(Key key, const float* query, Lanes sum) { return plus_product(key.part, load(query), sum); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Scores<bf16> {
-  static constexpr int kStep = 32;
-  using Query = bf16;
-  struct Key {
-    __m512bh part;
-  };
-  static Key key(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
-  static Lanes add(Key key, const bf16* query, Lanes sum) {
-    return {_mm512_dpbf16_ps(sum.v, key.part, (__m512bh)_mm512_loadu_si512(query))};
-  }
-};
-#endif
 
 // Sums of values by their weights, of a group's heads `from` to `from` + `heads`, `PIECES` Lanes of a value at a time.
 // scores: [tiles][16], lane key * GROUP + head.
 template <class T, int GROUP, int ROWS, int PIECES>
-void add_values(const PagedCache<T>& cache, int64_t dim, const float* scores, int64_t first, int64_t last, int from,
-                int heads, const float* total, float* out) {
+void add_values(const PagedCache<T>& cache, const float* scores, int64_t first, int64_t last, int from, int heads,
+                const float* total, float* out) {
   constexpr int kKeys = 16 / GROUP;
+  const int64_t dim = cache.head_dim, row = cache.row();
   for (int64_t d = 0; d < dim; d += 16 * PIECES) {
     Lanes acc[ROWS][PIECES];
     for (int g = 0; g < ROWS; g++)
@@ -64,7 +26,7 @@ void add_values(const PagedCache<T>& cache, int64_t dim, const float* scores, in
     for (int64_t t = 0, position = first; position < last; t++) {
       const float* p = scores + t * 16 + from;
       for (int j = 0; j < kKeys && position < last; j++, position++) {
-        const T* value = cache.v + cache.at(position) + d;
+        const T* value = cache.v + cache.slot(position) * row + d;
         Lanes v[PIECES];
 #pragma GCC unroll 4
         for (int i = 0; i < PIECES; i++) v[i] = load(value + i * 16);
@@ -82,18 +44,34 @@ void add_values(const PagedCache<T>& cache, int64_t dim, const float* scores, in
   }
 }
 
-// q [GROUP, dim] (contiguous) over positions [first, last) → out [GROUP, dim]; dim: a multiple of 32.
+// Weights times the scales of their values.
+template <class T, int GROUP>
+void weigh_scales(const PagedCache<T>& cache, float* weights, int64_t first, int64_t last) {
+  constexpr int kKeys = 16 / GROUP;
+  for (int64_t position = first; position < last; weights += 16)
+    for (int j = 0; j < kKeys && position < last; j++, position++) {
+      const float scale = cache.v_scales[cache.slot(position) * cache.kv_heads];
+      for (int g = 0; g < GROUP; g++) weights[j * GROUP + g] *= scale;
+    }
+}
+
+// q [GROUP, head_dim] (contiguous) over positions [first, last) → out [GROUP, head_dim]; head_dim: a multiple of 32.
+// `scales` [GROUP]: what a head's products with keys are multiplied by.
 // Softmax in two passes (all scores, then values), so any context takes scores of GROUP * 16 / (16 / GROUP) floats.
 template <class T, int GROUP>
-void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, int64_t dim, int64_t first, int64_t last,
-                float scale, std::vector<float>& scratch, float* out) {
+void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, const float* scales, int64_t first,
+                int64_t last, std::vector<float>& scratch, float* out) {
   constexpr int kKeys = 16 / GROUP, kUsed = kKeys * GROUP;  // keys per tile; lane key * GROUP + head
   constexpr int kHeads = std::min(GROUP, kRegisters == 32 ? 16 : 4);  // summed at once
   constexpr int kStep = Scores<T>::kStep;
+  const int64_t dim = cache.head_dim, row = cache.row();
   const int64_t tiles = (last - first + kKeys - 1) / kKeys;
   if (static_cast<int64_t>(scratch.size()) < tiles * 16) scratch.resize(tiles * 16 * 2);
   float* scores = scratch.data();
 
+  alignas(64) float lanes[16], most[GROUP], total[GROUP];
+  for (int i = 0; i < 16; i++) lanes[i] = scales[i % GROUP];
+  const Lanes by = load(lanes);
   const Lanes none = all(-std::numeric_limits<float>::infinity());
   Lanes top = none;
   for (int64_t t = 0; t < tiles; t++) {
@@ -101,28 +79,32 @@ void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, 
     const int64_t base = first + t * kKeys;
     const int keys = static_cast<int>(std::min<int64_t>(kKeys, last - base));
     for (int j = 0; j < kKeys; j++) {
-      const T* key = cache.k + cache.at(base + std::min(j, keys - 1));
+      const int64_t slot = cache.slot(base + std::min(j, keys - 1));
+      const T* key = cache.k + slot * row;
       for (int from = 0; from < GROUP; from += kHeads) {
         const int heads = std::min(kHeads, GROUP - from);
-        Lanes sums[kHeads];
+        typename Scores<T>::Sum sums[kHeads];
 #pragma GCC unroll 16
-        for (int g = 0; g < kHeads; g++) sums[g] = all(0.0f);
+        for (int g = 0; g < kHeads; g++) sums[g] = Scores<T>::none();
         for (int64_t d = 0; d < dim; d += kStep) {
           const auto part = Scores<T>::key(key + d);
 #pragma GCC unroll 16
           for (int g = 0; g < kHeads; g++)
             if (g < heads) sums[g] = Scores<T>::add(part, q + (from + g) * dim + d, sums[g]);
         }
-        for (int g = 0; g < heads; g++) dots[j * GROUP + from + g] = sums[g];
+        for (int g = 0; g < heads; g++) {
+          if constexpr (PagedCache<T>::kScaled)
+            dots[j * GROUP + from + g] = floats_of(sums[g]) * all(cache.k_scales[slot * cache.kv_heads]);
+          else dots[j * GROUP + from + g] = sums[g];
+        }
       }
     }
     for (int j = kUsed; j < 16; j++) dots[j] = all(0.0f);
-    const Lanes tile = first_lanes(keys * GROUP, sum_each(dots) * all(scale), none);
+    const Lanes tile = first_lanes(keys * GROUP, sum_each(dots) * by, none);
     top = maximum(top, tile);
     store(scores + t * 16, tile);
   }
 
-  alignas(64) float lanes[16], most[GROUP], total[GROUP];
   store(lanes, top);
   for (int g = 0; g < GROUP; g++) {
     most[g] = lanes[g];
@@ -143,19 +125,20 @@ void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, 
     for (int j = 0; j < kKeys; j++) total[g] += lanes[j * GROUP + g];
   }
 
+  if constexpr (PagedCache<T>::kScaled) weigh_scales<T, GROUP>(cache, scores, first, last);
   // As many sums as leave a register for a value and a weight.
   constexpr int kPieces = kRegisters < 32 ? 1 : GROUP <= 10 ? 2 : 1;
   constexpr int kRows = std::min(GROUP, kRegisters == 32 ? 16 : 6);
   for (int from = 0; from < GROUP; from += kRows) {
     const int heads = std::min(kRows, GROUP - from);
     if (kRegisters == 32 && GROUP <= 5 && dim % 64 == 0)
-      add_values<T, GROUP, kRows, kRegisters == 32 ? 4 : 1>(cache, dim, scores, first, last, from, heads, total, out);
-    else add_values<T, GROUP, kRows, kPieces>(cache, dim, scores, first, last, from, heads, total, out);
+      add_values<T, GROUP, kRows, kRegisters == 32 ? 4 : 1>(cache, scores, first, last, from, heads, total, out);
+    else add_values<T, GROUP, kRows, kPieces>(cache, scores, first, last, from, heads, total, out);
   }
 }
 
 template <class T>
-using Attend = void (*)(const PagedCache<T>&, const typename Scores<T>::Query*, int64_t, int64_t, int64_t, float,
+using Attend = void (*)(const PagedCache<T>&, const typename Scores<T>::Query*, const float*, int64_t, int64_t,
                         std::vector<float>&, float*);
 
 // The kernel for so many query heads per KV head, or nullptr where there is none.

@@ -37,8 +37,9 @@ class ModelShape(ctypes.Structure):
 class Layer(ctypes.Structure):
     """`Layer` of trunk.h: where one layer's weights and cache are."""
 
-    _fields_ = tuple(
-        (name, c_void_p) for name in ("input_norm", "post_norm", "qkv", "out", "gate", "k_cache", "v_cache")
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "qkv", "out", "gate")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache", "k_scales", "v_scales")),
     )
 
 

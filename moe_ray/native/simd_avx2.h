@@ -64,6 +64,31 @@ inline Lanes load(const int32_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)p)),
           _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)(p + 8)))};
 }
+inline Lanes load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+
+struct Shorts {  // 32 whole numbers of 16 bits
+  __m256i a, b;
+};
+struct PairSums {  // 16 sums of their products, two to each
+  __m256i a, b;
+};
+inline Shorts load_shorts(const int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+inline PairSums no_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline PairSums plus_pairs(Shorts x, const int16_t* y, PairSums z) {
+  const __m256i a = _mm256_loadu_si256((const __m256i*)y), b = _mm256_loadu_si256((const __m256i*)(y + 16));
+#if defined(__AVXVNNI__)
+  return {_mm256_dpwssd_avx_epi32(z.a, x.a, a), _mm256_dpwssd_avx_epi32(z.b, x.b, b)};
+#else
+  return {_mm256_add_epi32(z.a, _mm256_madd_epi16(x.a, a)), _mm256_add_epi32(z.b, _mm256_madd_epi16(x.b, b))};
+#endif
+}
+inline Lanes floats_of(PairSums x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
 // The first, the second of 16 pairs of bfloat16.
 inline Lanes first_of_pairs(const void* p) {

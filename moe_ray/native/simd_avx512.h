@@ -40,6 +40,26 @@ inline Lanes load(const bf16* p) {
 }
 inline Lanes load(const half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 inline Lanes load(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+inline Lanes load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+
+struct Shorts {  // 32 whole numbers of 16 bits
+  __m512i v;
+};
+struct PairSums {  // 16 sums of their products, two to each
+  __m512i v;
+};
+inline Shorts load_shorts(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+inline PairSums no_pairs() { return {_mm512_setzero_si512()}; }
+inline PairSums plus_pairs(Shorts x, const int16_t* y, PairSums z) {
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpwssd_epi32(z.v, x.v, _mm512_loadu_si512(y))};
+#else
+  return {_mm512_add_epi32(z.v, _mm512_madd_epi16(x.v, _mm512_loadu_si512(y)))};
+#endif
+}
+inline Lanes floats_of(PairSums x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
 // The first, the second of 16 pairs of bfloat16.
 inline Lanes first_of_pairs(const void* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }

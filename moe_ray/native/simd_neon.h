@@ -70,6 +70,36 @@ inline Lanes load(const half* p) {
 inline Lanes load(const int32_t* p) {
   return each_quarter([&](int i) { return vcvtq_f32_s32(vld1q_s32(p + 4 * i)); });
 }
+inline Lanes load(const int8_t* p) {
+  const int8x16_t x = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_s8(vget_high_s8(x));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
+
+struct Shorts {  // 32 whole numbers of 16 bits
+  int16x8_t v[4];
+};
+struct PairSums {  // 16 sums of their products, two to each
+  int32x4_t v[4];
+};
+inline Shorts load_shorts(const int8_t* p) {
+  const int8x16_t x = vld1q_s8(p), y = vld1q_s8(p + 16);
+  return {{vmovl_s8(vget_low_s8(x)), vmovl_s8(vget_high_s8(x)), vmovl_s8(vget_low_s8(y)), vmovl_s8(vget_high_s8(y))}};
+}
+inline PairSums no_pairs() {
+  const int32x4_t zero = vdupq_n_s32(0);
+  return {{zero, zero, zero, zero}};
+}
+inline PairSums plus_pairs(Shorts x, const int16_t* y, PairSums z) {
+  for (int i = 0; i < 4; i++) {
+    const int16x8_t other = vld1q_s16(y + 8 * i);
+    z.v[i] = vmlal_s16(z.v[i], vget_low_s16(x.v[i]), vget_low_s16(other));
+    z.v[i] = vmlal_high_s16(z.v[i], x.v[i], other);
+  }
+  return z;
+}
+inline Lanes floats_of(PairSums x) { return each_quarter([&](int i) { return vcvtq_f32_s32(x.v[i]); }); }
 
 // The first, the second of 16 pairs of bfloat16.
 inline Lanes first_of_pairs(const void* p) {

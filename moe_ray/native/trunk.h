@@ -1,5 +1,5 @@
 // One layer of a trunk up to its experts, and what comes after the last: norms, rotary embeddings, attention, the router.
-// T is the dtype of rows and KV cache; hidden states are float32.
+// T is the dtype of rows, and of the KV cache unless that has scales; hidden states are float32.
 #pragma once
 
 #include "attention.h"
@@ -17,7 +17,8 @@ struct Shape {
 struct Layer {
   const float *input_norm, *post_norm;  // [D]
   const void *qkv, *out, *gate;         // matrices: [q + 2 kv, D], [D, q], [E, D]
-  void *k_cache, *v_cache;              // [slots, kv_heads, head_dim]
+  void *k_cache, *v_cache;              // [slots, kv_heads, head_dim], as rows or, with scales, int8_t
+  float *k_scales, *v_scales;           // [slots, kv_heads] or null
 };
 
 struct Step {  // T tokens
@@ -32,6 +33,7 @@ struct Scratch {  // of the thread that calls; grows to the largest step
   InputRoom inputs;
   std::vector<float> normed, qkv, attended, hidden, logits, weights;
   std::vector<float> q;  // or narrower
+  std::vector<float> q_scales;
   std::vector<int32_t> chosen;
 };
 inline thread_local Scratch scratch;
@@ -82,56 +84,74 @@ inline void store_lanes(float* out, const float* values, int64_t left) {
   std::memcpy(out, values, std::min<int64_t>(left, kPanel) * sizeof(float));
 }
 
+inline bool are_few(int64_t tokens) { return tokens <= 16; }
+
+// Calls work with the number of each token.
+template <class Work>
+void for_tokens(Pool& threads, int64_t tokens, const Work& work) {
+  const int64_t batch = 8;  // tokens per chunk of work
+  const int chunks = static_cast<int>((tokens + batch - 1) / batch);
+  threads.run(chunks, are_few(tokens), [&](int chunk, int) {
+    for (int64_t t = chunk * batch; t < std::min(tokens, (chunk + 1) * batch); t++) work(t);
+  });
+}
+
+// Rotates queries and keys of qkv [T, q + 2 kv] where they are, writes keys and values to the cache, which holds C, and
+// attends: attended [T, q].
+template <class C>
+void self_attention(Pool& threads, const Shape& s, const Layer& layer, const Step& step, float* qkv, float* attended) {
+  const int64_t tokens = step.tokens, hd = s.head_dim, kv_heads = s.kv_heads;
+  const int64_t width = (s.heads + 2 * kv_heads) * hd, q_width = s.heads * hd;
+  auto* q = reinterpret_cast<typename Scores<C>::Query*>(room(scratch.q, tokens * q_width));
+  float* q_scales = room(scratch.q_scales, tokens * s.heads);
+  auto *k_cache = static_cast<C*>(layer.k_cache), *v_cache = static_cast<C*>(layer.v_cache);
+  for_tokens(threads, tokens, [&](int64_t t) {
+    float* x = qkv + t * width;
+    const float* rope = step.rope + static_cast<int64_t>(step.positions[t]) * hd;
+    for (int64_t h = 0; h < s.heads + kv_heads; h++) rotate(x + h * hd, rope, hd, x + h * hd);
+    for (int64_t h = 0; h < s.heads; h++)
+      q_scales[t * s.heads + h] = s.scale * keep(x + h * hd, hd, q + t * q_width + h * hd);
+    const int64_t row = static_cast<int64_t>(step.slots[t]) * kv_heads;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      const float *k = x + (s.heads + h) * hd, *v = k + kv_heads * hd;
+      const float k_scale = keep(k, hd, k_cache + (row + h) * hd), v_scale = keep(v, hd, v_cache + (row + h) * hd);
+      if (PagedCache<C>::kScaled) layer.k_scales[row + h] = k_scale, layer.v_scales[row + h] = v_scale;
+    }
+  });
+  const int64_t group = s.heads / kv_heads;
+  const Attend<C> attend = attend_for<C>(group);
+  const int64_t each = are_few(tokens) ? 1 : 4, units = tokens * kv_heads;
+  threads.run(static_cast<int>((units + each - 1) / each), units <= 4, [&](int chunk, int) {
+    for (int64_t u = chunk * each; u < std::min(units, (chunk + 1) * each); u++) {
+      const int64_t t = u / kv_heads, h = u % kv_heads, first = t * s.heads + h * group;
+      const int64_t last = step.positions[t] + 1;
+      PagedCache<C> cache{k_cache + h * hd, v_cache + h * hd, nullptr, nullptr, nullptr, step.block_size, kv_heads, hd};
+      cache.table = step.tables + step.table_start[step.sequence[t]];
+      if (PagedCache<C>::kScaled) cache.k_scales = layer.k_scales + h, cache.v_scales = layer.v_scales + h;
+      const int64_t from = s.window ? std::max<int64_t>(0, last - s.window) : 0;
+      attend(cache, q + first * hd, q_scales + first, from, last, scores, attended + first * hd);
+    }
+  });
+}
+
 // Writes what layer_front of kernels.cpp says.
 template <class T>
 void layer_front(Pool& threads, const Shape& s, const Layer& layer, const Step& step, float* hidden, T* rows,
                  float* row_weights, int64_t* counts, int32_t* row_of) {
-  using Query = typename Scores<T>::Query;
-  const int64_t tokens = step.tokens, D = s.hidden, hd = s.head_dim;
-  const int64_t width = (s.heads + 2 * s.kv_heads) * hd, q_width = s.heads * hd;
+  const int64_t tokens = step.tokens, D = s.hidden;
+  const int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim, q_width = s.heads * s.head_dim;
   const Matrix qkv_matrix = matrix_at(layer.qkv), out_matrix = matrix_at(layer.out), gate = matrix_at(layer.gate);
   float* normed = room(scratch.normed, tokens * D);
   float* qkv = room(scratch.qkv, tokens * width);
-  auto* q = reinterpret_cast<Query*>(room(scratch.q, tokens * q_width));
   float* attended = room(scratch.attended, tokens * q_width);
-  auto *k_cache = static_cast<T*>(layer.k_cache), *v_cache = static_cast<T*>(layer.v_cache);
-
-  const int64_t batch = 8;  // tokens per chunk of work
-  const int chunks = static_cast<int>((tokens + batch - 1) / batch);
-  const bool few = tokens <= 16;
-  const auto each_token = [&](const auto& work) {
-    threads.run(chunks, few, [&](int chunk, int) {
-      for (int64_t t = chunk * batch; t < std::min(tokens, (chunk + 1) * batch); t++) work(t);
-    });
-  };
+  const auto each_token = [&](const auto& work) { for_tokens(threads, tokens, work); };
   each_token([&](int64_t t) { rms_norm(hidden + t * D, layer.input_norm, D, s.eps, normed + t * D); });
   Inputs in = inputs_for(threads, scratch.inputs, qkv_matrix, normed, D, tokens);
   linear(threads, in, tokens, qkv_matrix, [&](int64_t i, int64_t p, const float* values) {
     store_lanes(qkv + i * width + p * kPanel, values, width - p * kPanel);
   });
-  each_token([&](int64_t t) {
-    const float* x = qkv + t * width;
-    const float* rope = step.rope + static_cast<int64_t>(step.positions[t]) * hd;
-    const int64_t slot = static_cast<int64_t>(step.slots[t]) * s.kv_heads * hd;
-    for (int64_t h = 0; h < s.heads; h++) rotate(x + h * hd, rope, hd, q + t * q_width + h * hd);
-    for (int64_t h = 0; h < s.kv_heads; h++) rotate(x + (s.heads + h) * hd, rope, hd, k_cache + slot + h * hd);
-    const float* v = x + (s.heads + s.kv_heads) * hd;
-    for (int64_t i = 0; i < s.kv_heads * hd; i += 16) store(v_cache + slot + i, load(v + i));
-  });
-  const int64_t group = s.heads / s.kv_heads;
-  const Attend<T> attend = attend_for<T>(group);
-  const int64_t each = few ? 1 : 4, units = tokens * s.kv_heads;
-  threads.run(static_cast<int>((units + each - 1) / each), units <= 4, [&](int chunk, int) {
-    for (int64_t u = chunk * each; u < std::min(units, (chunk + 1) * each); u++) {
-      const int64_t t = u / s.kv_heads, h = u % s.kv_heads;
-      const int64_t last = step.positions[t] + 1;
-      const PagedCache<T> cache{k_cache + h * hd, v_cache + h * hd, step.tables + step.table_start[step.sequence[t]],
-                                step.block_size, s.kv_heads * hd};
-      const int64_t at = t * q_width + h * group * hd;
-      const int64_t from = s.window ? std::max<int64_t>(0, last - s.window) : 0;
-      attend(cache, q + at, hd, from, last, s.scale, scores, attended + at);
-    }
-  });
+  if (layer.k_scales) self_attention<int8_t>(threads, s, layer, step, qkv, attended);
+  else self_attention<T>(threads, s, layer, step, qkv, attended);
   in = inputs_for(threads, scratch.inputs, out_matrix, attended, q_width, tokens);
   linear(threads, in, tokens, out_matrix, [&](int64_t i, int64_t p, const float* values) {
     float* at = hidden + i * D + p * kPanel;

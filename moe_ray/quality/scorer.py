@@ -15,7 +15,7 @@ from moe_ray.config import Config
 from moe_ray.core import Batch, Request
 from moe_ray.engine.build import load_trunk
 from moe_ray.engine.engine import torch_threads
-from moe_ray.engine.kv_cache import KVCache
+from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.errors import ConfigError
 from moe_ray.experts.local import local_experts
 from moe_ray.model import moe
@@ -111,7 +111,8 @@ class Scorer:
         size = config.engine.block_size
         blocks = -(-context // size)
         self._blocks = list(range(blocks))
-        self._cache = KVCache(self._trunk.config, blocks, size, self._trunk.dtype, self._trunk.device)
+        held = cache_dtype(config.engine.kv_cache_dtype, self._trunk.dtype)
+        self._cache = KVCache(self._trunk.config, blocks, size, held, self._trunk.device)
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int], first: int = 1) -> Iterator[Scored]:

@@ -107,7 +107,7 @@ def test_what_fits_a_card() -> None:
 
 
 def test_fits_at_the_very_edge() -> None:
-    plan = Plan("float16", (ActorPlan("Trunk", 50, 100), ActorPlan("Expert0", 60, 120)), 10, 64)
+    plan = Plan("float16", (ActorPlan("Trunk", 50, 100), ActorPlan("Expert0", 60, 120)), 10, 64, "float16")
     assert [row[1:] for row in plan.fits(120, reserve=0)] == [(True, 2), (True, 0)]
     assert [row[1:] for row in plan.fits(119, reserve=0)] == [(True, 1), (False, 0)]
     assert [row[1:] for row in plan.fits(109, reserve=0)] == [(False, 0), (False, 0)], (

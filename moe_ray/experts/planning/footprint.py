@@ -12,6 +12,7 @@ from moe_ray.model.families import Weight
 from moe_ray.model.formats import StoredWeight, dtype_bytes
 from moe_ray.model.formats.grouped import Grouping
 from moe_ray.model.formats.held import HeldAs, grouping
+from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import weights_of_expert, weights_of_trunk
 
@@ -97,6 +98,7 @@ class Plan:
     kv_bytes_per_token: int
     context: int
     """Tokens of one sequence at the model's full context length."""
+    kv_cache_dtype: str
 
     @property
     def total_parameters(self) -> int:
@@ -200,11 +202,15 @@ def network_step(model: ModelConfig, dtype: str, network: Network, tokens: int, 
 
 
 def make_plan(
-    model: ModelConfig, dtype: str, placed: Sequence[Holding] | None = None, held: WeightsHeld | None = None
+    model: ModelConfig,
+    dtype: str,
+    placed: Sequence[Holding] | None = None,
+    held: WeightsHeld | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Plan:
     """Plan `model`: one trunk, and the actors of `placed`; default: one per expert over all layers.
 
-    Rows and KV cache are in `dtype`, and weights as `held` says; default: in `dtype`.
+    Rows are in `dtype`, weights as `held` says (default: in `dtype`), and the KV cache as `engine.kv_cache_dtype` says.
     """
     held = held or WeightsHeld.all_in(dtype)
     if placed is None:
@@ -213,7 +219,8 @@ def make_plan(
     for one in placed:
         here = held if one.spare is None else held.in_spare(one.spare)
         actors.append(_actor(one.name, weights_of_keys(model, one.keys), here, one.spare is not None))
-    return Plan(dtype, tuple(actors), model.kv_elements_per_token * dtype_bytes(dtype), model.max_position_embeddings)
+    cache = held_in(kv_cache_dtype, dtype)
+    return Plan(dtype, tuple(actors), kv_bytes_per_token(model, cache), model.max_position_embeddings, cache)
 
 
 def weights_of_keys(model: ModelConfig, keys: Iterable[ExpertKey]) -> tuple[Weight, ...]:

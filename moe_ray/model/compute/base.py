@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
     from moe_ray.native.host import HostEntry
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCache:
+    """K and V of one layer: in the dtype of the rows, or int8 with what one is worth."""
+
+    k: torch.Tensor  # [num_slots, kv_heads, head_dim]
+    v: torch.Tensor
+    k_scales: torch.Tensor | None = None  # float32 [num_slots, kv_heads], of int8
+    v_scales: torch.Tensor | None = None
+
+
 class KVCacheView(Protocol):
     """Where K and V live: per layer, one row per slot."""
 
@@ -19,8 +30,8 @@ class KVCacheView(Protocol):
     spare_slot: int
     """One that no block has: what is written there is not read."""
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of one layer, each [num_slots, kv_heads, head_dim]."""
+    def layer(self, index: int) -> LayerCache:
+        """K and V of one layer."""
         ...
 
 

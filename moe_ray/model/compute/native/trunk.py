@@ -34,13 +34,13 @@ class NativeTrunk:
     def __init__(
         self, weights: TrunkWeights, max_model_len: int, kernels: Kernels, dtype: str, quantize: str | None = None
     ) -> None:
-        """Read and pack the weights. `dtype`: of rows and KV cache. Raises `CheckpointError`.
+        """Read and pack the weights. `dtype`: of rows, and of a KV cache without scales. Raises `CheckpointError`.
 
         `quantize`: hold attention's matrices and the head in fewer bits, a name of `held.GROUPINGS`.
         """
         self.config, self.kernels = weights.config, kernels
         c = self.config
-        self.dtype_code = DTYPE_CODES[dtype]
+        self.dtype_code, self.dtype = DTYPE_CODES[dtype], weights.dtype
         self._dtype, self._quantize = dtype, quantize
         self._held: list[torch.Tensor | Packed] = []
         self.held: dict[str, None] = {}
@@ -89,6 +89,11 @@ class NativeTrunk:
         return held
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers are; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 class NativePass:
     """`Pass` by the native kernels."""
 
@@ -111,11 +116,11 @@ class NativePass:
     def route(self, layer: int) -> moe.Routed:
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         trunk, kernels = self._trunk, self._trunk.kernels
-        k_cache, v_cache = self._cache.layer(layer)
-        pointers = trunk.layers[layer]
-        pointers.k_cache, pointers.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        kv, pointers = self._cache.layer(layer), trunk.layers[layer]
+        pointers.k_cache, pointers.v_cache = kv.k.data_ptr(), kv.v.data_ptr()
+        pointers.k_scales, pointers.v_scales = address(kv.k_scales), address(kv.v_scales)
         tokens, width = self._hidden.shape
-        rows = torch.empty((tokens * trunk.shape.top_k, width), dtype=k_cache.dtype)
+        rows = torch.empty((tokens * trunk.shape.top_k, width), dtype=trunk.dtype)
         weights = torch.empty(rows.shape[0])
         row_of = torch.empty((tokens, trunk.shape.top_k), dtype=torch.int32)
         kernels.layer_front(

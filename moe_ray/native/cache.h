@@ -1,0 +1,100 @@
+// What a KV cache holds of a token: floats, or whole numbers of 8 bits with a scale for each head, and how a query is held
+// to be multiplied with its keys. What is written for a token depends on that token alone.
+#pragma once
+
+#include "simd.h"
+
+namespace moe_ray {
+
+// One head of a sequence's keys and values.
+template <class T>
+struct PagedCache {
+  const T* k;  // [slots, kv_heads, head_dim]
+  const T* v;
+  const float *k_scales, *v_scales;  // [slots, kv_heads] what one of int8_t is worth; floats: null
+  const int32_t* table;              // the sequence's blocks
+  int64_t block_size, kv_heads, head_dim;
+
+  static constexpr bool kScaled = sizeof(T) == 1;
+  int64_t slot(int64_t position) const {
+    const auto at = static_cast<uint32_t>(position), size = static_cast<uint32_t>(block_size);
+    return static_cast<int64_t>(table[at / size]) * block_size + at % size;
+  }
+  int64_t row() const { return kv_heads * head_dim; }  // elements from one slot to the next
+};
+
+inline void store_whole(int8_t* p, Lanes x) { store_bytes(p, x); }
+inline void store_whole(int16_t* p, Lanes x) { store_shorts(p, x); }
+
+// Rounds n numbers to whole ones from -most to most. Returns what one of these is worth: the largest magnitude over `most`
+// (absmax), and NaN where a number is NaN or infinite. Magnitudes below 1e-30 alone become 0.
+template <class Whole>
+float rounded(const float* x, int64_t n, float most, Whole* out) {
+  Lanes top = all(0.0f), unsound = all(0.0f);  // unsound: NaN where a number is NaN or infinite
+  for (int64_t i = 0; i < n; i += 16) {
+    top = maximum(top, magnitude(load(x + i)));
+    unsound = plus_product(load(x + i), all(0.0f), unsound);
+  }
+  const float peak = largest(top);
+  const Lanes factor = all(peak > 1e-30f ? most / peak : 0.0f);
+  for (int64_t i = 0; i < n; i += 16)
+    store_whole(out + i, maximum(minimum(nearest(load(x + i) * factor), all(most)), all(-most)));
+  return peak / most + sum(unsound);
+}
+
+// Writes n numbers (a multiple of 16) as T. Returns what one of T is worth.
+template <class T>
+float keep(const float* x, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; i += 16) store(out + i, load(x + i));
+  return 1.0f;
+}
+inline float keep(const float* x, int64_t n, int8_t* out) { return rounded(x, n, 127.0f, out); }
+inline float keep(const float* x, int64_t n, int16_t* out) { return rounded(x, n, 32767.0f, out); }
+
+// Products of query and key, `kStep` elements at a time.
+template <class T>
+struct Scores {
+  static constexpr int kStep = 16;
+  using Query = float;
+  using Sum = Lanes;
+  struct Key {
+    Lanes part;
+  };
+  static Sum none() { return all(0.0f); }
+  static Key key(const T* p) { return {load(p)}; }
+  static Sum add(Key key, const float* query, Sum sum) { return plus_product(key.part, load(query), sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Scores<bf16> {
+  static constexpr int kStep = 32;
+  using Query = bf16;
+  using Sum = Lanes;
+  struct Key {
+    __m512bh part;
+  };
+  static Sum none() { return all(0.0f); }
+  static Key key(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+  static Sum add(Key key, const bf16* query, Sum sum) {
+    return {_mm512_dpbf16_ps(sum.v, key.part, (__m512bh)_mm512_loadu_si512(query))};
+  }
+};
+#endif
+
+// Queries of 16 bits lose less than bfloat16 does. Sums are exact: of at most 127 * 32767 * 2 for 32 elements, they stay
+// below 2^31 for head dimensions up to 8192.
+template <>
+struct Scores<int8_t> {
+  static constexpr int kStep = 32;
+  using Query = int16_t;
+  using Sum = PairSums;
+  struct Key {
+    Shorts part;
+  };
+  static Sum none() { return no_pairs(); }
+  static Key key(const int8_t* p) { return {load_shorts(p)}; }
+  static Sum add(Key key, const int16_t* query, Sum sum) { return plus_pairs(key.part, query, sum); }
+};
+
+}  // namespace moe_ray
