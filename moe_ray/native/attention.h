@@ -12,21 +12,36 @@
 
 namespace moe_ray {
 
-// Sums of values by their weights, of a group's heads `from` to `from` + `heads`, `PIECES` Lanes of a value at a time.
-// scores: [tiles][16], lane key * GROUP + head.
+constexpr int64_t kKeysAhead = 16;  // from a key, or value, that is asked of memory to the one that is computed with
+constexpr int64_t kTogether = 64;   // values that are summed in all their parts before the next: they stay in the cache
+
+struct AttentionRoom {  // of the thread that calls; grows to the longest context
+  std::vector<float> scores;
+  std::vector<int32_t> slots;
+};
+
+template <class T>
+void fetch(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + i);
+}
+
+// Adds `count` values by their weights to out [GROUP, dim], of a group's heads `from` to `from` + `heads`, `PIECES` Lanes of
+// a value at a time. scores: [tiles][16], lane key * GROUP + head.
 template <class T, int GROUP, int ROWS, int PIECES>
-void add_values(const PagedCache<T>& cache, const float* scores, int64_t first, int64_t last, int from, int heads,
-                const float* total, float* out) {
+void add_values(const PagedCache<T>& cache, const float* scores, const int32_t* slots, int64_t count, int from, int heads,
+                float* out) {
   constexpr int kKeys = 16 / GROUP;
   const int64_t dim = cache.head_dim, row = cache.row();
   for (int64_t d = 0; d < dim; d += 16 * PIECES) {
+    float* sums = out + from * dim + d;
     Lanes acc[ROWS][PIECES];
     for (int g = 0; g < ROWS; g++)
-      for (int i = 0; i < PIECES; i++) acc[g][i] = all(0.0f);
-    for (int64_t t = 0, position = first; position < last; t++) {
+      for (int i = 0; i < PIECES; i++) acc[g][i] = g < heads ? load(sums + g * dim + i * 16) : all(0.0f);
+    for (int64_t t = 0, k = 0; k < count; t++) {
       const float* p = scores + t * 16 + from;
-      for (int j = 0; j < kKeys && position < last; j++, position++) {
-        const T* value = cache.v + cache.slot(position) * row + d;
+      for (int j = 0; j < kKeys && k < count; j++, k++) {
+        const T* value = cache.v + slots[k] * row + d;
+        if (d == 0 && from == 0) fetch(cache.v + slots[k + kKeysAhead] * row, dim);
         Lanes v[PIECES];
 #pragma GCC unroll 4
         for (int i = 0; i < PIECES; i++) v[i] = load(value + i * 16);
@@ -40,17 +55,17 @@ void add_values(const PagedCache<T>& cache, const float* scores, int64_t first, 
       }
     }
     for (int g = 0; g < heads; g++)
-      for (int i = 0; i < PIECES; i++) store(out + (from + g) * dim + d + i * 16, acc[g][i] / all(total[from + g]));
+      for (int i = 0; i < PIECES; i++) store(sums + g * dim + i * 16, acc[g][i]);
   }
 }
 
 // Weights times the scales of their values.
 template <class T, int GROUP>
-void weigh_scales(const PagedCache<T>& cache, float* weights, int64_t first, int64_t last) {
+void weigh_scales(const PagedCache<T>& cache, float* weights, const int32_t* slots, int64_t count) {
   constexpr int kKeys = 16 / GROUP;
-  for (int64_t position = first; position < last; weights += 16)
-    for (int j = 0; j < kKeys && position < last; j++, position++) {
-      const float scale = cache.v_scales[cache.slot(position) * cache.kv_heads];
+  for (int64_t k = 0; k < count; weights += 16)
+    for (int j = 0; j < kKeys && k < count; j++, k++) {
+      const float scale = cache.v_scales[slots[k] * cache.kv_heads];
       for (int g = 0; g < GROUP; g++) weights[j * GROUP + g] *= scale;
     }
 }
@@ -60,14 +75,19 @@ void weigh_scales(const PagedCache<T>& cache, float* weights, int64_t first, int
 // Softmax in two passes (all scores, then values), so any context takes scores of GROUP * 16 / (16 / GROUP) floats.
 template <class T, int GROUP>
 void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, const float* scales, int64_t first,
-                int64_t last, std::vector<float>& scratch, float* out) {
+                int64_t last, AttentionRoom& room, float* out) {
   constexpr int kKeys = 16 / GROUP, kUsed = kKeys * GROUP;  // keys per tile; lane key * GROUP + head
   constexpr int kHeads = std::min(GROUP, kRegisters == 32 ? 16 : 4);  // summed at once
   constexpr int kStep = Scores<T>::kStep;
   const int64_t dim = cache.head_dim, row = cache.row();
-  const int64_t tiles = (last - first + kKeys - 1) / kKeys;
-  if (static_cast<int64_t>(scratch.size()) < tiles * 16) scratch.resize(tiles * 16 * 2);
-  float* scores = scratch.data();
+  const int64_t count = last - first, tiles = (count + kKeys - 1) / kKeys;
+  if (static_cast<int64_t>(room.scores.size()) < tiles * 16) room.scores.resize(tiles * 16 * 2);
+  const int64_t padded = count + kKeysAhead + kKeys;  // behind the last: the last
+  if (static_cast<int64_t>(room.slots.size()) < padded) room.slots.resize(2 * padded);
+  float* scores = room.scores.data();
+  int32_t* slots = room.slots.data();
+  cache.find_slots(first, last, slots);
+  std::fill(slots + count, slots + padded, slots[count - 1]);
 
   alignas(64) float lanes[16], most[GROUP], total[GROUP];
   for (int i = 0; i < 16; i++) lanes[i] = scales[i % GROUP];
@@ -76,11 +96,12 @@ void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, 
   Lanes top = none;
   for (int64_t t = 0; t < tiles; t++) {
     Lanes dots[16];
-    const int64_t base = first + t * kKeys;
-    const int keys = static_cast<int>(std::min<int64_t>(kKeys, last - base));
+    const int32_t* at = slots + t * kKeys;
+    const int keys = static_cast<int>(std::min<int64_t>(kKeys, count - t * kKeys));
     for (int j = 0; j < kKeys; j++) {
-      const int64_t slot = cache.slot(base + std::min(j, keys - 1));
+      const int64_t slot = at[j];
       const T* key = cache.k + slot * row;
+      fetch(cache.k + at[j + kKeysAhead] * row, dim);
       for (int from = 0; from < GROUP; from += kHeads) {
         const int heads = std::min(kHeads, GROUP - from);
         typename Scores<T>::Sum sums[kHeads];
@@ -125,21 +146,28 @@ void attend_one(const PagedCache<T>& cache, const typename Scores<T>::Query* q, 
     for (int j = 0; j < kKeys; j++) total[g] += lanes[j * GROUP + g];
   }
 
-  if constexpr (PagedCache<T>::kScaled) weigh_scales<T, GROUP>(cache, scores, first, last);
+  if constexpr (PagedCache<T>::kScaled) weigh_scales<T, GROUP>(cache, scores, slots, count);
   // As many sums as leave a register for a value and a weight.
   constexpr int kPieces = kRegisters < 32 ? 1 : GROUP <= 10 ? 2 : 1;
   constexpr int kRows = std::min(GROUP, kRegisters == 32 ? 16 : 6);
-  for (int from = 0; from < GROUP; from += kRows) {
-    const int heads = std::min(kRows, GROUP - from);
-    if (kRegisters == 32 && GROUP <= 5 && dim % 64 == 0)
-      add_values<T, GROUP, kRows, kRegisters == 32 ? 4 : 1>(cache, scores, first, last, from, heads, total, out);
-    else add_values<T, GROUP, kRows, kPieces>(cache, scores, first, last, from, heads, total, out);
+  std::fill(out, out + GROUP * dim, 0.0f);
+  for (int64_t k = 0; k < count; k += kTogether / kKeys * kKeys) {
+    const int64_t here = std::min(count - k, kTogether / kKeys * kKeys);
+    const float* weights = scores + k / kKeys * 16;
+    for (int from = 0; from < GROUP; from += kRows) {
+      const int heads = std::min(kRows, GROUP - from);
+      if (kRegisters == 32 && GROUP <= 5 && dim % 64 == 0)
+        add_values<T, GROUP, kRows, kRegisters == 32 ? 4 : 1>(cache, weights, slots + k, here, from, heads, out);
+      else add_values<T, GROUP, kRows, kPieces>(cache, weights, slots + k, here, from, heads, out);
+    }
   }
+  for (int g = 0; g < GROUP; g++)
+    for (int64_t d = 0; d < dim; d += 16) store(out + g * dim + d, load(out + g * dim + d) / all(total[g]));
 }
 
 template <class T>
 using Attend = void (*)(const PagedCache<T>&, const typename Scores<T>::Query*, const float*, int64_t, int64_t,
-                        std::vector<float>&, float*);
+                        AttentionRoom&, float*);
 
 // The kernel for so many query heads per KV head, or nullptr where there is none.
 template <class T>

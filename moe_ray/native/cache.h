@@ -2,6 +2,8 @@
 // to be multiplied with its keys. What is written for a token depends on that token alone.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace moe_ray {
@@ -16,9 +18,12 @@ struct PagedCache {
   int64_t block_size, kv_heads, head_dim;
 
   static constexpr bool kScaled = sizeof(T) == 1;
-  int64_t slot(int64_t position) const {
-    const auto at = static_cast<uint32_t>(position), size = static_cast<uint32_t>(block_size);
-    return static_cast<int64_t>(table[at / size]) * block_size + at % size;
+  // The slots of positions [first, last).
+  void find_slots(int64_t first, int64_t last, int32_t* slots) const {
+    for (int64_t block = first / block_size, position = first; position < last; block++) {
+      const int64_t end = std::min(last, (block + 1) * block_size), ahead = (table[block] - block) * block_size;
+      for (; position < end; position++) *slots++ = static_cast<int32_t>(position + ahead);
+    }
   }
   int64_t row() const { return kv_heads * head_dim; }  // elements from one slot to the next
 };

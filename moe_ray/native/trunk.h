@@ -37,7 +37,7 @@ struct Scratch {  // of the thread that calls; grows to the largest step
   std::vector<int32_t> chosen;
 };
 inline thread_local Scratch scratch;
-inline thread_local std::vector<float> scores;
+inline thread_local AttentionRoom attention_room;
 
 template <class Out>
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, Out* out) {
@@ -129,7 +129,7 @@ void self_attention(Pool& threads, const Shape& s, const Layer& layer, const Ste
       cache.table = step.tables + step.table_start[step.sequence[t]];
       if (PagedCache<C>::kScaled) cache.k_scales = layer.k_scales + h, cache.v_scales = layer.v_scales + h;
       const int64_t from = s.window ? std::max<int64_t>(0, last - s.window) : 0;
-      attend(cache, q + first * hd, q_scales + first, from, last, scores, attended + first * hd);
+      attend(cache, q + first * hd, q_scales + first, from, last, attention_room, attended + first * hd);
     }
   });
 }

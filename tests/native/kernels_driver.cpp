@@ -133,8 +133,9 @@ void experts(void* one, void* three) {
   }
 }
 
+// `scaled`: the cache is int8.
 template <class T>
-void fronts(void* pool, int32_t dtype) {
+void fronts(void* pool, int32_t dtype, bool scaled) {
   const int64_t D = 96, hd = 64, tokens = 9, block_size = 4, slots = 16, experts = 5;
   for (int64_t group : {1, 3, 7}) {
     const int64_t kv = 2, heads = kv * group, width = (heads + 2 * kv) * hd;
@@ -150,7 +151,16 @@ void fronts(void* pool, int32_t dtype) {
     std::vector<int64_t> counts(experts);
     std::vector<float> by(tokens * 2), logits(tokens * D);
     const Shape shape{D, heads, kv, hd, experts, 2, 1e-5f, 0.125f, group == 3 ? 4 : 0};
-    const Layer layer{norm.data(), norm.data(), qkv.at(), back.at(), gate.at(), k_cache.data(), v_cache.data()};
+    std::vector<float> k_scales(slots * kv), v_scales(slots * kv);
+    const Layer layer{norm.data(),
+                      norm.data(),
+                      qkv.at(),
+                      back.at(),
+                      gate.at(),
+                      k_cache.data(),
+                      v_cache.data(),
+                      scaled ? k_scales.data() : nullptr,
+                      scaled ? v_scales.data() : nullptr};
     const Step step{tokens,       block_size, positions.data(), where.data(), sequence.data(),
                     tables.data(), &start,    rope.data()};
     layer_front(pool, dtype, &shape, &layer, &step, hidden.data(), rows.data(), by.data(), counts.data(), row_of.data());
@@ -166,9 +176,11 @@ int main(int, char** argv) {
   void *one = pool_new(1), *three = pool_new(3);
   linears(one, three);
   experts(one, three);
-  fronts<float>(one, kFloat32);
-  fronts<bf16>(three, kBfloat16);
-  fronts<half>(one, kFloat16);
+  fronts<float>(one, kFloat32, false);
+  fronts<bf16>(three, kBfloat16, false);
+  fronts<half>(one, kFloat16, false);
+  fronts<float>(one, kFloat32, true);
+  fronts<bf16>(three, kBfloat16, true);
   pool_free(one);
   pool_free(three);
   std::fclose(out);
