@@ -55,8 +55,8 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_ca
     if for_cards:
         _print_whole(console, planned)
     console.print(
-        f"KV cache: {plan.kv_bytes_per_token:,} B a token, {size(plan.kv_bytes_per_token * plan.context)} "
-        f"for one sequence of {plan.context:,} tokens, in {plan.kv_cache_dtype}"
+        f"KV cache in {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} B a token, "
+        f"{size(plan.kv_bytes_per_token * plan.context)} for one sequence of {plan.context:,} tokens"
     )
 
 

@@ -106,6 +106,19 @@ def test_what_fits_a_card() -> None:
     assert [ok for _, ok, _ in plan.fits(11 * 2**30)] == [True] + [False] * 8
 
 
+def test_a_kv_cache_in_int8() -> None:
+    """A byte for each number, and a scale of four for each head; more tokens on the same card."""
+    half, int8 = (make_plan(mixtral(), "float16", kv_cache_dtype=held) for held in ("auto", "int8"))
+    assert (half.kv_cache_dtype, int8.kv_cache_dtype) == ("float16", "int8")
+    assert int8.kv_bytes_per_token == 2 * 32 * 8 * (128 + 4)
+    tokens = [plan.fits(16 * 2**30)[0][2] for plan in (half, int8)]
+    assert tokens[1] / tokens[0] == pytest.approx(256 / 132, rel=1e-4)
+    shown = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--kv-cache-dtype", "int8"]).stdout
+    assert "KV cache in int8: 67,584 B a token" in shown
+    refused = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--kv-cache-dtype", "fp8"])
+    assert "`engine.kv_cache_dtype`: Input should be 'auto' or 'int8', got 'fp8'" in str(refused.exception)
+
+
 def test_fits_at_the_very_edge() -> None:
     plan = Plan("float16", (ActorPlan("Trunk", 50, 100), ActorPlan("Expert0", 60, 120)), 10, 64, "float16")
     assert [row[1:] for row in plan.fits(120, reserve=0)] == [(True, 2), (True, 0)]

@@ -165,6 +165,7 @@ def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
     config = config_of(everything)
     assert config.model.max_model_len == 1048576
     assert config.engine.kv_cache_gib == 8.5
+    assert config.engine.kv_cache_dtype == "int8"
     assert config.engine.enable_prefix_caching is False
     assert config.trunk.resources == {"rack": 0.1}
     assert config.experts.on_expert_loss == "renormalise"
