@@ -131,14 +131,25 @@ def _row(case: _Case, rows: int, milliseconds: float, weights: int, read_gb_per_
     }
 
 
-def _cases(options: KernelOptions, threads: int) -> list[_Case]:
+def open_kernels(names: tuple[str, ...], threads: int) -> list[Kernels]:
+    """The kernels of these names; without a name, this machine's best. Raises `ConfigError` for what it cannot run."""
     best = kernels_here()
-    names = options.kernels or ((best,) if best else ())
+    names = names or ((best,) if best else ())
     if not names:
         raise ConfigError("there are no native kernels for this machine")
+    opened = []
     for name in names:
         if name not in KERNELS:
             raise ConfigError(f"--kernels: {name!r} is none of {', '.join(KERNELS)}")
+        try:
+            opened.append(Kernels(load_config().cache_dir, threads, name))
+        except KernelsUnavailable as error:
+            raise ConfigError(f"--kernels {name}: {error}") from None
+    return opened
+
+
+def _cases(options: KernelOptions, threads: int) -> list[_Case]:
+    opened = open_kernels(options.kernels, threads)
     known = (*FLOATS, *GROUPINGS, WIDE)
     for name in options.formats:
         if name not in known:
@@ -147,11 +158,7 @@ def _cases(options: KernelOptions, threads: int) -> list[_Case]:
         raise ConfigError(f"--inputs: must be a multiple of 128, got {options.inputs}")
     values = np.random.default_rng(1).standard_normal((options.outputs, options.inputs), dtype=np.float32) / 32
     cases = []
-    for name, form in product(names, options.formats):
-        try:
-            kernels = Kernels(load_config().cache_dir, threads, name)
-        except KernelsUnavailable as error:
-            raise ConfigError(f"--kernels {name}: {error}") from None
+    for kernels, form in product(opened, options.formats):
         packed = _packed(kernels, form, values)
         copies = [packed]
         while sum(copy.nbytes for copy in copies) < ROTATION_BYTES:

@@ -141,6 +141,38 @@ def kernels(
     run_bench(run_kernels, options, PLOT, json_output, plot)
 
 
+def attention(
+    names_: Annotated[
+        str | None, typer.Option("--kernels", help="Instruction sets: a list.", show_default="this machine's best")
+    ] = None,
+    caches: Annotated[str, typer.Option(help="What keys and values are held as: a list.")] = "bfloat16,int8",
+    contexts: Annotated[str, typer.Option(help="Tokens that one attends to: a list of numbers.")] = "512,4096,16384",
+    sequences: Annotated[int, typer.Option(min=1, help="Of so many tokens each, one token of each a step.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="Of queries.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Of keys and values.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Numbers of a head.")] = 128,
+    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")] = 5,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Time the native kernels' attention for each KV cache, by context."""
+    from moe_ray.bench.attention import PLOT, AttentionOptions, run_attention
+
+    options = AttentionOptions(
+        kernels=names(names_) if names_ else (),
+        caches=names(caches),
+        contexts=numbers(contexts, "--contexts"),
+        sequences=sequences,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        threads=threads,
+        repeats=repeats,
+    )
+    run_bench(run_attention, options, PLOT, json_output, plot)
+
+
 def engine(
     model: BenchModel = None,
     carriers: Annotated[

@@ -29,6 +29,7 @@ BENCHES = (
     bench.serve,
     bench.roofline,
     bench.kernels,
+    bench.attention,
     bench.transport,
     bench.engine,
     bench_lab.chaos,

@@ -1,10 +1,11 @@
-"""`moe-ray bench kernels`: every format on every instruction set asked for, and what cannot be asked for."""
+"""`moe-ray bench kernels` and `attention`: all that is asked for on each instruction set, and what cannot be asked for."""
 
 from __future__ import annotations
 
 import pytest
 from backends import BEST, HERE
 
+from moe_ray.bench.attention import AttentionOptions, run_attention
 from moe_ray.bench.kernels import KernelOptions, run_kernels
 from moe_ray.errors import ConfigError
 
@@ -41,3 +42,29 @@ def test_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_asked_for(options: KernelOptions, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         run_kernels(options, quiet)
+
+
+@pytest.mark.skipif(BEST is None, reason="no native kernels for this machine")
+def test_attention_by_cache_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_ray.bench.attention.LEAST_S", 0.001)
+    names, caches = (HERE[0], HERE[-1]), ("float16", "int8")
+    options = AttentionOptions(names, caches, (5, 33), 3, heads=4, kv_heads=2, head_dim=32, threads=1, repeats=2)
+    report = run_attention(options, quiet)
+    assert [(row["what"], row["context"]) for row in report.rows] == [
+        (f"{name} {cache}", context) for context in (5, 33) for name in names for cache in caches
+    ]
+    assert all(float(row["ms"] or 0) > 0 for row in report.rows)
+
+
+@pytest.mark.skipif(BEST is None, reason="no native kernels for this machine")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (AttentionOptions(("sse9",)), "--kernels: 'sse9' is none of avx512_bf16"),
+        (AttentionOptions(caches=("int4",)), "--caches: 'int4' is none of float32, bfloat16, float16, int8"),
+        (AttentionOptions(head_dim=48), "--head-dim: no attention for 32 query heads and 8 KV heads of 48"),
+    ],
+)
+def test_attention_that_cannot_be_asked_for(options: AttentionOptions, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        run_attention(options, quiet)
