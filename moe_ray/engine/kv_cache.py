@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 import torch
 
 from moe_ray.model.compute.base import LayerCache
 from moe_ray.model.model_config import ModelConfig
+
+CACHE_LINE: Final = 64
+"""Bytes that memory hands out together: a row that does not begin with them takes one more."""
 
 
 class KVCache:
@@ -51,4 +55,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # calloc'ed, unlike torch.zeros: pages get memory when they are first written.
     count = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+    memory = np.zeros(count + CACHE_LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[start : start + count]).view(dtype).view(shape)

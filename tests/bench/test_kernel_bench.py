@@ -1,4 +1,4 @@
-"""`moe-ray bench kernels` and `attention`: all that is asked for on each instruction set, and what cannot be asked for."""
+"""`moe-ray bench kernels` and `attention`: all that is asked for by instruction set, and what cannot be asked for."""
 
 from __future__ import annotations
 
