@@ -149,13 +149,13 @@ def open_kernels(names: tuple[str, ...], threads: int) -> list[Kernels]:
 
 
 def _cases(options: KernelOptions, threads: int) -> list[_Case]:
-    opened = open_kernels(options.kernels, threads)
     known = (*FLOATS, *GROUPINGS, WIDE)
     for name in options.formats:
         if name not in known:
             raise ConfigError(f"--formats: {name!r} is none of {', '.join(known)}")
     if options.inputs % 128:
         raise ConfigError(f"--inputs: must be a multiple of 128, got {options.inputs}")
+    opened = open_kernels(options.kernels, threads)
     values = np.random.default_rng(1).standard_normal((options.outputs, options.inputs), dtype=np.float32) / 32
     cases = []
     for kernels, form in product(opened, options.formats):
