@@ -24,11 +24,8 @@ def test_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["what"], row["rows"]) for row in report.rows] == [
         (f"{name} {form}", rows) for name in names for form in ("float32", "int4") for rows in (1, 3)
     ]
-    assert all(
-        float(row[key] or 0) > 0
-        for row in report.rows
-        for key in ("ms", "gb_per_s", "gflop_per_s", "share_of_bare_loop")
-    )
+    assert all(float(row[key] or 0) > 0 for row in report.rows for key in ("ms", "gb_per_s", "gflop_per_s"))
+    assert all(0 <= float(row["share_of_bare_loop"] or 0) < 2 for row in report.rows), "few and short rows reach little"
 
 
 @pytest.mark.parametrize(
