@@ -9,7 +9,6 @@ import typer
 
 from moe_ray.commands.options import MODEL_HELP, error_console
 
-Bits = Literal["4", "8"]
 GroupSize = Literal["32", "64", "128"]
 Method = Literal["rtn", "gptq", "awq"]
 TrunkBits = Literal["none", "int8", "int4"]
@@ -40,8 +39,12 @@ def upcycle(
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
-    bits: Annotated[Bits, typer.Option(help="Of the experts' weights.")] = "4",
-    group_size: Annotated[GroupSize, typer.Option(help="Weights that share a scale.")] = "32",
+    bits: Annotated[
+        float, typer.Option(help="Of the experts' weights: 4 or 8. From 0.25 to 1.6: ternary, of so many bits on disk.")
+    ] = 4,
+    group_size: Annotated[
+        GroupSize | None, typer.Option(help="Weights that share a scale.", show_default="32; of ternary weights a row")
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each group as well.")] = False,
     method: Annotated[Method, typer.Option(help="gptq and awq look at what the experts see of a text.")] = "gptq",
     trunk: Annotated[TrunkBits, typer.Option(help="The attention's weights, too.")] = "none",
@@ -56,7 +59,8 @@ def quantize(
 ) -> None:
     """Quantise a model's experts, and write a checkpoint that other programs read as well (compressed-tensors).
 
-    Gates, norms, embedding and head stay as they are. GPTQ: arXiv:2210.17323; AWQ: arXiv:2306.00978.
+    Gates, norms, embedding and head stay as they are. GPTQ: arXiv:2210.17323; AWQ: arXiv:2306.00978. Ternary weights
+    (as in QMoE, arXiv:2310.16795) are research: moe_ray alone reads them, and they cost much quality.
     """
     from moe_ray.commands.cache import with_usable_cache
     from moe_ray.config import load_config
@@ -67,8 +71,8 @@ def quantize(
 
     console = error_console()
     options = QuantizeConfig(
-        bits=int(bits),
-        group_size=int(group_size),
+        bits=bits,
+        group_size=None if group_size is None else int(group_size),
         asymmetric=asymmetric,
         method=method,
         trunk=trunk,

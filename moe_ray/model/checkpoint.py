@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -90,12 +91,10 @@ class Checkpoint:
             weight = head_weight(self.config)  # a tied pair may be stored under either name
         place = self.place(weight)
         source = Source(self._entry, self.tensor, self.config.quantization)
-        for row in FORMATS.values():
-            try:
+        with self._named():
+            for row in FORMATS.values():
                 if (stored := row.find(place, weight.shape, source)) is not None:
                     return replace(stored, interleaved_heads=self._interleaved_heads(weight))
-            except BadTensor as error:
-                raise CheckpointError(f"{self._where(error.name)}: {error}") from None
         raise self._not_found(place)
 
     def matrix(self, weight: Weight, read: Callable[[], None] = lambda: None) -> StoredMatrix:
@@ -109,7 +108,8 @@ class Checkpoint:
             return found
 
         def codes() -> GroupedCodes:
-            found = FORMATS[stored.format].codes(stored, self.arrays(stored))
+            with self._named():
+                found = FORMATS[stored.format].codes(stored, self.arrays(stored))
             assert found is not None, "a matrix without a grouping has no codes"
             self.bytes_read += stored.nbytes
             read()
@@ -198,7 +198,8 @@ class Checkpoint:
 
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""
-        return FORMATS[stored.format].decode(stored, self.arrays(stored))
+        with self._named():
+            return FORMATS[stored.format].decode(stored, self.arrays(stored))
 
     def _interleaved_heads(self, weight: Weight) -> int:
         """How many of the weight's heads have their pairs of rows side by side in this checkpoint."""
@@ -257,6 +258,14 @@ class Checkpoint:
                     f"{', '.join(name for name in FORMATS if name not in FLOATS)}"
                 )
         return CheckpointError(f"{self.directory}: tensor {name} is missing from the checkpoint")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Raises a format's `BadTensor` as `CheckpointError`, with the file of the tensor."""
+        try:
+            yield
+        except BadTensor as error:
+            raise CheckpointError(f"{self._where(error.name)}: {error}") from None
 
     def _where(self, name: str) -> str:
         return f"{self.directory / self.files[name]}: tensor {name}"

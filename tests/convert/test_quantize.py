@@ -19,6 +19,7 @@ from moe_ray.convert.quantize.awq import scale_of, search
 from moe_ray.convert.quantize.calibration import CalibrationRun, LayerFloats, expert_inputs
 from moe_ray.convert.quantize.config import QuantizeConfig
 from moe_ray.convert.quantize.gptq import gptq, output_error
+from moe_ray.convert.quantize.integer_scheme import IntegerGrid
 from moe_ray.convert.quantize.quantize import quantize
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.checkpoint import Checkpoint
@@ -175,7 +176,7 @@ def test_gptq_changes_outputs_less_than_rounding(grouping: Grouping) -> None:
     weight = torch.randn(48, width, generator=torch.Generator().manual_seed(2))
     inputs = correlated_inputs(600, width)
     hessian = inputs.T @ inputs
-    rounded, adapted = round_to_nearest(weight, grouping), gptq(weight, hessian, grouping)
+    rounded, adapted = round_to_nearest(weight, grouping), gptq(weight, hessian, IntegerGrid(grouping))
     losses = [output_error(torch.from_numpy(codes.values()) - weight, hessian) for codes in (rounded, adapted)]
     assert losses[1] < 0.7 * losses[0]
     held_out = correlated_inputs(1200, width)[600:]
@@ -189,7 +190,9 @@ def test_gptq_of_uncorrelated_inputs_is_rounding() -> None:
     """With a diagonal Hessian nothing can make up for an error: the codes are the nearest ones."""
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(4))
     how = Grouping(4, 32)
-    assert np.array_equal(gptq(weight, 3.0 * torch.eye(128), how).codes, round_to_nearest(weight, how).codes)
+    assert np.array_equal(
+        gptq(weight, 3.0 * torch.eye(128), IntegerGrid(how)).codes, round_to_nearest(weight, how).codes
+    )
 
 
 def test_gptq_follows_the_papers_recursion() -> None:
@@ -201,7 +204,7 @@ def test_gptq_follows_the_papers_recursion() -> None:
     weight = torch.randn(12, 256, generator=torch.Generator().manual_seed(6))
     inputs = correlated_inputs(500, 256)
     hessian = inputs.T @ inputs
-    found = gptq(weight, hessian, how, damping=damping)
+    found = gptq(weight, hessian, IntegerGrid(how), damping=damping)
     rest = weight.double().clone()
     damped = hessian.double() + damping * hessian.diagonal().double().mean() * torch.eye(256, dtype=torch.float64)
     inverse = torch.linalg.inv(damped)
@@ -220,7 +223,7 @@ def test_act_order_is_said_and_read_back() -> None:
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(7))
     inputs = correlated_inputs(400, 128) * torch.linspace(0.1, 3, 128)
     hessian = inputs.T @ inputs
-    codes = gptq(weight, hessian, Grouping(4, 32), act_order=True)
+    codes = gptq(weight, hessian, IntegerGrid(Grouping(4, 32)), act_order=True)
     assert codes.grouping.reordered
     assert codes.order is not None
     assert codes.order[0] == int(hessian.diagonal().argmax())
@@ -233,7 +236,7 @@ def test_inputs_that_were_never_seen_are_rounded_by_themselves() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(8))
     inputs = correlated_inputs(200, 64)
     inputs[:, 5:9] = 0.0
-    values = gptq(weight, inputs.T @ inputs, Grouping(8, 64)).values()
+    values = gptq(weight, inputs.T @ inputs, IntegerGrid(Grouping(8, 64))).values()
     np.testing.assert_allclose(values[:, 5:9], weight.numpy()[:, 5:9], atol=0.03)
 
 

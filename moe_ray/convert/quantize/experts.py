@@ -46,19 +46,22 @@ Seen = Callable[[int], ExpertInputs]
 
 def rtn(expert: ExpertMatrices, config: QuantizeConfig) -> ExpertCodes:
     """Rounds each weight to the nearest code: no calibration."""
-    how = config.experts
-    return ExpertCodes(*(round_to_nearest(weight, how) for weight in (expert.w1, expert.w3, expert.w2)))
+    return ExpertCodes(*map(config.scheme.nearest, (expert.w1, expert.w3, expert.w2)))
 
 
 def gptq_expert(expert: ExpertMatrices, seen: ExpertInputs, run: CalibrationRun, config: QuantizeConfig) -> ExpertCodes:
     """GPTQ; w2 is calibrated on what the rounded w1 and w3 make of the rows."""
     joined = torch.cat((expert.w1, expert.w3))  # they share their inputs, and so the Hessian
-    how, act_order = config.experts, config.act_order
-    both = gptq(joined, seen.hessian(), how, damping=seen.damping(joined.shape[1]), act_order=act_order)
+    both = _by_gptq(joined, seen, seen.hessian(), config)
     w1, w3 = (both.rows(part) for part in (slice(0, len(expert.w1)), slice(len(expert.w1), None)))
     inner = run.inner(seen.rows, *(torch.from_numpy(codes.values()) for codes in (w1, w3)))
-    damping = seen.damping(inner.shape[1])
-    return ExpertCodes(w1, w3, gptq(expert.w2, seen.hessian(inner), how, damping=damping, act_order=act_order))
+    return ExpertCodes(w1, w3, _by_gptq(expert.w2, seen, seen.hessian(inner), config))
+
+
+def _by_gptq(weight: torch.Tensor, seen: ExpertInputs, hessian: torch.Tensor, config: QuantizeConfig) -> GroupedCodes:
+    inputs, scheme = weight.shape[1], config.scheme
+    act_order = config.act_order or scheme.free_order
+    return gptq(weight, hessian, scheme.grid(inputs), damping=seen.damping(inputs), act_order=act_order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

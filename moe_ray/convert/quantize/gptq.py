@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
 import torch
 
-from moe_ray.model.formats import GroupedCodes, Grouping
-from moe_ray.model.formats.rounding import fit, nearest, values_of
+from moe_ray.convert.quantize.scheme import Grid
+from moe_ray.model.formats import GroupedCodes
 
 BLOCK: Final = 128
 """Columns whose errors reach the columns after them in one product (section 3.3, "lazy batch-updates")."""
@@ -19,7 +18,7 @@ LAST_DAMPING: Final = 1.0
 def gptq(
     values: torch.Tensor,  # [N, K]
     hessian: torch.Tensor,  # [K, K]
-    grouping: Grouping,
+    grid: Grid,
     *,
     damping: float = 0.01,
     act_order: bool = False,
@@ -31,47 +30,32 @@ def gptq(
     largest diagonal first; groups are then of columns in that order, which `GroupedCodes.order` says.
     """
     n, k = values.shape
-    weight = values.float().clone()
-    curvature = hessian.float().clone()
+    exact, curvature = values.float(), hessian.float().clone()
     order: torch.Tensor | None = None
     if act_order:
         order = curvature.diagonal().argsort(descending=True, stable=True)
-        weight, curvature = weight[:, order].contiguous(), curvature[order][:, order]
-        grouping = Grouping(grouping.bits, grouping.group, grouping.offsets, grouping.levels, reordered=True)
+        exact, curvature = exact[:, order].contiguous(), curvature[order][:, order]
     importance = curvature.diagonal().clone()
     importance[importance == 0] = importance[importance > 0].min() if bool((importance > 0).any()) else 1.0
     factor = _inverse_factor(curvature, damping)
+    weight = exact.clone()
     codes = torch.empty((n, k), dtype=torch.uint8)
-    scales = torch.empty((n, k // grouping.group))
-    offsets = torch.empty_like(scales) if grouping.offsets else None
-    block = math.gcd(grouping.group, BLOCK) if grouping.group > BLOCK else BLOCK // grouping.group * grouping.group
+    block = math.gcd(grid.span, BLOCK) if grid.span > BLOCK else BLOCK // grid.span * grid.span
     for start in range(0, k, block):
         end = min(start + block, k)
         errors = torch.empty((n, end - start))
         for column in range(start, end):
-            group = column // grouping.group
-            if column % grouping.group == 0:
-                part = slice(column, column + grouping.group)
-                scale, offset = fit(weight[:, part].contiguous(), grouping, importance[part])
-                scales[:, group] = scale[:, 0]
-                if offsets is not None and offset is not None:
-                    offsets[:, group] = offset[:, 0]
+            if column % grid.span == 0:
+                grid.fit(weight[:, column:], importance[column:])
             here = weight[:, column : column + 1].contiguous()
-            scale = scales[:, group : group + 1]
-            offset = None if offsets is None else offsets[:, group : group + 1]
-            code = nearest(here, scale, offset, grouping)
+            code, value = grid.round(here)
             codes[:, column] = code[:, 0]
-            error = (here - values_of(code, scale, offset, grouping)) / factor[column, column]
+            error = (here - value) / factor[column, column]
             weight[:, column + 1 : end].addr_(error[:, 0], factor[column, column + 1 : end], alpha=-1)
             errors[:, column - start] = error[:, 0]
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return GroupedCodes(
-        grouping,
-        codes.numpy(),
-        scales.numpy(),
-        None if offsets is None else offsets.numpy(),
-        None if order is None else order.numpy().astype(np.int32),
-    )
+    curvature.diagonal().add_(damping * float(curvature.diagonal().mean()))
+    return grid.finish(codes, order, exact, curvature)
 
 
 def output_error(change: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ from moe_ray.convert.quantize.experts import (
     smoothing,
 )
 from moe_ray.convert.quantize.gptq import gptq
+from moe_ray.convert.quantize.integer_scheme import IntegerGrid
 from moe_ray.model.formats import GroupedCodes
 from moe_ray.model.formats.rounding import round_to_nearest
 
@@ -68,9 +69,9 @@ def round_attention(
         mixed = run.attended(states, qkv)
     else:
         by_gptq = config.method == "gptq"
-        rounded = gptq(qkv, states.T @ states, how) if by_gptq else round_to_nearest(qkv, how)
+        rounded = gptq(qkv, states.T @ states, IntegerGrid(how)) if by_gptq else round_to_nearest(qkv, how)
         mixed = run.attended(states, torch.from_numpy(rounded.values()))
-        found = (rounded, gptq(out, mixed.T @ mixed, how) if by_gptq else round_to_nearest(out, how))
+        found = (rounded, gptq(out, mixed.T @ mixed, IntegerGrid(how)) if by_gptq else round_to_nearest(out, how))
         out = torch.from_numpy(found[1].values())
     run.add(F.linear(mixed, out))
     return found

@@ -1,4 +1,4 @@
-"""Writes a quantised copy of a checkpoint: compressed-tensors' "pack-quantized", which others read as well."""
+"""Writes a quantised copy of a checkpoint: compressed-tensors', which others read as well, or with ternary experts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from moe_ray.convert.quantize.calibration import WINDOW, CalibrationRun, LayerFl
 from moe_ray.convert.quantize.calibration_text import calibration_windows
 from moe_ray.convert.quantize.config import LayerReport, QuantizeConfig, QuantizeReport
 from moe_ray.convert.quantize.experts import ExpertCodes, ExpertMatrices
+from moe_ray.convert.quantize.integer_scheme import IntegerScheme
 from moe_ray.convert.quantize.layer import ENOUGH, round_attention, round_experts, round_experts_blindly
+from moe_ray.convert.quantize.scheme import Scheme
 from moe_ray.convert.recipe import Progress, directory_at_once, no_progress
 from moe_ray.convert.shards import ShardWriter, place_of, write_json
 from moe_ray.errors import CheckpointError
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.families import Role, Weight
 from moe_ray.model.formats import GroupedCodes, Grouping
-from moe_ray.model.formats.compressed_tensors import pack_codes
+from moe_ray.model.formats.ternary import METHOD
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.weights import weights_of_expert, weights_of_trunk
@@ -79,17 +81,21 @@ def quantize(
 
 
 def quantised_config(shape: ModelConfig, config: QuantizeConfig) -> dict[str, Any]:
-    """The `config.json` of the result, with the `quantization_config` that compressed-tensors defines.
+    """The `config.json` of the result, with a `quantization_config`: compressed-tensors', or `METHOD`."""
+    raw = {key: value for key, value in shape.raw.items() if key not in ("quantization_config", "compression_config")}
+    told = {"quant_method": METHOD, "bits": config.bits} if config.is_ternary else _compressed_tensors(config)
+    return {**raw, "tie_word_embeddings": shape.tie_word_embeddings, "quantization_config": told}
 
-    Patterns are of the names in the checkpoint, as its own compressor writes them.
-    """
+
+def _compressed_tensors(config: QuantizeConfig) -> dict[str, Any]:
+    """Patterns are of the names in the checkpoint, as its own compressor writes them."""
     groups = {"group_0": _scheme(config.experts, EXPERTS)}
     ignore = ["lm_head", GATES]
     if config.attention is None:
         ignore.append(ATTENTION)
     else:
         groups["group_1"] = _scheme(config.attention, ATTENTION)
-    quantization = {
+    return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -98,8 +104,6 @@ def quantised_config(shape: ModelConfig, config: QuantizeConfig) -> dict[str, An
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    raw = {key: value for key, value in shape.raw.items() if key not in ("quantization_config", "compression_config")}
-    return {**raw, "tie_word_embeddings": shape.tie_word_embeddings, "quantization_config": quantization}
 
 
 def _scheme(how: Grouping, target: str) -> dict[str, Any]:
@@ -199,7 +203,7 @@ class _Writing:
         def take(index: int, codes: ExpertCodes) -> None:
             gate, up, down = weights_of_expert(self._shape, layer, index)
             for weight, found in ((gate, codes.w1), (up, codes.w3), (down, codes.w2)):
-                self._add_codes(weight, found)
+                self._add_codes(weight, found, self._config.scheme)
             self._done(layer, index + 1)
 
         if run is None:
@@ -223,14 +227,14 @@ class _Writing:
         return LayerFloats(input_norm, torch.cat((q, k, v)), out, post_norm, gate), [len(q), len(k), len(v)]
 
     def _add_attention(self, layer: int, heads: list[int], qkv: GroupedCodes, out: GroupedCodes) -> None:
-        start = 0
+        start, scheme = 0, IntegerScheme(out.grouping)
         for role, rows in zip(QKV, heads, strict=True):
-            self._add_codes(self._trunk[role, layer], qkv.rows(slice(start, start + rows)))
+            self._add_codes(self._trunk[role, layer], qkv.rows(slice(start, start + rows)), scheme)
             start += rows
-        self._add_codes(self._trunk["out", layer], out)
+        self._add_codes(self._trunk["out", layer], out, scheme)
 
-    def _add_codes(self, weight: Weight, codes: GroupedCodes) -> None:
-        self._shards.add_tensors(weight, pack_codes(place_of(weight), codes))
+    def _add_codes(self, weight: Weight, codes: GroupedCodes, scheme: Scheme) -> None:
+        self._shards.add_tensors(weight, scheme.pack(place_of(weight), codes))
 
     def _read(self, role: Role, layer: int | None = None) -> torch.Tensor:
         return self._checkpoint.read(self._trunk[role, layer], self._dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
+from moe_ray.model.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4, ternary
 from moe_ray.model.formats.floats import FloatFormat
 from moe_ray.model.formats.gguf_blocks import BLOCK_FORMATS
 from moe_ray.model.formats.gguf_k import K_FORMATS
@@ -55,6 +55,7 @@ _QUANTISED: Final[tuple[WeightFormat, ...]] = (
     fp8.FP8,
     mxfp4.MXFP4,
     hqq.HQQ,
+    ternary.TERNARY,
     *BLOCK_FORMATS,
     *K_FORMATS,
 )

@@ -166,6 +166,7 @@ METHODS: Final[dict[str, Callable[[Settings, str], Quantization]]] = {
     "gptq": _gptq,
     "hqq": _by_tensors("hqq"),
     "modelopt": _modelopt,
+    "moe-ray-ternary": _by_tensors("moe-ray-ternary"),
     "mxfp4": _by_tensors("mxfp4"),
 }
 """`quant_method` → what else its settings have to say."""
