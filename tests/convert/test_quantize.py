@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 from typer.testing import CliRunner
 
 from moe_ray.commands.main import app
@@ -29,37 +28,7 @@ from moe_ray.model.trunk_weights import TrunkWeights
 from moe_ray.model.weights import weights_of_model
 
 LAYERS, EXPERTS = 2, 4
-
-
-@pytest.fixture(scope="module")
-def model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Mixtral with the demo model's tokenizer, of which it has all ids."""
-    torch.manual_seed(3)
-    config = MixtralConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    directory = tmp_path_factory.mktemp("float") / "model"
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model / name, directory / name)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The miller's daughter counted nineteen sacks, and then, to be sure, counted them again. " * 20)
-    return path
+"""Of the fixture `model`."""
 
 
 def decompressed(directory: Path) -> dict[str, torch.Tensor]:

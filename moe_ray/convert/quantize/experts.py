@@ -61,7 +61,8 @@ def gptq_expert(expert: ExpertMatrices, seen: ExpertInputs, run: CalibrationRun,
 def _by_gptq(weight: torch.Tensor, seen: ExpertInputs, hessian: torch.Tensor, config: QuantizeConfig) -> GroupedCodes:
     inputs, scheme = weight.shape[1], config.scheme
     act_order = config.act_order or scheme.free_order
-    return gptq(weight, hessian, scheme.grid(inputs), damping=seen.damping(inputs), act_order=act_order)
+    damping = scheme.damping * seen.damping(inputs)
+    return gptq(weight, hessian, scheme.grid(inputs), damping=damping, act_order=act_order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -53,6 +53,7 @@ class IntegerScheme:
     """`Scheme` of one grouping."""
 
     grouping: Grouping
+    damping: float = 1.0
 
     @property
     def free_order(self) -> bool:

@@ -43,6 +43,11 @@ class Scheme(Protocol):
         """Whether columns may be rounded in any order at no cost to what computes with them."""
         ...
 
+    @property
+    def damping(self) -> float:
+        """How many times as much as integers GPTQ damps: the larger the errors are, the less it may trust few rows."""
+        ...
+
     def nearest(self, weight: torch.Tensor) -> GroupedCodes:
         """A weight [N, K] rounded by itself."""
         ...
