@@ -138,7 +138,7 @@ def test_its_files_are_small_and_planned_as_they_are_held(ternary: Path, model: 
     stored = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
     assert 8 * stored / weights < 1.02 * 1.4 + 8 * 24 / (
         64 * 128
-    )  # of 24 bytes is what says of how many digits words are
+    )  # with 24 bytes for `weight_words_of`
     found = planned(load_config({"model": {"path": str(ternary)}}), ternary)
     experts = [actor for actor in found.plan.actors if actor.name != "Trunk"]
     assert sum(found.bytes_to_read[actor.name] for actor in experts) == stored
