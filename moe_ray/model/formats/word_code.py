@@ -54,11 +54,10 @@ class Dictionary:
             if node < 0:
                 words.append(~node)
                 node = 0
-        while node:
+        while node > 0:  # zeros, to the end of a word
             node = children[node]
-            if node < 0:
-                words.append(~node)
-                node = 0
+        if node < 0:
+            words.append(~node)
         return np.frombuffer(words, np.uint16).copy()
 
     def decode(self, words: np.ndarray, count: int) -> np.ndarray:
@@ -70,7 +69,8 @@ class Dictionary:
             raise BadWords(f"word {int(words.max())}, there are {size}")
         lengths = np.take(self.lengths, words)
         whole = int(lengths.sum(dtype=np.int64))
-        if not whole - (int(lengths[-1]) if words.size else 0) < count <= whole:
+        last = int(lengths[-1]) if words.size else 0
+        if not whole - last < count <= whole:
             raise BadWords(f"words of {whole} digits, for {count}")
         found = np.zeros(whole, np.uint8)
         start = 0
