@@ -104,6 +104,34 @@ def readable_model(random_model: Path, demo_model: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
+def kernel_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral in bfloat16 of shapes that the native kernels compute, with the demo model's tokenizer."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(2)
+    config = MixtralConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=json.loads((demo_model / "config.json").read_text())["vocab_size"],
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    directory = tmp_path_factory.mktemp("for-kernels") / "model"
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session, on loopback only."""
     import ray

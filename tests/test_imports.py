@@ -86,6 +86,7 @@ VERBS = (  # files of the command line that are loaded to parse any command
         "plan",
         "perplexity",
         "compare",
+        "quality_options",
         "status",
         "scale",
     ),

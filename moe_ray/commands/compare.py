@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +14,18 @@ from moe_ray.commands.options import (
     Dtype,
     JsonOutput,
     Kernels,
+    KvCacheDtype,
+    Quantize,
+    QuantizeTrunk,
     Settings,
     error_console,
     output_console,
-    with_settings,
 )
-from moe_ray.commands.perplexity import Context, LimitTokens, Stride, Text
+from moe_ray.commands.quality_options import Context, FoundModel, LimitTokens, ModelFlags, ScoredText, Stride, Text
 from moe_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from moe_ray.config import Config
     from moe_ray.console import Report
-    from moe_ray.quality.scorer import Scorer
 
 AS_A = "as of A"
 _MODEL = "A directory, a Hugging Face repo id, or `demo`"
@@ -40,10 +41,16 @@ def compare(
     dtype: Dtype = None,
     device: Device = None,
     kernels: Kernels = None,
+    quantize: Quantize = None,
+    quantize_trunk: QuantizeTrunk = None,
+    kv_cache_dtype: KvCacheDtype = None,
     config: ConfigFile = None,
     settings: Settings = None,
     dtype_b: Annotated[str | None, typer.Option(help="--dtype of B.", show_default=AS_A)] = None,
     kernels_b: Annotated[str | None, typer.Option(help="--kernels of B.", show_default=AS_A)] = None,
+    quantize_b: Annotated[str | None, typer.Option(help="--quantize of B.", show_default=AS_A)] = None,
+    quantize_trunk_b: Annotated[str | None, typer.Option(help="--quantize-trunk of B.", show_default=AS_A)] = None,
+    kv_cache_dtype_b: Annotated[str | None, typer.Option(help="--kv-cache-dtype of B.", show_default=AS_A)] = None,
     config_b: Annotated[Path | None, typer.Option(help="--config of B.", show_default=AS_A)] = None,
     settings_b: Annotated[
         list[str] | None, typer.Option("--set-b", metavar="KEY=VALUE", help="--set of B, beside those of A.")
@@ -55,60 +62,51 @@ def compare(
 ) -> None:
     """Compare what two models predict of a text: KL, most likely tokens, perplexity, routing by layer.
 
-    Options are those of A; B has the same but for its own (--dtype-b, --set-b, …). One model is in memory at a time.
+    Options are those of A; B has the same but for its own (--quantize-b, --set-b, …). One model is in memory at a time.
 
-    moe-ray compare demo --dtype float32 --dtype-b bfloat16
+    moe-ray compare demo --quantize-b int4
     """
-    from moe_ray.commands.cache import with_usable_cache
     from moe_ray.commands.quality_report import comparison_json, print_comparison
-    from moe_ray.config import load_config
     from moe_ray.console import loading_bars
-    from moe_ray.hub import resolve_model
     from moe_ray.quality.compare import compare as measure
-    from moe_ray.quality.scorer import Scorer
     from moe_ray.quality.spool import spool_dtype
-    from moe_ray.quality.text import read_text
-    from moe_ray.quality.windows import check_windows
-    from moe_ray.text.tokenizer import Tokenizer
 
-    stride = stride or context
-    check_windows(context, stride)
+    scored = ScoredText.read(text, context, stride, limit_tokens)
     kept_as = spool_dtype(spool)
-    words = read_text(text)
-    flags_a = {"path": a, "dtype": dtype, "device": device, "kernels": kernels}
-    flags_b = {"path": b or a, "dtype": dtype_b or dtype, "device": device, "kernels": kernels_b or kernels}
-    both = list(settings or ())
-    tree_a = with_settings({"model": flags_a}, both)
-    tree_b = with_settings(with_settings({"model": flags_b}, both), settings_b or (), "--set-b")
-    chosen_a = with_usable_cache(load_config(tree_a, config), error_console())
-    chosen_b = with_usable_cache(load_config(tree_b, config_b or config), error_console())
-    computed_by: list[str] = []
+    flags_a = ModelFlags(
+        a, dtype, device, kernels, quantize, quantize_trunk, kv_cache_dtype, config, tuple(settings or ())
+    )
+    flags_b = replace(
+        flags_a,
+        model=b or a,
+        dtype=dtype_b or dtype,
+        kernels=kernels_b or kernels,
+        quantize=quantize_b or quantize,
+        quantize_trunk=quantize_trunk_b or quantize_trunk,
+        kv_cache_dtype=kv_cache_dtype_b or kv_cache_dtype,
+        config=config_b or config,
+        settings_b=tuple(settings_b or ()),
+    )
+    chosen = flags_a.configured(), flags_b.configured()
     with loading_bars(error_console()) as progress:
-        directories = [resolve_model(chosen, progress) for chosen in (chosen_a, chosen_b)]
-        tokenizer, other = map(Tokenizer, directories)
-        token_ids = tokenizer.encode(words)[:limit_tokens]
-        if other.vocab_size != tokenizer.vocab_size or other.encode(words)[:limit_tokens] != token_ids:
+        found_a, found_b = (FoundModel.of(each, progress) for each in chosen)
+        passage = scored.passage(found_a.tokenizer)
+        same_size = found_a.tokenizer.vocab_size == found_b.tokenizer.vocab_size
+        if not same_size or scored.passage(found_b.tokenizer) != passage:
             raise ConfigError(f"{a} and {b} have other tokenizers: their predictions cannot be compared")
-
-        def load(which: str, chosen: Config, directory: Path) -> Scorer:
-            scorer = Scorer(chosen, directory, context, _named(progress, which))
-            computed_by.append(str(scorer.compute.backend))
-            return scorer
-
         measured = measure(
-            lambda: load("A", chosen_a, directories[0]),
-            lambda: load("B", chosen_b, directories[1]),
-            token_ids,
-            context,
-            stride,
+            lambda: found_a.load(context, _named(progress, "A")),
+            lambda: found_b.load(context, _named(progress, "B")),
+            passage,
             kept_as,
             lambda which, done, total: progress(f"{which} windows", done, total),
         )
-    said = ((chosen_a.served_name, chosen_b.served_name), tuple(computed_by), len(token_ids), context, stride)
+    names = chosen[0].served_name, chosen[1].served_name
+    token_text = found_a.tokenizer.token_to_str
     if json_output:
-        print(comparison_json(measured, *said, tokenizer.token_to_str))
+        print(comparison_json(measured, names, passage, token_text))
     else:
-        print_comparison(output_console(), measured, *said, tokenizer.token_to_str)
+        print_comparison(output_console(), measured, names, passage, token_text)
 
 
 def _named(progress: Report, which: str) -> Report:

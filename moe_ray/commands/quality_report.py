@@ -10,73 +10,74 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moe_ray.model.compute.resolve import Backend
 from moe_ray.quality.comparison import Comparison
 from moe_ray.quality.perplexity import Perplexity
+from moe_ray.quality.windows import Passage
 
 TokenText = Callable[[int], str]
 """The text of one token."""
 
 
-def print_perplexity(
-    console: Console, measured: Perplexity, name: str, backend: Backend, tokens: int, context: int, stride: int
-) -> None:
-    """Print perplexity and its standard error in two lines."""
+def print_perplexity(console: Console, measured: Perplexity, name: str, passage: Passage) -> None:
+    """Print perplexity and its standard error in three lines."""
     value, loss = measured.value, measured.loss
-    console.print(f"[bold]{name}[/]  {backend}", soft_wrap=True)
+    _print_model(console, name, measured)
     console.print(
         f"perplexity [bold]{value.mean:.4f}[/] ± {value.error:.4f}  "
         f"(loss {loss.mean:.5f} ± {loss.error:.5f} nats a token)",
         soft_wrap=True,
     )
+    _print_windows(console, len(measured.losses), passage, f"{measured.tokens_per_s:,.0f}")
+
+
+def perplexity_json(measured: Perplexity, name: str, passage: Passage) -> str:
+    """The same as one JSON object."""
+    return json.dumps({**_model(name, measured), **_windows(len(measured.losses), passage)}, indent=1)
+
+
+def _print_model(console: Console, name: str, measured: Perplexity) -> None:
+    console.print(f"[bold]{escape(name)}[/]  {measured.backend}", soft_wrap=True)
+
+
+def _model(name: str, measured: Perplexity) -> dict[str, str | float]:
+    value, loss = measured.value, measured.loss
+    return {
+        "model": name,
+        "computed_by": str(measured.backend),
+        "perplexity": value.mean,
+        "perplexity_error": value.error,
+        "loss": loss.mean,
+        "loss_error": loss.error,
+        "tokens_per_s": measured.tokens_per_s,
+    }
+
+
+def _print_windows(console: Console, scored: int, passage: Passage, speed: str) -> None:
+    """Print what was scored; `speed` is in tokens a second."""
     console.print(
-        f"{len(measured.losses):,} of {tokens:,} tokens scored, windows of {context}, stride {stride}; "
-        f"{measured.tokens_per_s:,.0f} tokens/s",
+        f"{scored:,} of {len(passage.token_ids):,} tokens scored, windows of {passage.context}, "
+        f"stride {passage.stride}; {speed} tokens/s",
         style="dim",
         soft_wrap=True,
     )
 
 
-def perplexity_json(measured: Perplexity, name: str, backend: Backend, tokens: int, context: int, stride: int) -> str:
-    """The same as one JSON object."""
-    return json.dumps(
-        {
-            "model": name,
-            "computed_by": str(backend),
-            "tokens": tokens,
-            "scored": len(measured.losses),
-            "context": context,
-            "stride": stride,
-            **_likelihood(measured),
-            "tokens_per_s": measured.tokens_per_s,
-        },
-        indent=1,
-    )
-
-
-def _likelihood(measured: Perplexity) -> dict[str, float]:
-    value, loss = measured.value, measured.loss
+def _windows(scored: int, passage: Passage) -> dict[str, int]:
     return {
-        "perplexity": value.mean,
-        "perplexity_error": value.error,
-        "loss": loss.mean,
-        "loss_error": loss.error,
+        "tokens": len(passage.token_ids),
+        "scored": scored,
+        "context": passage.context,
+        "stride": passage.stride,
     }
 
 
 def print_comparison(
-    console: Console,
-    measured: Comparison,
-    names: tuple[str, str],
-    computed_by: tuple[str, ...],
-    tokens: int,
-    context: int,
-    stride: int,
-    token_text: TokenText,
+    console: Console, measured: Comparison, names: tuple[str, str], passage: Passage, token_text: TokenText
 ) -> None:
     """Print both perplexities and what lies between the two models."""
-    for which, name, how in zip("AB", names, computed_by, strict=True):
-        console.print(f"{which}  [bold]{escape(name)}[/]  {how}", soft_wrap=True)
+    for which, name, side in zip("AB", names, (measured.a, measured.b), strict=True):
+        console.print(which, end="  ")
+        _print_model(console, name, side)
     a, b, ratio, kl, top = measured.a.value, measured.b.value, measured.ratio, measured.mean_kl, measured.top_agreement
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("perplexity", f"A {a.mean:.4f} ± {a.error:.4f}   B {b.mean:.4f} ± {b.error:.4f}")
@@ -108,39 +109,19 @@ def print_comparison(
             markup=False,
             soft_wrap=True,
         )
-    console.print(
-        f"{len(measured.kl):,} of {tokens:,} tokens scored, windows of {context}, stride {stride}; "
-        f"A {measured.a.tokens_per_s:,.0f}, B {measured.b.tokens_per_s:,.0f} tokens/s",
-        style="dim",
-        soft_wrap=True,
-    )
+    speed = f"A {measured.a.tokens_per_s:,.0f}, B {measured.b.tokens_per_s:,.0f}"
+    _print_windows(console, len(measured.kl), passage, speed)
 
 
-def comparison_json(
-    measured: Comparison,
-    names: tuple[str, str],
-    computed_by: tuple[str, ...],
-    tokens: int,
-    context: int,
-    stride: int,
-    token_text: TokenText,
-) -> str:
+def comparison_json(measured: Comparison, names: tuple[str, str], passage: Passage, token_text: TokenText) -> str:
     """The same as one JSON object, with the routing of every layer."""
     ratio, kl, top = measured.ratio, measured.mean_kl, measured.top_agreement
-    sides = zip(names, computed_by, (measured.a, measured.b), strict=True)
-    a, b = (
-        {"model": name, "computed_by": how, **_likelihood(side), "tokens_per_s": side.tokens_per_s}
-        for name, how, side in sides
-    )
     routing = measured.routing
     return json.dumps(
         {
-            "a": a,
-            "b": b,
-            "tokens": tokens,
-            "scored": len(measured.kl),
-            "context": context,
-            "stride": stride,
+            "a": _model(names[0], measured.a),
+            "b": _model(names[1], measured.b),
+            **_windows(len(measured.kl), passage),
             "perplexity_ratio": ratio.mean,
             "perplexity_ratio_error": ratio.error,
             "kl_mean": kl.mean,

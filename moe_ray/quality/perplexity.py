@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_ray.errors import InvalidRequest
-from moe_ray.quality.windows import Window, windows
+from moe_ray.quality.windows import Passage
 
 if TYPE_CHECKING:
+    from moe_ray.model.compute.resolve import Backend
     from moe_ray.quality.scorer import Scorer
 
 OnWindow = Callable[[int, int], None]
@@ -49,6 +49,8 @@ class Perplexity:
     """Of computing; not of loading."""
     computed: int
     """Positions that were computed; where windows overlap, more than were scored."""
+    backend: Backend
+    """What computed them."""
 
     @property
     def loss(self) -> Estimate:
@@ -65,25 +67,16 @@ class Perplexity:
         return self.computed / self.seconds if self.seconds else math.inf
 
 
-def perplexity(
-    scorer: Scorer, token_ids: Sequence[int], context: int, stride: int, on_window: OnWindow | None = None
-) -> Perplexity:
-    """Score `token_ids` in the windows of `windows`. Raises `InvalidRequest` for a text of fewer than two tokens."""
-    plan = planned_windows(token_ids, context, stride)
+def perplexity(scorer: Scorer, passage: Passage, on_window: OnWindow | None = None) -> Perplexity:
+    """Score a passage in its windows. Raises `InvalidRequest` for a text of fewer than two tokens."""
+    plan = passage.windows()
     started = time.perf_counter()
     losses = []
     for done, window in enumerate(plan, 1):
-        for scored in scorer.score(token_ids[window.start : window.end], window.first - window.start):
+        for scored in scorer.score(passage.token_ids[window.start : window.end], window.first - window.start):
             losses.append(scored.losses().numpy())
         if on_window is not None:
             on_window(done, len(plan))
     seconds = time.perf_counter() - started
-    return Perplexity(np.concatenate(losses), seconds, sum(w.end - w.start - 1 for w in plan))
-
-
-def planned_windows(token_ids: Sequence[int], context: int, stride: int) -> list[Window]:
-    """The windows of a text. Raises `InvalidRequest` where there is nothing to score, `ConfigError` as `windows`."""
-    plan = list(windows(len(token_ids), context, stride))
-    if not plan:
-        raise InvalidRequest(f"the text has {len(token_ids)} tokens: there is nothing to predict", "text")
-    return plan
+    computed = sum(w.end - w.start - 1 for w in plan)
+    return Perplexity(np.concatenate(losses), seconds, computed, scorer.compute.backend)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_ray.errors import ConfigError
+from moe_ray.errors import ConfigError, InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,22 @@ class Window:
     def scored(self) -> int:
         """How many of its tokens are scored."""
         return self.end - self.first
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Tokens of a text, and how they are cut into windows."""
+
+    token_ids: Sequence[int]
+    context: int
+    stride: int
+
+    def windows(self) -> list[Window]:
+        """Those of `windows`. Raises `InvalidRequest` where there is nothing to score, `ConfigError` as `windows`."""
+        found = list(windows(len(self.token_ids), self.context, self.stride))
+        if not found:
+            raise InvalidRequest(f"the text has {len(self.token_ids)} tokens: there is nothing to predict", "text")
+        return found
 
 
 def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:

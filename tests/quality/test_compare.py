@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import BEST
 from reference import Reference
 from transformers import MixtralForCausalLM
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from moe_ray.quality.compare import compare
 from moe_ray.quality.comparison import Comparison
 from moe_ray.quality.scorer import Scorer
 from moe_ray.quality.spool import Spool, SpoolDtype
+from moe_ray.quality.windows import Passage
 
 CONTEXT, STRIDE = 48, 32
 TOKENS = np.random.default_rng(7).integers(3, 512, 150).tolist()
@@ -44,7 +47,7 @@ def compared(a: Path, b: Path, spool: SpoolDtype = "float32") -> Comparison:
         config = load_config({"model": {"path": str(path), "dtype": "float32", "device": "cpu"}})
         return Scorer(config, path, CONTEXT)
 
-    return compare(lambda: load(a), lambda: load(b), TOKENS, CONTEXT, STRIDE, spool)
+    return compare(lambda: load(a), lambda: load(b), Passage(TOKENS, CONTEXT, STRIDE), spool)
 
 
 def reference_rows(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,3 +141,28 @@ def test_the_command_gives_b_options_of_its_own(readable_model: Path, tmp_path: 
     shown = CliRunner().invoke(app, [*command, "--dtype-b", "float32"], env={"COLUMNS": "120"})
     assert "1.00000 ± 0.00000" in shown.stdout
     assert "the same for 100.00 %" in shown.stdout
+    assert f"A  {readable_model.name}  float32 on cpu" in shown.stdout
+
+
+@pytest.mark.skipif(BEST is None, reason="no native kernels for this machine")
+def test_b_alone_is_quantised_and_as_the_configuration_would(kernel_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A B C " * 30)
+    command = ["compare", str(kernel_model), "--text", str(text), "--context", "32", "--dtype", "bfloat16", "--json"]
+
+    def said(*options: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, [*command, *options])
+        assert result.exit_code == 0, result.output
+        return cast(dict[str, Any], json.loads(result.stdout))
+
+    def losses(found: dict[str, Any]) -> tuple[float, float]:
+        return found["a"]["loss"], found["b"]["loss"]
+
+    plain, of_b = said(), said("--quantize-b", "int4", "--quantize-trunk-b", "int8")
+    assert (plain["kl_max"], of_b["kl_mean"] > 1e-4) == (0, True)
+    assert of_b["a"]["loss"] == plain["a"]["loss"]
+    assert losses(said("--set-b", "experts.quantize=int4", "--set-b", "trunk.quantize=int8")) == losses(of_b)
+    of_both = said("--quantize", "int4", "--quantize-trunk", "int8")
+    assert losses(of_both) == (of_b["b"]["loss"], of_b["b"]["loss"])
+    stored = "--set-b", "experts.quantize=null", "--set-b", "trunk.quantize=null"
+    assert losses(said("--quantize", "int4", "--quantize-trunk", "int8", *stored)) == losses(of_b)[::-1]

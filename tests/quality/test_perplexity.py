@@ -20,7 +20,7 @@ from moe_ray.quality import scorer as scoring
 from moe_ray.quality.perplexity import Estimate, perplexity
 from moe_ray.quality.scorer import Scorer
 from moe_ray.quality.text import read_text
-from moe_ray.quality.windows import windows
+from moe_ray.quality.windows import Passage, windows
 from moe_ray.text.tokenizer import Tokenizer
 
 
@@ -57,7 +57,8 @@ def test_a_random_model_has_the_perplexity_that_transformers_finds(
     monkeypatch.setattr(scoring, "MOST_ROWS", rows)
     token_ids = np.random.default_rng(context).integers(3, 512, 140).tolist()
     expected, scored = guide(random_reference, token_ids, context, stride)
-    measured = perplexity(Scorer(configured(random_model), random_model, context), token_ids, context, stride)
+    passage = Passage(token_ids, context, stride)
+    measured = perplexity(Scorer(configured(random_model), random_model, context), passage)
     assert len(measured.losses) == scored
     assert measured.value.mean == pytest.approx(expected, rel=1e-5)
 
@@ -67,7 +68,7 @@ def test_the_demo_model_has_the_perplexity_that_transformers_finds(demo_model: P
     token_ids = Tokenizer(demo_model).encode(read_text(None))[:1000]
     expected, scored = guide(demo_reference, token_ids, 512, 256)
     with all_cores():
-        measured = perplexity(Scorer(configured(demo_model), demo_model, 512), token_ids, 512, 256)
+        measured = perplexity(Scorer(configured(demo_model), demo_model, 512), Passage(token_ids, 512, 256))
     assert len(measured.losses) == scored == len(token_ids) - 1
     assert measured.value.mean == pytest.approx(expected, rel=1e-4)
 
@@ -90,7 +91,7 @@ def test_windows_that_cannot_be_are_refused(random_model: Path) -> None:
     with pytest.raises(ConfigError, match="positions for 512 tokens, got 513"):
         Scorer(configured(random_model), random_model, 513)
     with pytest.raises(InvalidRequest, match="1 tokens: there is nothing to predict"):
-        perplexity(Scorer(configured(random_model), random_model, 8), [4], 8, 8)
+        perplexity(Scorer(configured(random_model), random_model, 8), Passage([4], 8, 8))
 
 
 def test_the_error_is_that_of_a_mean() -> None:
@@ -124,7 +125,7 @@ def test_the_command_prints_what_it_computed(readable_model: Path, tmp_path: Pat
     said = json.loads(result.stdout)
     config = configured(readable_model, kernels="torch")
     token_ids = Tokenizer(readable_model).encode("A B C " * 40)
-    again = perplexity(Scorer(config, readable_model, 32), token_ids, 32, 16)
+    again = perplexity(Scorer(config, readable_model, 32), Passage(token_ids, 32, 16))
     assert said["perplexity"] == pytest.approx(again.value.mean, rel=1e-6)
     assert (said["tokens"], said["scored"], said["stride"]) == (len(token_ids), len(token_ids) - 1, 16)
     assert said["computed_by"].startswith("float32 on cpu, trunk and experts by torch")
