@@ -9,7 +9,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,27 @@ def by_hand(served: Served, experts: list[int], replicas: int | None, timeout_s:
     out = io.StringIO()
     scale(experts, replicas, Console(file=out, width=80), application=served.app_name, timeout_s=timeout_s)
     return out.getvalue()
+
+
+def second_replicas(served: Served, expert: int, most: int = 4) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Give an expert a second replica, up to `most` times: what the first and the second one say of themselves.
+
+    The second one has loaded everything by then, and answers calls; it is taken away before the next one.
+    """
+    name = f"Expert{expert}"
+    (first,) = statuses(served, name)
+
+    def both() -> bool:
+        return all(each["calls"] and each["loaded_keys"] == each["keys"] for each in statuses(served, name))
+
+    for _ in range(most):
+        by_hand(served, [expert], 2)
+        try:
+            eventually(both)
+            (second,) = (each for each in statuses(served, name) if each["pid"] != first["pid"])
+            yield first, second
+        finally:
+            by_hand(served, [expert], None)
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 10.0, every_s: float = 0.05) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from asking import Asking
-from served import Served, by_hand, complete, eventually, statuses
+from served import Served, complete, eventually, second_replicas, statuses
 
 from moe_ray.core import ReplicaInfo
 from moe_ray.deploy.expert_replica import ExpertReplica
@@ -19,7 +19,7 @@ from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert import FFN
 from moe_ray.model.expert_reader import ExpertReader
 
-EXPERT, ARRIVALS = 4, 4
+EXPERT = 4
 
 
 def test_second_replicas_arrive_under_a_stream(served_demo: Served) -> None:
@@ -29,10 +29,8 @@ def test_second_replicas_arrive_under_a_stream(served_demo: Served) -> None:
     assert (first["loaded_keys"], first["bytes_from_peers"]) == (first["keys"], 0)
     from_peers = 0
     with Asking(lambda: complete(served_demo, prompt)) as streams:
-        for _ in range(ARRIVALS):  # one on a quick disk may have read everything before it has found its peer
-            by_hand(served_demo, [EXPERT], 2)
-            eventually(lambda: all(s["calls"] and s["loaded_keys"] == s["keys"] for s in statuses(served_demo, name)))
-            (status,) = (each for each in statuses(served_demo, name) if each["pid"] != first["pid"])
+        # One on a quick disk may have read everything before it has found its peer.
+        for first, status in second_replicas(served_demo, EXPERT):
             of_disk = status["bytes_read"] / first["bytes_read"]
             of_peer = status["bytes_from_peers"] / first["weight_bytes"]
             assert of_disk + of_peer == pytest.approx(1, abs=1e-12), "each layer came once, one way or the other"
@@ -40,7 +38,6 @@ def test_second_replicas_arrive_under_a_stream(served_demo: Served) -> None:
             from_peers += status["bytes_from_peers"]
             answers = len(streams.answers)
             eventually(lambda answers=answers: len(streams.answers) > answers + 1, 60)
-            by_hand(served_demo, [EXPERT], None)
             if from_peers:
                 break
     assert from_peers

@@ -77,8 +77,14 @@ def compute(request: pytest.FixtureRequest) -> Compute:
 class Reader(ExpertReader):
     """Reads the checkpoint when it is let."""
 
-    def __init__(self, model: Path, compute: Compute, progress: Callable[[int, int], None] | None = None) -> None:
-        super().__init__(Checkpoint.open(model), KEYS, compute, progress)
+    def __init__(
+        self,
+        model: Path,
+        compute: Compute,
+        progress: Callable[[int, int], None] | None = None,
+        quantize: str | None = None,
+    ) -> None:
+        super().__init__(Checkpoint.open(model), KEYS, compute, progress, quantize)
         self.let = threading.Semaphore(1)  # the constructor's layer
         self.before: Callable[[ExpertKey], None] = lambda key: None
 
@@ -142,9 +148,9 @@ def call(layer: int, compute: Compute, rows: int = 5) -> ExpertCall:
     return ExpertCall(layer, EXPERT, tensor, torch.rand(rows, generator=generator))
 
 
-def whole(model: Path, compute: Compute) -> list[torch.Tensor]:
+def whole(model: Path, compute: Compute, quantize: str | None = None) -> list[torch.Tensor]:
     """What a replica that has loaded everything answers, by layer."""
-    ffn = read_experts(Checkpoint.open(model), KEYS, compute)
+    ffn = read_experts(Checkpoint.open(model), KEYS, compute, quantize=quantize)
     return [ffn.forward((layer, EXPERT), asked.rows, asked.weights) for layer, asked in calls(compute)]
 
 
@@ -253,6 +259,49 @@ def test_weights_come_from_a_peer_that_is_faster(
         assert torch.equal(new.arrival.worker.forward(asked).rows, wanted)
     third = replica(Reader(model, compute).let_all()).start([new.info()], done=True)
     assert third.arrival.worker.keys == KEYS, "what came from a peer is offered like what was read"
+
+
+NATIVE = pytest.mark.parametrize("compute", ["native"], indirect=True)
+
+
+@NATIVE
+@pytest.mark.parametrize("quantize", ["int8", "int4", "nf4"])
+def test_weights_that_are_quantised_on_load_come_from_a_peer_as_they_are(
+    replica: Callable[..., Replica], model: Path, compute: Compute, quantize: str
+) -> None:
+    old = replica(Reader(model, compute, quantize=quantize).let_all()).start(done=True)
+    reader = Reader(model, compute, quantize=quantize).let_all()
+    new = replica(reader)
+    reader.before = lambda key: eventually(lambda: new.arrival._peer is not None)
+    new.start([old.info()])
+    assert new.arrival.wait(SOON_S)
+    assert new.arrival.failure is None
+    size, held = KEY_BYTES * {"int8": 1, "int4": 0.5, "nf4": 0.5}[quantize], new.arrival.worker.stats().weight_bytes
+    assert size <= held / LAYERS < 1.5 * size, "in its own bits"
+    assert new.arrival.bytes_from_peers % (held // LAYERS) == 0
+    assert new.arrival.bytes_from_peers > 0
+    for key in KEYS:
+        theirs, ours = old.arrival.worker.buffers(key), new.arrival.worker.buffers(key)
+        assert [bytes(buffer) for buffer in ours] == [bytes(buffer) for buffer in theirs]
+    for (_, asked), wanted in zip(calls(compute), whole(model, compute, quantize), strict=True):
+        assert torch.equal(new.arrival.worker.forward(asked).rows, wanted)
+
+
+@NATIVE
+def test_a_peer_that_holds_other_bits_refuses(
+    replica: Callable[..., Replica], model: Path, compute: Compute, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So replicas of one expert may differ in format."""
+    old = replica(Reader(model, compute).let_all()).start(done=True)
+    reader = Reader(model, compute, quantize="int4").let_all()
+    new = replica(reader)
+    reader.before = lambda key: eventually(lambda: new.arrival._peer is not None or "held as" in caplog.text)
+    new.start([old.info()], done=True)
+    assert "held as bfloat16" in caplog.text
+    assert "not as int4 in groups of 32" in caplog.text
+    assert new.arrival.bytes_from_peers == 0
+    for (_, asked), wanted in zip(calls(compute), whole(model, compute, "int4"), strict=True):
+        assert torch.equal(new.arrival.worker.forward(asked).rows, wanted)
 
 
 def damage(stream: FrameStream, sizes: Sequence[int]) -> None:
