@@ -70,8 +70,8 @@ class ExpertReader:
         """What the weights of one key are held as, in words."""
         if self._kernels is None:
             return self._compute.dtype
-        up, down = self._forms(key)
-        return str(up) if up == down else f"{up}, down {down}"
+        up, down = map(str, self._forms(key))
+        return up if up == down else f"{up}, down {down}"
 
     def read(self, key: ExpertKey) -> FFN:
         """Make one key of the checkpoint's weights. Raises `CheckpointError`."""
