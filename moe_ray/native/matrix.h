@@ -77,20 +77,33 @@ inline int64_t place_of(int32_t kind, int64_t row, int64_t column) {
   }
 }
 
+// Writes the rows of matrix `which` panel by panel, 16 rows side by side by unit: the weights that fill sizeof(Unit) bytes
+// there. unit(row, u): unit `u` of a row.
+template <class Unit, class UnitOf>
+void interleave(Pool& pool, const Matrix& m, int64_t which, const UnitOf& unit) {
+  const int64_t units = m.panel_bytes() / (kPanel * sizeof(Unit));
+  pool.run(static_cast<int>(panels_of(m.head->n)), false, [&](int p, int) {
+    auto* panel = reinterpret_cast<Unit*>(m.data + (which + p * m.head->count) * m.panel_bytes());
+    const int64_t first = p * kPanel, rows = m.head->n - first;
+    for (int64_t u = 0; u < units; u++)
+      for (int64_t r = 0; r < kPanel; r++) panel[u * kPanel + r] = r < rows ? unit(first + r, u) : Unit{0};
+  });
+}
+
+template <class Unit>
+Unit unit_at(const uint8_t* from) {
+  Unit unit;
+  std::memcpy(&unit, from, sizeof(Unit));
+  return unit;
+}
+
 // Packs matrix `which`, w [n, k] of the block's own float type.
 inline void pack_floats(Pool& pool, const Matrix& m, int64_t which, const uint8_t* w) {
-  const int64_t size = m.head->kind == kFloat32 ? 4 : 2, n = m.head->n, k = m.k();
-  pool.run(static_cast<int>(panels_of(n)), false, [&](int p, int) {
-    uint8_t* panel = m.data + (which + p * m.head->count) * m.panel_bytes();
-    for (int64_t r = 0; r < kPanel; r++) {
-      const int64_t row = p * kPanel + r;
-      for (int64_t j = 0; j < k; j++) {
-        uint8_t* to = panel + place_of(m.head->kind, r, j);
-        if (row < n) std::memcpy(to, w + (row * k + j) * size, size);
-        else std::memset(to, 0, size);
-      }
-    }
-  });
+  const int64_t row_bytes = m.panel_bytes() / kPanel;
+  const auto two = [&](int64_t row, int64_t u) { return unit_at<uint16_t>(w + row * row_bytes + u * 2); };
+  const auto four = [&](int64_t row, int64_t u) { return unit_at<uint32_t>(w + row * row_bytes + u * 4); };
+  if (m.head->kind == kFloat16) interleave<uint16_t>(pool, m, which, two);
+  else interleave<uint32_t>(pool, m, which, four);  // float32, or pairs of bfloat16
 }
 
 // Packs matrix `which` of codes [n, k] and scales, offsets [n, k / group] that are divided by the multiplier already;
@@ -98,20 +111,15 @@ inline void pack_floats(Pool& pool, const Matrix& m, int64_t which, const uint8_
 inline void pack_codes(Pool& pool, const Matrix& m, int64_t which, const uint8_t* codes, const float* scales,
                        const float* offsets, int64_t group) {
   const int64_t n = m.head->n, k = m.k(), groups = m.groups(), finer = group / m.head->group;
-  const int32_t kind = m.head->kind;
+  const auto bytes = [&](int64_t row, int64_t u) { return unit_at<uint32_t>(codes + row * k + u * 4); };
+  const auto halves = [&](int64_t row, int64_t u) {  // inputs 0 to 3 of 8 in the low halves, 4 to 7 in the high ones
+    const auto eight = unit_at<uint64_t>(codes + row * k + u * 8);
+    return static_cast<uint32_t>(eight | eight >> 28);
+  };
+  if (m.head->kind == kInt8) interleave<uint32_t>(pool, m, which, bytes);
+  else interleave<uint32_t>(pool, m, which, halves);
   pool.run(static_cast<int>(panels_of(n)), false, [&](int p, int) {
     const int64_t panel = which + p * m.head->count;
-    uint8_t* data = m.data + panel * m.panel_bytes();
-    for (int64_t r = 0; r < kPanel; r++) {
-      const int64_t row = p * kPanel + r;
-      for (int64_t j = 0; j < k; j++) {
-        const uint8_t code = row < n ? codes[row * k + j] : 0;
-        uint8_t* to = data + place_of(kind, r, j);
-        if (kind == kInt8) *to = code;
-        else if (j % 8 < 4) *to = code;
-        else *to |= code << 4;
-      }
-    }
     for (int64_t g = 0; g < groups; g++) {
       float of_scales[kPanel], of_offsets[kPanel];
       for (int64_t r = 0; r < kPanel; r++) {
