@@ -96,7 +96,7 @@ def bench_model(cache_dir: Path, progress: Progress, recipe: Recipe = M1) -> Pat
 def make_model(directory: Path, recipe: Recipe, progress: Progress) -> None:
     """Write a random Mixtral checkpoint into the new `directory`: bfloat16 shards, their index, configs, tokenizer.
 
-    At most one shard is in memory. Same recipe, same bytes. Raises `CheckpointError` where the disk is too small.
+    At most one tensor is in memory. Same recipe, same bytes. Raises `CheckpointError` where the disk is too small.
     """
     from moe_ray.convert.shards import ShardWriter
     from moe_ray.model.model_config import ModelConfig

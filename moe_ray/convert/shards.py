@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from moe_ray.errors import CheckpointError
+from moe_ray.convert.shard_file import ShardFile
 from moe_ray.model.families import Layout, Weight
 from moe_ray.model.families.mixtral import MIXTRAL
 from moe_ray.model.foreign import INDEX
@@ -26,7 +24,7 @@ def place_of(weight: Weight) -> Place:
 
 
 class ShardWriter:
-    """Collects tensors in order and writes a safetensors shard whenever one is full; the index on a clean exit."""
+    """Writes tensors in order to safetensors shards, each when it comes; the index on a clean exit."""
 
     def __init__(self, directory: Path, weight_format: str, shard_bytes: int) -> None:
         """`weight_format`: a row of `FLOATS`. `shard_bytes`: of tensors in one file, where one is not larger."""
@@ -34,46 +32,47 @@ class ShardWriter:
         self._format = FLOATS[weight_format]
         self._directory = directory
         self._limit = shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
-        self._held_bytes = 0
+        self._shard: ShardFile | None = None
         self._shard_of: dict[str, int] = {}
 
     def add(self, weight: Weight, values: torch.Tensor) -> None:
-        """Pack one weight and take its tensors. Raises `CheckpointError` when a full shard cannot be written."""
+        """Pack one weight and write its tensors. Raises `CheckpointError` where that cannot be done."""
         self.add_tensors(weight, self._format.pack(place_of(weight), values))
 
     def add_tensors(self, weight: Weight, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take the tensors of one weight, in whatever format. Raises `CheckpointError` as `add` does."""
+        """Write the tensors of one weight, in whatever format. Raises `CheckpointError` as `add` does."""
         for name, tensor in tensors.items():
-            if self._held and self._held_bytes + tensor.nbytes > self._limit:
-                self._flush()
-            self._held[name] = tensor
-            self._held_bytes += tensor.nbytes
-            self._shard_of[name] = self.count
+            shard = self._shard_for(name, tensor)
+            shard.write(name, tensor)
+            self._shard_of[name] = self.count - 1
             self.total_bytes += tensor.nbytes
         self.parameters += weight.numel
 
-    def _flush(self) -> None:
-        path = self._directory / f"{self.count}.partial"
-        try:
-            save_file(self._held, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot write {path}: {error}") from error
+    def _shard_for(self, name: str, tensor: torch.Tensor) -> ShardFile:
+        """The shard that takes a tensor: the one that is being written, or a new one."""
+        shard = self._shard
+        if shard is not None:
+            fits = shard.data_bytes + tensor.nbytes <= self._limit or not shard.data_bytes
+            if fits and shard.takes(name, tensor):
+                return shard
+            shard.close()
+        self._shard = ShardFile(self._directory / f"{self.count}.partial")
         self.count += 1
-        self._held = {}
-        self._held_bytes = 0
+        return self._shard
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            if self._shard is not None:
+                self._shard.abandon()
             return
-        self._flush()
+        if self._shard is not None:
+            self._shard.close()
         names = [f"model-{shard + 1:05d}-of-{self.count:05d}.safetensors" for shard in range(self.count)]
         for shard, name in enumerate(names):
-            path = (self._directory / f"{shard}.partial").rename(self._directory / name)
-            path.chmod(0o644)  # safetensors creates files that only their owner can read
+            (self._directory / f"{shard}.partial").rename(self._directory / name)
         write_json(
             self._directory / INDEX,
             {

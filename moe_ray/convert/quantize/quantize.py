@@ -51,7 +51,7 @@ def quantize(
     """Writes the checkpoint `source`, its experts quantised, as a directory `target`.
 
     All or nothing: `target` appears complete, by a rename, or not at all. Weights are read, rounded and written one
-    expert at a time, the trunk layer by layer; of the model, one shard is held besides. A method with calibration holds
+    expert at a time, the trunk layer by layer; of the model, no more is held. A method with calibration holds
     the text's hidden states too, and quantises a layer by what reaches it through the quantised layers before it.
     Raises `CheckpointError`, and `ConfigError` for a text that cannot be read.
     """
