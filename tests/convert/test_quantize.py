@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from moe_ray.commands.main import app
 from moe_ray.convert.quantize import layer as one_layer
 from moe_ray.convert.quantize.awq import scale_of, search
-from moe_ray.convert.quantize.calibration import CalibrationRun, LayerFloats, expert_inputs
+from moe_ray.convert.quantize.calibration import CalibrationRun, expert_inputs
 from moe_ray.convert.quantize.config import QuantizeConfig
 from moe_ray.convert.quantize.gptq import gptq, output_error
 from moe_ray.convert.quantize.integer_scheme import IntegerGrid
 from moe_ray.convert.quantize.quantize import quantize
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.torch.trunk import LayerTensors
 from moe_ray.model.formats import Grouping
 from moe_ray.model.formats.rounding import round_to_nearest
 from moe_ray.model.trunk_weights import TrunkWeights
@@ -221,15 +222,10 @@ def test_awq_scales_up_what_is_large() -> None:
     assert int(scale.argmax()) == 7
 
 
-def layer_floats(trunk: TrunkWeights, layer: int) -> LayerFloats:
-    found = trunk.layer(layer)
-    return LayerFloats(found.input_norm, trunk.tensor(*found.qkv), trunk.tensor(found.out), found.post_norm, found.gate)
-
-
 @torch.inference_mode()
 def test_folding_a_scale_changes_no_output(model: Path) -> None:
     checkpoint = Checkpoint.open(model)
-    weights = layer_floats(TrunkWeights(checkpoint, torch.float32, torch.device("cpu")), 0)
+    weights = LayerTensors.read(TrunkWeights(checkpoint, torch.float32, torch.device("cpu")), 0)
     states = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     scale = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5
     folded, really = one_layer.fold(weights, scale, torch.bfloat16)
@@ -252,7 +248,7 @@ def test_a_calibration_run_is_the_model(model: Path) -> None:
     trunk = TrunkWeights(checkpoint, torch.float32, torch.device("cpu"))
     run = CalibrationRun(config, windows, trunk.embed())
     for layer in range(LAYERS):
-        weights = layer_floats(trunk, layer)
+        weights = LayerTensors.read(trunk, layer)
         run.add(run.attended(run.attention_inputs(weights), weights.qkv) @ weights.out.T)
         states = run.expert_states(weights.post_norm)
         chosen, routing = run.route(states, weights.gate)

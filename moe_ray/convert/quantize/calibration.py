@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from moe_ray.model import moe
 from moe_ray.model.compute.torch.expert import ACTIVATIONS
+from moe_ray.model.compute.torch.trunk import LayerTensors
 from moe_ray.model.layers import apply_rope, rms_norm, rope_table
 from moe_ray.model.model_config import ModelConfig
 
@@ -23,17 +24,6 @@ SAMPLED: Final = 128
 """Rows of an expert on which scales are compared."""
 BORROWED: Final = 0.1
 """The most that another expert's token counts for an expert with too few of its own."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerFloats:
-    """One decoder layer without its experts, in float32."""
-
-    input_norm: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(heads + 2 kv_heads) * head_dim, D]
-    out: torch.Tensor  # [D, heads * head_dim]
-    post_norm: torch.Tensor  # [D]
-    gate: torch.Tensor  # [E, D]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +96,7 @@ class CalibrationRun:
         table = rope_table(config, max(self._lengths), torch.float32, torch.device("cpu"))
         self._cos_sin = torch.cat([table[:length] for length in self._lengths])  # [T, 2, head_dim]
 
-    def attention_inputs(self, weights: LayerFloats) -> torch.Tensor:
+    def attention_inputs(self, weights: LayerTensors) -> torch.Tensor:
         """What q, k and v see: [T, D]."""
         return rms_norm(self.hidden, weights.input_norm, self._config.rms_norm_eps)
 

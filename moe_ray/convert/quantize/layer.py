@@ -9,7 +9,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from moe_ray.convert.quantize.calibration import CalibrationRun, ExpertInputs, LayerFloats, expert_inputs
+from moe_ray.convert.quantize.calibration import CalibrationRun, ExpertInputs, expert_inputs
 from moe_ray.convert.quantize.config import LayerReport, QuantizeConfig
 from moe_ray.convert.quantize.experts import (
     ExpertCodes,
@@ -21,6 +21,7 @@ from moe_ray.convert.quantize.experts import (
 )
 from moe_ray.convert.quantize.gptq import gptq
 from moe_ray.convert.quantize.integer_scheme import IntegerGrid
+from moe_ray.model.compute.torch.trunk import LayerTensors
 from moe_ray.model.formats import GroupedCodes
 from moe_ray.model.formats.rounding import round_to_nearest
 
@@ -53,7 +54,7 @@ class _Sums:
 
 
 def round_attention(
-    run: CalibrationRun | None, weights: LayerFloats, config: QuantizeConfig
+    run: CalibrationRun | None, weights: LayerTensors, config: QuantizeConfig
 ) -> tuple[GroupedCodes, GroupedCodes] | None:
     """The codes of qkv [(heads + 2 kv_heads) * head_dim, D] and of the output projection; adds the layer's attention.
 
@@ -89,8 +90,8 @@ def round_experts_blindly(count: int, read: Read, take: Take, config: QuantizeCo
 
 
 def round_experts(
-    run: CalibrationRun, weights: LayerFloats, read: Read, take: Take, config: QuantizeConfig, dtype: torch.dtype
-) -> tuple[LayerReport, LayerFloats]:
+    run: CalibrationRun, weights: LayerTensors, read: Read, take: Take, config: QuantizeConfig, dtype: torch.dtype
+) -> tuple[LayerReport, LayerTensors]:
     """Round a layer's experts by what they see, one at a time; adds the layer's experts to the run.
 
     Returns the weights of the trunk's layer, whose norm and gate AWQ changes (to values of `dtype`).
@@ -130,7 +131,7 @@ def round_experts(
     return LayerReport(changed.fraction, outputs.fraction, tuple(tokens), exponent), weights
 
 
-def fold(weights: LayerFloats, scale: torch.Tensor, dtype: torch.dtype) -> tuple[LayerFloats, torch.Tensor]:
+def fold(weights: LayerTensors, scale: torch.Tensor, dtype: torch.dtype) -> tuple[LayerTensors, torch.Tensor]:
     """Divide what the norm gives by `scale` [D] and multiply the gate's columns by it: the router chooses as before.
 
     Returns the layer and the scale that the norm, rounded to `dtype`, really divides by.

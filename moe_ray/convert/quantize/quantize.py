@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from moe_ray.convert.quantize.calibration import WINDOW, CalibrationRun, LayerFloats
+from moe_ray.convert.quantize.calibration import WINDOW, CalibrationRun
 from moe_ray.convert.quantize.calibration_text import calibration_windows
 from moe_ray.convert.quantize.config import LayerReport, QuantizeConfig, QuantizeReport
 from moe_ray.convert.quantize.experts import ExpertCodes, ExpertMatrices
@@ -22,6 +22,7 @@ from moe_ray.convert.recipe import Progress, directory_at_once, no_progress
 from moe_ray.convert.shards import ShardWriter, place_of, write_json
 from moe_ray.errors import CheckpointError
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.torch.trunk import LayerTensors
 from moe_ray.model.families import Role, Weight
 from moe_ray.model.formats import GroupedCodes, Grouping
 from moe_ray.model.formats.ternary import METHOD
@@ -219,12 +220,12 @@ class _Writing:
             self._shards.add(self._trunk[role, layer], values)
         return report
 
-    def _layer_weights(self, layer: int) -> tuple[LayerFloats, list[int]]:
+    def _layer_weights(self, layer: int) -> tuple[LayerTensors, list[int]]:
         """One layer of the trunk as floats, and the rows of q, k and v."""
         q, k, v = (self._read(role, layer).float() for role in QKV)
         names: tuple[Role, ...] = ("out", "input_norm", "post_norm", "router")
         out, input_norm, post_norm, gate = (self._read(role, layer).float() for role in names)
-        return LayerFloats(input_norm, torch.cat((q, k, v)), out, post_norm, gate), [len(q), len(k), len(v)]
+        return LayerTensors(input_norm, torch.cat((q, k, v)), out, post_norm, gate), [len(q), len(k), len(v)]
 
     def _add_attention(self, layer: int, heads: list[int], qkv: GroupedCodes, out: GroupedCodes) -> None:
         start, scheme = 0, IntegerScheme(out.grouping)
