@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NoReturn
 
 import httpx
 import psutil
@@ -27,6 +27,8 @@ MOE_RAY = (sys.executable, "-c", "from moe_ray.commands.main import main; main()
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
 GREET_TIMEOUT_S = 30.0
+DYING_S = 1.0
+"""How long a server may take to end after a request of the bench has failed by it."""
 POLL_S = 0.25
 TOLD_LINES = 3
 
@@ -47,12 +49,13 @@ def own_server(model: Path, settings: Mapping[str, str] | None = None) -> Iterat
     """Serve `model` from a process group of its own, with the defaults of `moe-ray serve`; ended on leaving.
 
     `settings`: environment variables beside those that there are.
-    Main thread only: meanwhile SIGTERM is what Ctrl-C is, so that it leaves no server behind. Raises `NotReady` with
-    what the server said where it does not come up.
+    Main thread only: meanwhile SIGTERM is what Ctrl-C is, so that it leaves no server behind, and is told. Raises
+    `NotReady` with what the server said where it does not come up, or has ended by itself when it is left, whatever
+    else went wrong then.
     """
     port = _free_port()
     started = time.monotonic()
-    with tempfile.TemporaryFile() as said, _handled(signal.default_int_handler, signal.SIGTERM):
+    with tempfile.TemporaryFile() as said, _handled(_told_to_end, signal.SIGTERM):
         process = subprocess.Popen(
             [*MOE_RAY, "serve", "--model", str(model), "--port", str(port)],
             stdin=subprocess.DEVNULL,
@@ -65,7 +68,14 @@ def own_server(model: Path, settings: Mapping[str, str] | None = None) -> Iterat
             url = f"http://127.0.0.1:{port}"
             _wait_ready(process, url, said)
             ready_s = time.monotonic() - started
-            yield OwnServer(url, process.pid, ready_s, _ray_address(said))
+            try:
+                yield OwnServer(url, process.pid, ready_s, _ray_address(said))
+            except Exception as error:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(DYING_S)
+                _check_alive(process, said, error)
+                raise
+            _check_alive(process, said)
         finally:
             with _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
                 _stop(process)
@@ -105,13 +115,23 @@ def _handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers,
 def _wait_ready(process: subprocess.Popen[bytes], url: str, said: IO[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise NotReady(f"the server ended with status {process.returncode}: {_last_lines(said)}")
+        _check_alive(process, said)
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
                 return
         time.sleep(POLL_S)
     raise NotReady(f"the server is not ready after {START_TIMEOUT_S:g} s: {_last_lines(said)}")
+
+
+def _check_alive(process: subprocess.Popen[bytes], said: IO[bytes], error: Exception | None = None) -> None:
+    """Raise `NotReady`, because of `error`, with the server's last lines where it has ended."""
+    if process.poll() is not None:
+        raise NotReady(f"the server ended with status {process.returncode}: {_last_lines(said)}") from error
+
+
+def _told_to_end(number: int, _: FrameType | None) -> NoReturn:
+    print(f"told to end by {signal.Signals(number).name}: the server ends as well", file=sys.stderr)
+    raise KeyboardInterrupt
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

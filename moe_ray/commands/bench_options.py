@@ -10,6 +10,7 @@ import typer
 
 from moe_ray.commands.options import JsonOutput, error_console
 from moe_ray.console import loading_bars
+from moe_ray.errors import NotReady
 
 if TYPE_CHECKING:
     from moe_ray.bench.report import Plot, Report
@@ -61,5 +62,8 @@ def run_bench(
     check_plot(plot)
     console = error_console()
     with loading_bars(console) as progress:
-        report = bench(options, progress)
+        try:
+            report = bench(options, progress)
+        except BrokenPipeError as error:  # which the command line takes for the reader of its output, and ends silently
+            raise NotReady("a process of the bench has closed its end of a pipe or connection") from error
     publish(report, json_output=json_output, plot=plot, axes=axes, console=console, curves=curves)

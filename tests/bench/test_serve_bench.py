@@ -93,6 +93,26 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
+def test_a_server_that_ends_meanwhile_is_told_with_its_last_lines(kernel_model: Path) -> None:
+    def load() -> None:
+        with own_server(kernel_model) as server:
+            os.kill(server.pid, signal.SIGKILL)
+            raise NotReady("the first request failed")
+
+    with pytest.raises(NotReady, match=r"the server ended with status -9: .*moe-ray") as told:
+        load()
+    assert str(told.value.__cause__) == "the first request failed"
+
+
+@pytest.mark.slow
+def test_a_signal_is_told(kernel_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), own_server(kernel_model) as server:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert "told to end by SIGTERM" in capfd.readouterr().err
+    assert not psutil.pid_exists(server.pid)
+
+
 def test_memory_of_a_process_that_is_not_there() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
