@@ -1,8 +1,8 @@
 """Ternary weights at a bit each or less, moe_ray's own format for research (the idea: QMoE, arXiv:2310.16795).
 
 value[n, k] = weight_scale[n] * t[n, k], t one of -1, 0, 1. `weight_words` has t row after row, in the words of
-`word_code`; `weight_words_of` is [N, K, worth of the dictionary]. The fewer of t are not 0, the fewer words there are.
-On disk only: in memory a weight has 4 bits, which kernels compute on.
+`word_code`; `weight_dictionary` is [worth of the dictionary]. The fewer of t are not 0, the fewer words there are. On
+disk only: in memory a weight has 4 bits, which kernels compute on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from moe_ray.model.formats.grouped import MIDDLE, GroupedCodes, Grouping
 from moe_ray.model.formats.integers import expect_shape
-from moe_ray.model.formats.weight_format import BadTensor, Place, ShapeMismatch, Source, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import BadTensor, Place, Source, StoredWeight, TensorPart
 from moe_ray.model.formats.word_code import WORTHS, BadWords, dictionary, worth_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 METHOD: Final = "moe-ray-ternary"
 """`quant_method` of config.json."""
-WORDS, TOLD, SCALE = "weight_words", "weight_words_of", "weight_scale"
+WORDS, WORTH, SCALE = "weight_words", "weight_dictionary", "weight_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +32,25 @@ class Ternary:
     name: str
 
     def names(self, place: Place) -> tuple[str, ...]:
-        return tuple(place.named(suffix) for suffix in (WORDS, TOLD, SCALE))
+        return tuple(place.named(suffix) for suffix in (WORDS, WORTH, SCALE))
 
     def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
-        words_name, told_name, scale_name = self.names(place)
+        words_name, worth_name, scale_name = self.names(place)
         words = source.entry(words_name)
         if words is None or place.experts is not None or len(shape) != 2:
             return None
         source.require(words_name, words_name, ("U16",))
         n, k = shape
-        told = source.require(told_name, words_name, ("I64",))
-        expect_shape(told_name, told, (3,), "the format")
-        *of, worth = source.read(told_name).tolist()
-        if tuple(of) != shape:
-            raise ShapeMismatch(told_name, tuple(of), shape)
+        worth_of_words = source.require(worth_name, words_name, ("U16",))
+        expect_shape(worth_name, worth_of_words, (1,), "the format")
+        worth = int(source.read(worth_name)[0])
         if worth not in WORTHS:
-            raise BadTensor(told_name, f"damaged: dictionary {worth}, there are {', '.join(map(str, WORTHS))}")
+            raise BadTensor(worth_name, f"damaged: dictionary {worth}, there are {', '.join(map(str, WORTHS))}")
         if words.shape != (words.nbytes // 2,) or not 0 < words.shape[0] <= n * k:
             raise BadTensor(words_name, f"shape {list(words.shape)}: not words of {n * k} digits")
         scale = source.require(scale_name, words_name, ("BF16", "F16", "F32"))
-        expect_shape(scale_name, scale, (n,), f"{told_name} [{n}, {k}]")
-        used = ((words_name, words), (told_name, told), (scale_name, scale))
+        expect_shape(scale_name, scale, (n,), f"a weight [{n}, {k}]")
+        used = ((words_name, words), (worth_name, worth_of_words), (scale_name, scale))
         return StoredWeight(self.name, shape, tuple(TensorPart.whole(*one) for one in used), Grouping(4, k))
 
     def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -61,10 +59,10 @@ class Ternary:
     def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> GroupedCodes:
         import numpy as np
 
-        words, told, scale = arrays
+        words, worth, scale = arrays
         n, k = stored.shape
         try:
-            digits = dictionary(int(told[2])).decode(words, n * k)
+            digits = dictionary(int(worth[0])).decode(words, n * k)
         except BadWords as error:
             raise BadTensor(stored.parts[0].name, f"damaged: {error}") from None
         codes = digits + np.uint8(MIDDLE[4]) - 3 * (digits >> 1)  # 0, 1, 2 → the codes of 0, 1 and -1
@@ -84,7 +82,6 @@ def pack_ternary(place: Place, weight: GroupedCodes) -> dict[str, torch.Tensor]:
     import numpy as np
     import torch
 
-    n, k = weight.shape
     codes = weight.codes
     if weight.order is not None:
         codes = np.empty_like(weight.codes)
@@ -94,6 +91,6 @@ def pack_ternary(place: Place, weight: GroupedCodes) -> dict[str, torch.Tensor]:
     best = dictionary(worth_of(np.count_nonzero(digits) / digits.size))
     return {
         place.named(WORDS): torch.from_numpy(best.encode(digits)),
-        place.named(TOLD): torch.tensor([n, k, best.worth]),
+        place.named(WORTH): torch.tensor([best.worth], dtype=torch.uint16),
         place.named(SCALE): torch.from_numpy(weight.scales[:, 0]).bfloat16(),
     }

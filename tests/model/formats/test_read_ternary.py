@@ -68,10 +68,16 @@ def test_kernels_hold_it_in_4_bits(quantize: str | None, tmp_path: Path) -> None
     ("change", "named"),
     [
         ({"weight_scale": None}, ["w1.weight_words", "w1.weight_scale is missing beside it"]),
-        ({"weight_words_of": None}, ["w1.weight_words", "w1.weight_words_of is missing beside it"]),
-        ({"weight_words_of": torch.tensor([128, 256, 8])}, ["[128, 256], config.json implies [256, 128]"]),
-        ({"weight_words_of": torch.tensor([256, 128, 7])}, ["w1.weight_words_of", "dictionary 7, there are 1, 2, 4"]),
-        ({"weight_words_of": torch.tensor([256, 128])}, ["w1.weight_words_of", "shape [2], the format implies [3]"]),
+        ({"weight_dictionary": None}, ["w1.weight_words", "w1.weight_dictionary is missing beside it"]),
+        ({"weight_dictionary": torch.tensor([8])}, ["w1.weight_dictionary", "dtype I64, supported: U16"]),
+        (
+            {"weight_dictionary": torch.tensor([7], dtype=torch.uint16)},
+            ["w1.weight_dictionary", "dictionary 7, there are 1, 2, 4"],
+        ),
+        (
+            {"weight_dictionary": torch.tensor([8, 8], dtype=torch.uint16)},
+            ["w1.weight_dictionary", "shape [2], the format implies [1]"],
+        ),
         ({"weight_scale": torch.ones(255)}, ["w1.weight_scale", "shape [255]"]),
         ({"weight_words": torch.zeros(9, dtype=torch.int16)}, ["w1.weight_words", "dtype I16, supported: U16"]),
         ({"weight_words": torch.zeros(0, dtype=torch.uint16)}, ["w1.weight_words", "shape [0]: not words of 32768"]),
