@@ -27,9 +27,13 @@ class KVCache:
         rows = (config.num_hidden_layers, 2, self.spare_slot + 1, config.num_key_value_heads)
         self._store = _zeros((*rows, config.head_dim), dtype, device)
         self._scales = _zeros(rows, torch.float32, device) if dtype == torch.int8 else None
+        self._layers = [self._of_layer(index) for index in range(config.num_hidden_layers)]
 
     def layer(self, index: int) -> LayerCache:
         """K and V of one layer."""
+        return self._layers[index]
+
+    def _of_layer(self, index: int) -> LayerCache:
         scales = (None, None) if self._scales is None else (self._scales[index, 0], self._scales[index, 1])
         return LayerCache(self._store[index, 0], self._store[index, 1], *scales)
 

@@ -8,9 +8,11 @@ would start by reading it back from memory.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -23,9 +25,20 @@ from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.pending import address_of, peer_name
 
 
-@lru_cache
+_LOADING: Final = threading.Lock()
+
+
 def links_library(cache_dir: Path) -> Links | None:
-    """The library, once for this process; None where it cannot be built."""
+    """The library, once for this process, from any thread; None where it cannot be built.
+
+    Links of one library are sent on together, and a trunk connects to its experts from many threads at once.
+    """
+    with _LOADING:
+        return _loaded(cache_dir)
+
+
+@lru_cache
+def _loaded(cache_dir: Path) -> Links | None:
     try:
         return Links(cache_dir)
     except KernelsUnavailable:

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from google.protobuf.message import Message
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall
 from moe_ray.errors import ConfigError, LinkBroken
+from moe_ray.native.links import Links
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import connect
 from moe_ray.transport.base import CallBatch, Link, LinkOptions, TlsFiles
@@ -85,6 +87,22 @@ def native_link_to(address: str) -> Link:
     link = connect("socket", echo.info({"socket": address}), options)
     assert isinstance(link, NativeSocketLink)
     return link
+
+
+def test_links_that_are_made_at_once_are_sent_on_together(tmp_path: Path) -> None:
+    """Those of one library are one group; a trunk connects to its experts from as many threads."""
+    (tmp_path / "native").symlink_to(CACHE / "native")  # as of a process that has loaded nothing yet
+    if links_library(CACHE) is None:
+        pytest.skip("the native library cannot be built here")
+    begin = threading.Barrier(8)
+
+    def load(_: int) -> Links | None:
+        begin.wait()
+        return links_library(tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(load, range(8)))
+    assert all(library is found[0] for library in found)
 
 
 @pytest.mark.parametrize("shown", ["wrong", "", None])
