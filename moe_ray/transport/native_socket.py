@@ -24,7 +24,6 @@ from moe_ray.transport.base import CallBatch, Link, LinkOptions, Outcome
 from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.pending import address_of, peer_name
 
-
 _LOADING: Final = threading.Lock()
 
 

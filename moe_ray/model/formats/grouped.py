@@ -7,11 +7,14 @@ this one form. So a format knows no kernel, and a kernel no format.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import gcd
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import numpy as np
 
+LONGEST: Final = 128
+"""Inputs that share a scale in memory, at most."""
 MIDDLE: Final = {4: 8, 8: 128}
 """Bits → the code that stands for 0 where a weight has neither levels nor offsets."""
 
@@ -32,10 +35,13 @@ class Grouping:
     """Whether the columns lie in another order than the inputs (GPTQ's act-order)."""
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a weight in memory: codes, and 2 for each scale and each offset."""
+        """Bytes of a weight in memory: codes, and 2 for each scale and each offset.
+
+        Kernels repeat what more inputs share than `LONGEST`.
+        """
         n, k = shape
         per_group = 2 * (1 + self.offsets)
-        return n * k * self.bits // 8 + n * (k // self.group) * per_group
+        return n * k * self.bits // 8 + n * (k // gcd(self.group, LONGEST)) * per_group
 
 
 @dataclass(frozen=True, slots=True, eq=False)
