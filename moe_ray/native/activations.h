@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "matrix.h"
+#include "whole.h"
 
 namespace moe_ray {
 
@@ -30,15 +31,12 @@ struct InputRoom {
   std::vector<int32_t> starts;
 };
 
-inline void store_integers(int8_t* p, Lanes whole) { store_bytes(p, whole); }
-inline void store_integers(int16_t* p, Lanes whole) { store_shorts(p, whole); }
-
 template <class PanelClass>
 void integers_of(const float* x, int64_t n, float most, typename PanelClass::Input* out, Lanes& total, Lanes factor) {
   for (int64_t j = 0; j < n; j += 16) {
-    const Lanes whole = maximum(minimum(nearest(load(x + j) * factor), all(most)), all(-most));
+    const Lanes whole = whole_within(load(x + j) * factor, most);
     total = total + whole;
-    store_integers(out + j, whole);
+    store_whole(out + j, whole);
   }
   for (int64_t j = 0; j < n; j += 4) PanelClass::arrange(out + j);
 }
@@ -60,12 +58,8 @@ void quantise_row(const T* x, const Matrix& m, typename PanelClass::Input* out, 
     } else {
       for (int64_t j = 0; j < group; j += 16) store(values + j, load(x + g * group + j));
     }
-    Lanes top = all(0.0f), unsound = all(0.0f);  // unsound: NaN where an input is NaN or infinite
-    for (int64_t j = 0; j < group; j += 16) {
-      top = maximum(top, magnitude(load(values + j)));
-      unsound = plus_product(load(values + j), all(0.0f), unsound);
-    }
-    const float peak = largest(top), scale = peak / most + sum(unsound);
+    const Magnitude of = magnitude_of(values, group);
+    const float peak = of.largest, scale = peak / most + of.unsound;
     Lanes total = all(0.0f);
     integers_of<PanelClass>(values, group, most, out + g * group, total, all(peak > 0.0f ? most / peak : 0.0f));
     const float whole = sum(total);  // exact: below 2^24

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "whole.h"
 
 namespace moe_ray {
 
@@ -28,23 +28,14 @@ struct PagedCache {
   int64_t row() const { return kv_heads * head_dim; }  // elements from one slot to the next
 };
 
-inline void store_whole(int8_t* p, Lanes x) { store_bytes(p, x); }
-inline void store_whole(int16_t* p, Lanes x) { store_shorts(p, x); }
-
 // Rounds n numbers to whole ones from -most to most. Returns what one of these is worth: the largest magnitude over `most`
 // (absmax), and NaN where a number is NaN or infinite. Magnitudes below 1e-30 alone become 0.
 template <class Whole>
 float rounded(const float* x, int64_t n, float most, Whole* out) {
-  Lanes top = all(0.0f), unsound = all(0.0f);  // unsound: NaN where a number is NaN or infinite
-  for (int64_t i = 0; i < n; i += 16) {
-    top = maximum(top, magnitude(load(x + i)));
-    unsound = plus_product(load(x + i), all(0.0f), unsound);
-  }
-  const float peak = largest(top);
-  const Lanes factor = all(peak > 1e-30f ? most / peak : 0.0f);
-  for (int64_t i = 0; i < n; i += 16)
-    store_whole(out + i, maximum(minimum(nearest(load(x + i) * factor), all(most)), all(-most)));
-  return peak / most + sum(unsound);
+  const Magnitude of = magnitude_of(x, n);
+  const Lanes factor = all(of.largest > 1e-30f ? most / of.largest : 0.0f);
+  for (int64_t i = 0; i < n; i += 16) store_whole(out + i, whole_within(load(x + i) * factor, most));
+  return of.largest / most + of.unsound;
 }
 
 // Writes n numbers (a multiple of 16) as T. Returns what one of T is worth.
