@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from moe_ray.bench.kernels import open_kernels
+from moe_ray.bench.kernels import milliseconds_of, open_kernels
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.errors import ConfigError
@@ -27,8 +26,6 @@ from moe_ray.telemetry import cores
 Progress = Callable[[str, int, int], None]
 
 PLOT: Final = Plot("context", "ms", "what", log_x=True, log_y=True)
-LEAST_S: Final = 0.05
-"""That one measurement takes."""
 HIDDEN: Final = 32
 """Of the layer around attention: its products are hardly seen."""
 BLOCK: Final = 16
@@ -107,11 +104,7 @@ class _Case:
 
     def milliseconds(self) -> float:
         """Of one step, on average."""
-        done, started = 0, time.perf_counter()
-        while not done or time.perf_counter() - started < LEAST_S:
-            self.kernels.layer_front(*self._arguments)
-            done += 1
-        return 1000 * (time.perf_counter() - started) / done
+        return milliseconds_of(lambda: self.kernels.layer_front(*self._arguments))
 
 
 def run_attention(options: AttentionOptions, on_progress: Progress) -> Report:

@@ -37,6 +37,15 @@ BARE_LOOPS: Final = 20
 """Of which the fastest counts."""
 
 
+def milliseconds_of(run: Callable[[], None]) -> float:
+    """Of one run, on average over those of `LEAST_S`."""
+    done, started = 0, time.perf_counter()
+    while not done or time.perf_counter() - started < LEAST_S:
+        run()
+        done += 1
+    return 1000 * (time.perf_counter() - started) / done
+
+
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
     """What is measured."""
@@ -71,12 +80,12 @@ class _Case:
     def milliseconds(self, x: np.ndarray, out: np.ndarray) -> float:
         """Of one product of x [rows, K] bfloat16, on average over the copies."""
         run, pool, rows = self.kernels.library.linear_f32, self.kernels.pool, len(x)
-        done, started = 0, time.perf_counter()
-        while time.perf_counter() - started < LEAST_S:
+
+        def each_copy() -> None:
             for packed in self.copies:
                 run(pool, 2, x.ctypes.data, rows, packed.address, out.ctypes.data)
-            done += len(self.copies)
-        return 1000 * (time.perf_counter() - started) / done
+
+        return milliseconds_of(each_copy) / len(self.copies)
 
 
 def run_kernels(options: KernelOptions, on_progress: Progress) -> Report:

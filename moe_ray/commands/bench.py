@@ -10,12 +10,15 @@ from moe_ray.commands.bench_options import (
     BenchModel,
     Concurrency,
     DecodedTokens,
+    InstructionSets,
     JsonOutput,
     OutputTokens,
     PlotFile,
     PromptTokens,
     Repeats,
+    RepeatsOfEach,
     Seed,
+    Threads,
     run_bench,
 )
 from moe_ray.commands.options import json_object, names, numbers
@@ -112,17 +115,15 @@ def transport(
 
 
 def kernels(
-    names_: Annotated[
-        str | None, typer.Option("--kernels", help="Instruction sets: a list.", show_default="this machine's best")
-    ] = None,
+    names_: InstructionSets = None,
     formats: Annotated[
         str, typer.Option(help="What weights are held as: a list.")
     ] = "bfloat16,int8,int8-wide,int4,nf4",
     rows: Annotated[str, typer.Option(help="Rows that are multiplied at once: a list of numbers.")] = "1,4,16,128",
     outputs: Annotated[int, typer.Option(min=1, help="Of the matrix.")] = 7168,
     inputs: Annotated[int, typer.Option(min=1, help="Of the matrix, a multiple of 128.")] = 1024,
-    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")] = 5,
+    threads: Threads = None,
+    repeats: RepeatsOfEach = 5,
     json_output: JsonOutput = False,
     plot: PlotFile = None,
 ) -> None:
@@ -142,17 +143,15 @@ def kernels(
 
 
 def attention(
-    names_: Annotated[
-        str | None, typer.Option("--kernels", help="Instruction sets: a list.", show_default="this machine's best")
-    ] = None,
+    names_: InstructionSets = None,
     caches: Annotated[str, typer.Option(help="What keys and values are held as: a list.")] = "bfloat16,int8",
     contexts: Annotated[str, typer.Option(help="Tokens that one attends to: a list of numbers.")] = "512,4096,16384",
     sequences: Annotated[int, typer.Option(min=1, help="Of so many tokens each, one token of each a step.")] = 1,
     heads: Annotated[int, typer.Option(min=1, help="Of queries.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Of keys and values.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Numbers of a head.")] = 128,
-    threads: Annotated[int | None, typer.Option(min=1, show_default="all cores")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")] = 5,
+    threads: Threads = None,
+    repeats: RepeatsOfEach = 5,
     json_output: JsonOutput = False,
     plot: PlotFile = None,
 ) -> None:

@@ -28,6 +28,11 @@ Repeats = Annotated[int, typer.Option(min=1, help="Runs per concurrency, in turn
 PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of every prompt; no two prompts begin alike.")]
 OutputTokens = Annotated[int, typer.Option(min=1, help="Tokens of every answer.")]
 DecodedTokens = Annotated[int, typer.Option(min=2, help="Tokens of every answer.")]
+InstructionSets = Annotated[
+    str | None, typer.Option("--kernels", help="Instruction sets: a list.", show_default="this machine's best")
+]
+Threads = Annotated[int | None, typer.Option(min=1, show_default="all cores")]
+RepeatsOfEach = Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are reported.")]
 Seed = Annotated[int, typer.Option(help="Of the prompts.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="PNG file to draw.")]
 
@@ -35,14 +40,17 @@ __all__ = [
     "BenchModel",
     "Concurrency",
     "DecodedTokens",
+    "InstructionSets",
     "JsonOutput",
     "OutputTokens",
     "PlotFile",
     "PromptTokens",
     "Repeats",
+    "RepeatsOfEach",
     "Seed",
     "SmallModel",
     "Streams",
+    "Threads",
     "WideModel",
     "run_bench",
 ]

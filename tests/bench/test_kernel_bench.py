@@ -43,7 +43,7 @@ def test_what_cannot_be_asked_for(options: KernelOptions, why: str) -> None:
 
 @pytest.mark.skipif(BEST is None, reason="no native kernels for this machine")
 def test_attention_by_cache_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_ray.bench.attention.LEAST_S", 0.001)
+    monkeypatch.setattr("moe_ray.bench.kernels.LEAST_S", 0.001)
     names, caches = (HERE[0], HERE[-1]), ("float16", "int8")
     options = AttentionOptions(names, caches, (5, 33), 3, heads=4, kv_heads=2, head_dim=32, threads=1, repeats=2)
     report = run_attention(options, quiet)
