@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from moe_ray.errors import InvalidRequest
 
@@ -21,9 +21,30 @@ MIN_SEED: Final = -(2**63)
 MAX_SEED: Final = 2**63 - 1
 DRAW_SEED: Final = -1
 """This seed asks for one to be drawn, as for vLLM and llama.cpp."""
+MAX_GRAMMAR_CHARACTERS: Final = 2**18
+GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "structural_tag"]
 _MOST_INT: Final = 2**31 - 1
 _SHOWN: Final = 120
 """Characters of a wrong value that its error shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an output must match. Raises `InvalidRequest` for a kind that does not exist.
+
+    >>> Grammar("regex", "yes|no").kind
+    'regex'
+    """
+
+    kind: GrammarKind
+    source: str = ""
+    """The JSON schema or the structural tag as JSON text, the regular expression, the EBNF; "" for "json_object"."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise _refusal("grammar", f"of a kind among {', '.join(get_args(GrammarKind))}", self.kind)
+        if len(self.source) > MAX_GRAMMAR_CHARACTERS:
+            raise InvalidRequest(f"`grammar` has more than {MAX_GRAMMAR_CHARACTERS} characters", "grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +91,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     return_routed_experts: bool = False
     """Tell which experts each computed token went to. The whole prompt is computed then, whatever is cached."""
+    grammar: Grammar | None = None
+    """What the text of the output must match; its end, and no token before it, ends the sequence."""
 
     def __post_init__(self) -> None:
         for name, (read, rule) in _RULES.items():
@@ -153,6 +176,12 @@ def _biases(value: Any) -> dict[int, float]:
     return {_token_id(_integer(token_id)): bias(each) for token_id, each in value.items()}
 
 
+def _grammar(value: Any) -> Grammar:
+    if not isinstance(value, Grammar):
+        raise TypeError
+    return value
+
+
 def _between(read: Callable[[Any], Any], low: float, high: float) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         converted = read(value)
@@ -183,6 +212,7 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "include_stop_str_in_output": (_flag, "true or false"),
     "skip_special_tokens": (_flag, "true or false"),
     "return_routed_experts": (_flag, "true or false"),
+    "grammar": (_grammar, "a Grammar"),
 }
 # A field that is None has this value; of those whose default is None, and of max_tokens, None is a value itself.
 _DEFAULTS: Final[dict[str, Any]] = {

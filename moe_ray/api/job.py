@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from moe_ray.core import Request, SamplingParams
 from moe_ray.errors import InvalidRequest
-from moe_ray.sampling import DRAW_SEED, MAX_SEED, MIN_SEED
+from moe_ray.sampling import DRAW_SEED, MAX_SEED, MIN_SEED, Grammar
+from moe_ray.text.answers.parts import AnswerReader
 
 MAX_CHOICES: Final = 4096
 """Most sequences one request may start: prompts times choices."""
@@ -32,6 +33,10 @@ class Prompt:
     token_ids: Sequence[int]
     echo: str = ""
     """Text that goes before the output."""
+    grammar: Grammar | None = None
+    """What the output must match, beside what the request's sampling says of all its prompts."""
+    make_reader: Callable[[], AnswerReader] | None = None
+    """What takes each of its answers apart; None: an answer is one text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Choice:
     request: Request
     prompt_index: int
     echo: str = ""
+    make_reader: Callable[[], AnswerReader] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,10 @@ def make_job(
         most = _max_tokens(sampling.max_tokens, len(token_ids), limits.max_model_len, prompt_field)
         for i in range(n):
             own = replace(sampling, max_tokens=most, seed=_wrapped(seed + i))
+            if prompt.grammar is not None:
+                own = replace(own, grammar=prompt.grammar)
             request = Request(f"{job_id}-{len(choices)}", token_ids, own)
-            choices.append(Choice(request, number, prompt.echo))
+            choices.append(Choice(request, number, prompt.echo, prompt.make_reader))
     if sampling.return_routed_experts:
         _check_routed(choices)
     return GenerationJob(job_id, tuple(choices), stream, report or ReportOptions())

@@ -11,6 +11,7 @@ import numpy as np
 from moe_ray.api.job import GenerationJob
 from moe_ray.core import FinishReason, Request, TokenEvent, TokenLogprobs
 from moe_ray.engine.routed_experts import RoutedRows
+from moe_ray.text.answers.parts import Answer, AnswerReader, Part
 from moe_ray.text.detokenizer import IncrementalDetokenizer
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -28,6 +29,8 @@ class Delta:
     num_visible: int = 0
     """How many of `token_ids` are part of the text: not a stop token at their end."""
     finish_reason: FinishReason | None = None
+    parts: Sequence[Part] = ()
+    """What `text` is made of, where the choice has a reader; it may hold back text of its own."""
 
 
 class ChoiceOutput:
@@ -37,11 +40,21 @@ class ChoiceOutput:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Request, *, index: int = 0, prompt_index: int = 0, keep: bool = True
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        *,
+        index: int = 0,
+        prompt_index: int = 0,
+        keep: bool = True,
+        reader: AnswerReader | None = None,
     ) -> None:
+        """`reader` takes the text apart into `Delta.parts`; what they come to is in `answer`, whatever `keep` is."""
         self.request: Final = request
         self.prompt_index: Final = prompt_index
         self.text: list[str] = []
+        self.answer = Answer()
+        """Content and tool calls, where there is a reader."""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.num_visible = 0
@@ -54,7 +67,7 @@ class ChoiceOutput:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         """The stop string, or the token of `stop_token_ids`, that ended it."""
-        self._index, self._keep = index, keep
+        self._index, self._keep, self._reader = index, keep, reader
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, request.sampling)
         self._routed = RoutedRows()
 
@@ -87,7 +100,8 @@ class ChoiceOutput:
             counted = counted[:used]
             self.finish_reason, self.stop_reason = "stop", detokenizer.stopped_on
         self.num_tokens += len(counted)
-        delta = Delta(self._index, text, counted, event.logprobs[: len(counted)], used, self.finish_reason)
+        logprobs = event.logprobs[: len(counted)]
+        delta = Delta(self._index, text, counted, logprobs, used, self.finish_reason, self._parts(text))
         if self._keep:
             self._append(delta)
         return delta
@@ -109,6 +123,16 @@ class ChoiceOutput:
     def routed_experts(self, start: int = 0) -> np.ndarray:
         """The experts of positions `start` to `num_routed`, [positions, num_hidden_layers, num_experts_per_tok]."""
         return self._routed.rows(start, self.num_routed)
+
+    def _parts(self, text: str) -> list[Part]:
+        """Take the next text apart, to its end once the choice is finished."""
+        if self._reader is None:
+            return []
+        parts = self._reader.push(text)
+        if self.finish_reason is not None:
+            parts += self._reader.finish()
+        self.answer.take(parts)
+        return parts
 
     def _append(self, delta: Delta) -> None:
         self.text.append(delta.text)
@@ -139,7 +163,14 @@ class JobOutput:
     def of(cls, job: GenerationJob, tokenizer: Tokenizer) -> JobOutput:
         """Nothing yet of a job. A stream keeps no text: it was sent."""
         choices = [
-            ChoiceOutput(tokenizer, each.request, index=i, prompt_index=each.prompt_index, keep=not job.stream)
+            ChoiceOutput(
+                tokenizer,
+                each.request,
+                index=i,
+                prompt_index=each.prompt_index,
+                keep=not job.stream,
+                reader=None if each.make_reader is None else each.make_reader(),
+            )
             for i, each in enumerate(job.choices)
         ]
         return cls(job, choices, len(choices))

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
+from moe_ray.api.chat import ChatInput, chat_prompt
 from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, ReportOptions, make_job
 from moe_ray.api.openai.schemas import UNION_RULES, UNSUPPORTED, Body, ChatRequest, CompletionRequest
 from moe_ray.core import SamplingParams
@@ -124,14 +125,14 @@ def _chat_prompts(body: ChatRequest, tokenizer: Tokenizer) -> list[Prompt]:
     for message in messages:
         if message["role"] == "developer":  # OpenAI's newer name for system, unknown to templates
             message["role"] = "system"
-    ids = tokenizer.apply_chat_template(
+    chat = ChatInput(
         messages,
-        body.add_generation_prompt,
+        add_generation_prompt=body.add_generation_prompt,
         add_special_tokens=body.add_special_tokens,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs,
     )
-    return [Prompt(ids)]
+    return [chat_prompt(chat, tokenizer)]
 
 
 def _prompts(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
