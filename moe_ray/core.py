@@ -29,11 +29,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one output position, from the model's raw logits (before penalties and temperature)."""
+    """Log-probabilities at one position, from the model's raw logits (before penalties and temperature)."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    rank: int = 0
+    """Of the token among all by probability, 1 for the most likely; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,11 @@ class TokenEvent:
 
     An engine tells each position once, beginning with 0; one that goes on with a replayed request begins with 0, too.
     """
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Where asked for: of consecutive prompt tokens that became known since the last event, told once each; the token
+    at position 0 has none. An engine that goes on with a replayed request begins with position 1 again."""
+    prompt_logprobs_start: int = 0
+    """Position of the first of them."""
     error: Exception | None = None
 
     @property
@@ -94,6 +101,8 @@ class Sequence:
     token_ids: list[int]
     """Prompt and output so far."""
     status: Status = Status.WAITING
+    arrival: int = 0
+    """Its number among those that the scheduler was given."""
     num_computed: int = 0
     """Leading tokens whose K and V are in the cache."""
     num_cached_prompt: int = 0
@@ -110,6 +119,8 @@ class Sequence:
     """Leading positions whose experts are known, where the request asks for them; preemption does not lower it."""
     routed: bytearray = field(default_factory=bytearray)
     """`RoutedExperts.data` of those of them that were in no event yet: the last ones."""
+    num_scored: int = 0
+    """Leading prompt tokens whose log-probabilities were told, where the request asks for them: from 1 on."""
 
     @property
     def num_prompt(self) -> int:
@@ -143,6 +154,10 @@ class Batch:
     0: the chunk does not reach the sequence's last token. 1: it does. k + 1: k drafts follow that token in the chunk;
     they are in no sequence yet, and become true as far as they are sampled in their places.
     """
+    num_scored: list[int] = field(default_factory=list)
+    """[S] positions just before the sampled ones whose logits are wanted too, for the prompt's log-probabilities.
+
+    Empty: no sequence wants any."""
     degraded: set[int] = field(default_factory=set)
     """Flat positions that were computed without one of their experts (`on_expert_loss: renormalise`)."""
     routed: np.ndarray | None = None  # [T, num_hidden_layers, num_experts_per_tok]
@@ -151,6 +166,13 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_logits(self) -> list[int]:
+        """[S] positions at the end of each chunk whose logits are wanted."""
+        if not self.num_scored:
+            return self.num_sampled
+        return [scored + sampled for scored, sampled in zip(self.num_scored, self.num_sampled, strict=True)]
 
     def drafts(self, index: int) -> list[int]:
         """The drafts at the end of one sequence's chunk."""

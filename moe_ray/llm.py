@@ -39,6 +39,8 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """With `prompt_logprobs`: of each prompt token; the first has none."""
     num_cached_tokens: int = 0
     routed_experts: np.ndarray | None = None
     """With `return_routed_experts`: the experts of each computed token of prompt and output, ascending.
@@ -169,7 +171,7 @@ class LLM:
         for prompt, params in zip(prompts, _as_params(sampling_params, len(prompts)), strict=True):
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             request = Request(f"llm-{next(self._ids)}", tuple(ids), params)
-            if params.max_tokens != 0:
+            if not params.empty:
                 self._engine.check(request)
             choices.append(ChoiceOutput(self.tokenizer, request))
         return choices
@@ -182,7 +184,7 @@ class LLM:
             while waiting or index_of:
                 while waiting and self._engine.overload() is None:
                     index, choice = waiting.popleft()
-                    if choice.request.sampling.max_tokens == 0:
+                    if choice.request.sampling.empty:
                         yield index, choice.finish_empty().text
                         continue
                     self._engine.submit(choice.request)
@@ -206,6 +208,7 @@ def _output(choice: ChoiceOutput) -> RequestOutput:
         token_ids=choice.token_ids,
         finish_reason=choice.finish_reason,
         logprobs=choice.logprobs,
+        prompt_logprobs=choice.prompt_logprobs,
         num_cached_tokens=choice.num_cached,
         routed_experts=choice.routed_experts() if choice.request.sampling.return_routed_experts else None,
     )

@@ -17,6 +17,7 @@ from moe_ray.errors import InvalidRequest
 
 MAX_LOGPROBS: Final = 20
 MAX_STOP_STRINGS: Final = 16
+MAX_BAD_WORDS: Final = 64
 MIN_SEED: Final = -(2**63)
 MAX_SEED: Final = 2**63 - 1
 DRAW_SEED: Final = -1
@@ -70,6 +71,10 @@ class SamplingParams:
     """Keep the smallest set of most likely tokens whose probability reaches p; 0: the most likely one."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one."""
+    typical_p: float = 1.0
+    """Keep the smallest set of tokens, those of the least surprising information first, whose probability reaches p.
+
+    Locally typical sampling (Meister et al. 2022, arXiv:2202.00666)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
@@ -78,6 +83,12 @@ class SamplingParams:
     """Subtracted once per occurrence from the logit of each token in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id → value added to its logit."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """No other token is chosen; none given: every one may be."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that the output must not hold; `text.bad_words` makes `bad_words_ids` of them."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the output must not hold: the last token of one is masked behind the others."""
     seed: int | None = None
     """Same seed, prompt and parameters: same tokens. None or -1: drawn once when the request is accepted."""
     stop: tuple[str, ...] = ()
@@ -87,6 +98,10 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none; k: log-probability of the chosen token and of the k most likely."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first. The whole prompt is computed then, whatever is cached."""
+    priority: int = 0
+    """Requests of a lower number are computed first; those of the same, in the order of their arrival."""
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_routed_experts: bool = False
@@ -104,6 +119,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all is asked of the engine: no token, and nothing of the prompt."""
+        return self.max_tokens == 0 and self.prompt_logprobs is None
 
     @property
     def greedy(self) -> bool:
@@ -160,13 +180,25 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(map(_token_id, value))
 
 
-def _stop_strings(value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, list | tuple) or len(strings) > MAX_STOP_STRINGS:
+def _token_sequences(value: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, list | tuple) or len(value) > MAX_BAD_WORDS * 2:
         raise TypeError
-    if not all(isinstance(string, str) and string for string in strings):
-        raise TypeError
-    return tuple(strings)
+    sequences = tuple(map(_token_ids, value))
+    if not all(sequences):
+        raise ValueError
+    return sequences
+
+
+def _strings(most: int) -> Callable[[Any], tuple[str, ...]]:
+    def read(value: Any) -> tuple[str, ...]:
+        strings = (value,) if isinstance(value, str) else value
+        if not isinstance(strings, list | tuple) or len(strings) > most:
+            raise TypeError
+        if not all(isinstance(string, str) and string for string in strings):
+            raise TypeError
+        return tuple(strings)
+
+    return read
 
 
 def _biases(value: Any) -> dict[int, float]:
@@ -200,15 +232,30 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "top_k": (_between(_integer, -1, _MOST_INT), "-1 or 0 (off) or at least 1"),
     "top_p": (_between(_number, 0.0, 1.0), "between 0 and 1"),
     "min_p": (_between(_number, 0.0, 1.0), "between 0 and 1"),
+    "typical_p": (_between(_number, math.ulp(0.0), 1.0), "above 0 and at most 1"),
     "repetition_penalty": (_between(_number, math.ulp(0.0), 1e4), "above 0 and at most 10000"),
     "presence_penalty": (_between(_number, -2.0, 2.0), "between -2 and 2"),
     "frequency_penalty": (_between(_number, -2.0, 2.0), "between -2 and 2"),
     "logit_bias": (_biases, "a mapping of token ids to values in -100..100"),
+    "allowed_token_ids": (_token_ids, "a list of token ids"),
+    "bad_words": (
+        _strings(MAX_BAD_WORDS),
+        f"a string or a list of at most {MAX_BAD_WORDS} strings, none of them empty",
+    ),
+    "bad_words_ids": (
+        _token_sequences,
+        f"a list of at most {2 * MAX_BAD_WORDS} lists of token ids, none of them empty",
+    ),
     "seed": (_between(_integer, MIN_SEED, MAX_SEED), "an integer between -2**63 and 2**63 - 1"),
-    "stop": (_stop_strings, f"a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty"),
+    "stop": (
+        _strings(MAX_STOP_STRINGS),
+        f"a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty",
+    ),
     "stop_token_ids": (_token_ids, "a list of token ids"),
     "ignore_eos": (_flag, "true or false"),
     "logprobs": (_between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
+    "prompt_logprobs": (_between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
+    "priority": (_between(_integer, -_MOST_INT - 1, _MOST_INT), "an integer of 32 bits"),
     "include_stop_str_in_output": (_flag, "true or false"),
     "skip_special_tokens": (_flag, "true or false"),
     "return_routed_experts": (_flag, "true or false"),

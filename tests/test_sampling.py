@@ -15,7 +15,7 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.sampling import _RULES
 from moe_ray.trunk.wire import pack_request, unpack_request
 
-TEXT_ONLY = {"stop", "include_stop_str_in_output", "skip_special_tokens"}
+TEXT_ONLY = {"stop", "bad_words", "include_stop_str_in_output", "skip_special_tokens"}
 
 
 def test_every_field_has_a_rule_and_its_place_on_the_wire() -> None:

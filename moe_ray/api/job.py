@@ -71,8 +71,8 @@ class GenerationJob:
 
     @property
     def requests(self) -> list[tuple[int, Request]]:
-        """(choice index, request) of the choices that the engine must see: those that may have a token."""
-        return [(i, each.request) for i, each in enumerate(self.choices) if each.request.sampling.max_tokens != 0]
+        """(choice index, request) of the choices of which something is asked of the engine."""
+        return [(i, each.request) for i, each in enumerate(self.choices) if not each.request.sampling.empty]
 
 
 def make_job(

@@ -11,6 +11,7 @@ import numpy as np
 from moe_ray.api.job import GenerationJob
 from moe_ray.core import FinishReason, Request, TokenEvent, TokenLogprobs
 from moe_ray.engine.routed_experts import RoutedRows
+from moe_ray.errors import ProtocolError
 from moe_ray.text.answers.parts import Answer, AnswerReader, Part
 from moe_ray.text.detokenizer import IncrementalDetokenizer
 from moe_ray.text.tokenizer import Tokenizer
@@ -57,6 +58,9 @@ class ChoiceOutput:
         """Content and tool calls, where there is a reader."""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        scored = request.sampling.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] if scored else []
+        """Of each prompt token, where they are asked for; the first has none. Kept whatever `keep` is."""
         self.num_visible = 0
         """How many of the tokens are part of the text."""
         self.num_tokens = 0
@@ -74,12 +78,14 @@ class ChoiceOutput:
     def take(self, event: TokenEvent) -> Delta:
         """Account for one engine step. A stop string ends the choice, whatever the engine computes behind it.
 
-        Raises the event's error, and `ProtocolError` where routed experts leave a position out.
+        Raises the event's error, and `ProtocolError` where routed experts or prompt_logprobs leave a position out.
         """
         if event.error is not None:
             raise event.error
         self.num_cached = max(self.num_cached, event.num_cached_tokens)
         self.degraded += event.degraded_positions
+        if event.prompt_logprobs:
+            self._take_prompt(event)
         if event.routed_experts is not None:
             self._routed.take(event.routed_experts)
         detokenizer, sampling = self._detokenizer, self.request.sampling
@@ -123,6 +129,13 @@ class ChoiceOutput:
     def routed_experts(self, start: int = 0) -> np.ndarray:
         """The experts of positions `start` to `num_routed`, [positions, num_hidden_layers, num_experts_per_tok]."""
         return self._routed.rows(start, self.num_routed)
+
+    def _take_prompt(self, event: TokenEvent) -> None:
+        """Add what is new of the prompt: a replay on another trunk tells positions again."""
+        start, known = event.prompt_logprobs_start, len(self.prompt_logprobs)
+        if start > known:
+            raise ProtocolError(f"log-probabilities from position {start} on do not follow {known} known ones")
+        self.prompt_logprobs += event.prompt_logprobs[known - start :]
 
     def _parts(self, text: str) -> list[Part]:
         """Take the next text apart, to its end once the choice is finished."""
@@ -186,7 +199,7 @@ class JobOutput:
 
     def finish_empty(self) -> list[Delta]:
         """End the choices that no engine request was made for."""
-        empty = [c for c in self.choices if c.request.sampling.max_tokens == 0 and c.finish_reason is None]
+        empty = [c for c in self.choices if c.request.sampling.empty and c.finish_reason is None]
         self.num_unfinished -= len(empty)
         return [choice.finish_empty() for choice in empty]
 

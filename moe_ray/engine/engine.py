@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
+from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent, TokenLogprobs
+from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
+from moe_ray.engine.batches import split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
-from moe_ray.engine.micro_batches import split_batch
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
@@ -85,20 +87,23 @@ class Engine:
         vocab, total = self._trunk.config.vocab_size, len(request.prompt_token_ids) + len(request.output_token_ids)
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
-        if total >= self.options.max_model_len:
+        most = request.sampling.max_tokens
+        # Log-probabilities of a prompt may be asked for without a token behind it.
+        if total + (most != 0) > self.options.max_model_len:
             raise InvalidRequest(
                 f"This model's maximum context length is {self.options.max_model_len} tokens; the prompt has {total}, "
                 f"which leaves no room to generate",
                 "prompt",
             )
-        most = request.sampling.max_tokens
-        if most is not None and len(request.output_token_ids) >= most:
+        if most is not None and len(request.output_token_ids) >= most and (most or request.sampling.empty):
             raise InvalidRequest(f"all max_tokens ({most}) were generated already", "output_token_ids")
         for param, ids in (
             ("prompt", request.prompt_token_ids),
             ("output_token_ids", request.output_token_ids),
             ("logit_bias", tuple(request.sampling.logit_bias)),
             ("stop_token_ids", request.sampling.stop_token_ids),
+            ("allowed_token_ids", request.sampling.allowed_token_ids),
+            ("bad_words_ids", tuple(itertools.chain.from_iterable(request.sampling.bad_words_ids))),
         ):
             if ids and (min(ids) < 0 or max(ids) >= vocab):
                 raise InvalidRequest(f"token ids of `{param}` must be between 0 and {vocab - 1}", param)
@@ -133,18 +138,20 @@ class Engine:
             for seq in batch.sequences:
                 self.abort(seq.request.request_id)
             return [TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences]
-        counts = [count for count in batch.num_sampled if count]
+        scored = prompt_logprobs.take(batch, logits)
         sequences, drafts = _rows(batch)
-        sampled = sample(logits, sequences, self.options.eos_token_ids, drafts)
+        sampled = sample(prompt_logprobs.sampled_rows(batch, logits), sequences, self.options.eos_token_ids, drafts)
         self._steps += 1
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
         newest = sum(seq.num_output > 0 for seq, n in zip(batch.sequences, batch.num_sampled, strict=True) if n)
-        self._prompt_tokens += batch.num_tokens - newest - (sum(counts) - len(counts))
+        drafted = sum(count - 1 for count in batch.num_sampled if count)
+        self._prompt_tokens += batch.num_tokens - newest - drafted
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
         events, row = [], 0
-        for outcome, count in zip(outcomes, counts, strict=True):
+        for outcome in outcomes:
             seq, tokens = outcome.seq, outcome.token_ids
+            told = scored.pop(outcome.index, ())
             if outcome.finish_reason is not None:
                 del self._live[seq.request.request_id]
             self._generated_tokens += len(tokens)
@@ -158,11 +165,13 @@ class Engine:
                     num_cached_tokens=seq.num_cached_prompt,
                     degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
                     routed_experts=routing.tell(seq, batch),
+                    prompt_logprobs=told,
+                    prompt_logprobs_start=seq.num_scored + 1 - len(told),
                 )
             )
             seq.degraded_told = len(seq.degraded)
-            row += count
-        return events
+            row += batch.num_sampled[outcome.index]
+        return events + [_prompt_event(batch.sequences[i], told) for i, told in scored.items()]
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's sampled positions."""
@@ -209,6 +218,12 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent. Between steps only."""
         self._scheduler.check_integrity()
+
+
+def _prompt_event(seq: Sequence, told: tuple[TokenLogprobs, ...]) -> TokenEvent:
+    """What is known of a prompt that is not computed to its end yet."""
+    start = seq.num_scored + 1 - len(told)
+    return TokenEvent(seq.request.request_id, prompt_logprobs=told, prompt_logprobs_start=start)
 
 
 def _rows(batch: Batch) -> tuple[list[Sequence], list[list[int]]]:

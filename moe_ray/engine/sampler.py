@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from moe_ray.core import SamplingParams, Sequence, TokenLogprobs
+from moe_ray.engine.token_logprobs import token_logprobs
+from moe_ray.engine.token_masks import mask_tokens, restricts
 
 _MASK = (1 << 64) - 1
 TOP_CANDIDATES = 1024
@@ -48,7 +50,7 @@ def sample(
     With `drafts`, row i is sampled as if drafts[i] were in the output of sequences[i] already (which may then stand in
     several rows): the same noise, penalties and masks that the row will meet should they come true.
 
-    In order: penalties, logit_bias and min_tokens mask, temperature, top_k, top_p, min_p (transformers' order).
+    In order: penalties, logit_bias and masks, temperature, top_k, top_p, min_p, typical_p (transformers' order).
     """
     params = [seq.request.sampling for seq in sequences]
     drafts = drafts or [()] * len(sequences)
@@ -84,7 +86,8 @@ def _adjust(
     ]
     biased = [i for i, p in enumerate(params) if p.logit_bias]
     masked = [i for i, p in enumerate(params) if sequences[i].num_output + len(drafts[i]) < p.min_tokens]
-    if not (penalised or biased or masked):
+    restricted = [i for i, p in enumerate(params) if restricts(p)]
+    if not (penalised or biased or masked or restricted):
         return logits
     out, device, vocab = logits.clone(), logits.device, logits.shape[-1]
     if penalised:
@@ -101,9 +104,13 @@ def _adjust(
     for i in biased:
         ids = torch.tensor(list(params[i].logit_bias), device=device)
         out[i, ids] += torch.tensor(list(params[i].logit_bias.values()), device=device, dtype=out.dtype)
+    for i in restricted:
+        mask_tokens(out[i], params[i], [*sequences[i].output_token_ids, *drafts[i]])
     for i in masked:
-        stops = [*params[i].stop_token_ids, *(() if params[i].ignore_eos else eos_token_ids)]
-        out[i, torch.tensor(stops, dtype=torch.long, device=device)] = -torch.inf
+        stops = {*params[i].stop_token_ids, *(() if params[i].ignore_eos else eos_token_ids)}
+        if params[i].allowed_token_ids and stops.issuperset(params[i].allowed_token_ids):
+            continue  # nothing would be left
+        out[i, torch.tensor(list(stops), dtype=torch.long, device=device)] = -torch.inf
     return out
 
 
@@ -124,7 +131,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: list[float]
     device, vocab = logits.device, logits.shape[-1]
     logits = logits / _column([p.temperature for p in params], device)
     chosen = torch.empty(len(params), dtype=torch.long, device=device)
-    cut = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
+    cut = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 or p.typical_p < 1.0 for p in params]
     left = [i for i, is_cut in enumerate(cut) if not is_cut]
     if left:
         rows = torch.tensor(left, device=device)
@@ -144,7 +151,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], noise: list[float]
 def _truncate(
     logits: torch.Tensor, params: list[SamplingParams], size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Apply top_k, top_p and min_p to the `size` most likely tokens of each row of logits [R, V].
+    """Apply top_k, top_p, min_p and typical_p to the `size` most likely tokens of each row of logits [R, V].
 
     Returns their ids, most likely first and equals by id [R, size], their weights, 0 where cut off [R, size], and
     whether tokens beyond `size` are certain to be cut off [R].
@@ -167,7 +174,27 @@ def _truncate(
     keep[:, 0] = True  # also with top_p 0
     # A top_k beyond `size` needs all its tokens for `total`; without top_k the last one looked at must be cut off.
     enough = (top_k <= size) | ((top_k == vocab) & ~keep[:, -1:])
-    return ids, torch.where(keep, probabilities, 0.0), enough[:, 0]
+    weights = torch.where(keep, probabilities, 0.0)
+    typical = [i for i, p in enumerate(params) if p.typical_p < 1.0]
+    if typical:
+        rows = torch.tensor(typical, device=device)
+        weights[rows] = _typical(weights[rows], _column([params[i].typical_p for i in typical], device))
+    return ids, weights, enough[:, 0]
+
+
+def _typical(weights: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Keep the smallest set of tokens closest to the expected information whose probability reaches p [R, 1].
+
+    Locally typical sampling (Meister et al. 2022, arXiv:2202.00666): token x comes in the order of
+    |-log q(x) - H(q)|, q being the weights [R, N] normalised and H their entropy.
+    """
+    q = weights / weights.sum(-1, keepdim=True)
+    information = -q.log()  # infinite where the weight is 0: those come last
+    entropy = torch.special.entr(q).sum(-1, keepdim=True)
+    order = (information - entropy).abs().argsort(dim=-1, stable=True)
+    sorted_q = q.gather(1, order)
+    kept = sorted_q.cumsum(-1) - sorted_q < p
+    return torch.where(torch.zeros_like(kept).scatter_(1, order, kept), weights, 0.0)
 
 
 def _invert(weights: torch.Tensor, noise: list[float]) -> torch.Tensor:
@@ -183,15 +210,11 @@ def _invert(weights: torch.Tensor, noise: list[float]) -> torch.Tensor:
 def _logprobs(logits: torch.Tensor, token_ids: list[int], params: list[SamplingParams]) -> list[TokenLogprobs | None]:
     out: list[TokenLogprobs | None] = [None] * len(params)
     wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
-    if not wanted:
-        return out
-    table = logits[torch.tensor(wanted, device=logits.device)].log_softmax(-1)
-    most = max(params[i].logprobs or 0 for i in wanted)
-    values, ids = table.topk(max(most, 1), dim=-1)
-    for row, i in enumerate(wanted):
-        count = params[i].logprobs or 0
-        top = tuple(zip(ids[row, :count].tolist(), values[row, :count].tolist(), strict=True))
-        out[i] = TokenLogprobs(token_ids[i], float(table[row, token_ids[i]]), top)
+    if wanted:
+        rows = logits[torch.tensor(wanted, device=logits.device)]
+        counts = [params[i].logprobs or 0 for i in wanted]
+        for i, entry in zip(wanted, token_logprobs(rows, [token_ids[i] for i in wanted], counts), strict=True):
+            out[i] = entry
     return out
 
 

@@ -5,12 +5,15 @@ No torch.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
 from moe_ray.core import Batch, FinishReason, Sequence, Status
+from moe_ray.engine.batches import make_batch
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
 from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, StepCosts, num_accepted
+from moe_ray.engine.prompt_positions import MOST_AT_ONCE, wants_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +39,15 @@ class Outcome:
 
     seq: Sequence
     token_ids: tuple[int, ...]
-    """The new tokens, already appended: 1, or more where drafts came true."""
+    """The new tokens, already appended: 1, more where drafts came true, none where only the prompt was asked for."""
     finish_reason: FinishReason | None
     stop_token_id: int | None
+    index: int
+    """Of the sequence in the batch."""
 
 
 class Scheduler:
-    """Owns every live sequence and its blocks; first come, first served. One thread."""
+    """Owns every live sequence and its blocks; by priority, then first come, first served. One thread."""
 
     def __init__(
         self,
@@ -54,8 +59,10 @@ class Scheduler:
     ) -> None:
         self.limits, self.allocator = limits, allocator
         self._eos, self._max_model_len = eos_token_ids, max_model_len
+        # Both in the order of (priority, arrival).
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._arrivals = 0
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.draft_tokens = self.accepted_draft_tokens = 0
@@ -64,7 +71,9 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the model and the cache."""
-        self.waiting.append(seq)
+        seq.arrival = self._arrivals
+        self._arrivals += 1
+        insort(self.waiting, seq, key=_turn)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, whatever its state, and give its blocks back."""
@@ -80,9 +89,10 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Choose the next step's tokens and give them slots; None when there is nothing to do.
 
-        Decodes come first (they are short and somebody is reading them), then prefill chunks in order of arrival,
-        then new sequences. When blocks run out the youngest running sequence is preempted: its blocks are freed and
-        it is recomputed later, from the prefix cache where that still holds it. Drafts take what all these left.
+        Running sequences come first, in the order of (priority, arrival), then new ones. Among sequences of one
+        priority this means: decodes first (they are short and somebody is reading them), then prefill chunks. When
+        blocks run out the last running sequence is preempted: its blocks are freed and it is recomputed later, from
+        the prefix cache where that still holds it. Drafts take what all these left.
         """
         budget, preemptions = self.limits.max_num_batched_tokens, self.preemptions
         chosen: list[tuple[Sequence, int]] = []
@@ -91,7 +101,7 @@ class Scheduler:
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 continue
-            count = min(len(seq.token_ids) - seq.num_computed, budget)
+            count = _chunk(seq, len(seq.token_ids) - seq.num_computed, budget)
             if count and self._reserve(seq, count):
                 chosen.append((seq, count))
                 budget -= count
@@ -106,33 +116,36 @@ class Scheduler:
                 break
             seq = self.waiting.popleft()
             seq.status = Status.RUNNING
-            self.running.append(seq)
+            insort(self.running, seq, key=_turn)
             chosen.append((seq, count))
             budget -= count
-        return self._batch(chosen, self._drafts(chosen, budget)) if chosen else None
+        return make_batch(chosen, self._drafts(chosen, budget), self.allocator.block_size) if chosen else None
 
     def update(self, batch: Batch, sampled: list[int]) -> list[Outcome]:
         """Take in a computed step and what was sampled at its `num_sampled` positions, in order.
 
-        Returns the outcome of each sequence that sampled; finished ones are out of the scheduler. What was sampled
-        after a wrong draft, or after the sequence's end, is dropped.
+        Returns the outcome of each sequence that sampled or ended; finished ones are out of the scheduler. What was
+        sampled after a wrong draft, or after the sequence's end, is dropped.
         """
         outcomes, used = [], 0
         for i, (seq, context, count) in enumerate(
             zip(batch.sequences, batch.context_lens, batch.num_sampled, strict=True)
         ):
             if count:
-                outcomes.append(self._take(seq, batch.drafts(i), sampled[used : used + count]))
+                outcomes.append(self._take(i, seq, batch.drafts(i), sampled[used : used + count]))
                 used += count
             else:
                 self._advance(seq, context)
+                if context == len(seq.token_ids):  # its prompt is computed, and nothing else was asked for
+                    self.finish(seq)
+                    outcomes.append(Outcome(seq, (), "length", None, i))
         return outcomes
 
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent."""
         self.allocator.check_integrity(seq.block_table for seq in [*self.running, *self.waiting])
 
-    def _take(self, seq: Sequence, draft: list[int], sampled: list[int]) -> Outcome:
+    def _take(self, index: int, seq: Sequence, draft: list[int], sampled: list[int]) -> Outcome:
         """Append the tokens that are certain, up to the sequence's end, and note what of the cache is true."""
         accepted = num_accepted(draft, sampled)
         if self._drafter is not None:
@@ -152,7 +165,7 @@ class Scheduler:
             self._trim(seq)
         if reason is not None:
             self.finish(seq)
-        return Outcome(seq, new, reason, stop_token)
+        return Outcome(seq, new, reason, stop_token, index)
 
     def _drafts(self, chosen: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         """Guess what follows each chosen sequence that decodes, within the budget and the blocks nobody else needs."""
@@ -202,7 +215,7 @@ class Scheduler:
         self.running.remove(seq)
         self._release(seq)
         seq.status = Status.WAITING
-        self.waiting.appendleft(seq)
+        insort(self.waiting, seq, key=_turn)
         seq.num_preemptions += 1
         self.preemptions += 1
 
@@ -211,9 +224,13 @@ class Scheduler:
         size, known = self.allocator.block_size, len(seq.token_ids)
         cached: list[int] = []
         if self.limits.enable_prefix_caching:
-            # At least one token is computed, because its logits are wanted; and where the experts of every position
-            # are, none is skipped whose experts are not known yet.
-            most = min(known - 1, seq.num_routed) if seq.request.sampling.return_routed_experts else known - 1
+            # At least one token is computed, because its logits are wanted; and where the experts or the logits of
+            # every position are, none is skipped of which they are not known yet.
+            most = known - 1
+            if seq.request.sampling.return_routed_experts:
+                most = min(most, seq.num_routed)
+            if wants_logits(seq):
+                most = min(most, seq.num_scored)
             self._extend_keys(seq, most // size)
             cached = self.allocator.lookup(seq.block_keys[: most // size])
         start = len(cached) * size
@@ -221,7 +238,7 @@ class Scheduler:
         if -(-known // size) - len(cached) > self.allocator.num_free:
             self.allocator.release(cached)
             return 0
-        count = min(known - start, budget)
+        count = _chunk(seq, known - start, budget)
         blocks = self.allocator.allocate(-(-(start + count) // size) - len(cached))
         assert blocks is not None
         seq.block_table, seq.num_computed = cached + blocks, start
@@ -266,19 +283,12 @@ class Scheduler:
             return "length", None
         return None, None
 
-    def _batch(self, chosen: list[tuple[Sequence, int]], drafts: list[list[int]]) -> Batch:
-        batch = Batch([], [], [], [], [0], [], [])
-        size = self.allocator.block_size
-        for (seq, count), draft in zip(chosen, drafts, strict=True):
-            start, end = seq.num_computed, seq.num_computed + count
-            last = end == len(seq.token_ids)
-            batch.sequences.append(seq)
-            batch.token_ids += seq.token_ids[start:end]
-            batch.token_ids += draft
-            end += len(draft)
-            batch.positions += range(start, end)
-            batch.slot_mapping += [seq.block_table[p // size] * size + p % size for p in range(start, end)]
-            batch.query_start.append(len(batch.token_ids))
-            batch.context_lens.append(end)
-            batch.num_sampled.append(1 + len(draft) if last else 0)
-        return batch
+
+def _turn(seq: Sequence) -> tuple[int, int]:
+    """What comes first is computed first."""
+    return seq.request.sampling.priority, seq.arrival
+
+
+def _chunk(seq: Sequence, left: int, budget: int) -> int:
+    """How many of the tokens that are left to compute of a sequence a step takes."""
+    return min(left, budget, MOST_AT_ONCE) if wants_logits(seq) else min(left, budget)

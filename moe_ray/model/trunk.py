@@ -78,7 +78,7 @@ class Trunk:
     def forward(self, batch: Batch, cache: KVCacheView) -> ForwardSteps:
         """Run one batch; a generator that yields where it waits for experts (see `interleave`).
 
-        Returns float32 logits [sum(num_sampled), V] of the batch's sampled positions, in order; fills `batch.degraded`
+        Returns float32 logits [sum(num_logits), V] of the wanted positions, in order; fills `batch.degraded`
         and, where there is one, `batch.routed`.
         Raises `ExpertUnavailable` when an expert does not answer.
         """
@@ -98,7 +98,7 @@ class Trunk:
                     batch.degraded.update(gathered.degraded.nonzero().flatten().tolist())
             finally:
                 pending.abandon()  # nothing, unless this pass is being given up
-        ends = zip(batch.query_start[1:], batch.num_sampled, strict=True)
+        ends = zip(batch.query_start[1:], batch.num_logits, strict=True)
         return work.logits([row for end, count in ends for row in range(end - count, end)])
 
 

@@ -11,6 +11,7 @@ from moe_ray import errors
 from moe_ray.core import EngineStats, FinishReason, Request, RoutedExperts, SamplingParams, TokenEvent, TokenLogprobs
 from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
 from moe_ray.pb import moe_ray_pb2 as pb
+from moe_ray.sampling import Grammar, GrammarKind
 
 _FINISH_REASONS: Final = ("stop", "length", "abort")
 _SAMPLING_FIELDS: Final[tuple[FieldDescriptor, ...]] = tuple(pb.SamplingParams.DESCRIPTOR.fields)  # type: ignore[arg-type]
@@ -23,7 +24,7 @@ def pack_request(request: Request) -> pb.Submit:
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
-        sampling=pb.SamplingParams(**{field.name: getattr(request.sampling, field.name) for field in _SAMPLING_FIELDS}),
+        sampling=pb.SamplingParams(**{field.name: _message(request.sampling, field) for field in _SAMPLING_FIELDS}),
     )
 
 
@@ -38,6 +39,16 @@ def unpack_request(message: pb.Submit) -> Request:
     )
 
 
+def _message(sampling: SamplingParams, field: FieldDescriptor) -> Any:
+    """The value of one field as its message takes it."""
+    value = getattr(sampling, field.name)
+    if isinstance(value, Grammar):
+        return pb.Grammar(kind=value.kind, source=value.source)
+    if field.name == "bad_words_ids":
+        return [pb.TokenIds(ids=ids) for ids in value]
+    return value
+
+
 def _value(message: pb.SamplingParams, field: FieldDescriptor) -> Any:
     """The value of one field as `SamplingParams` takes it; None for one that is not set."""
     if field.has_presence and not message.HasField(field.name):
@@ -45,6 +56,10 @@ def _value(message: pb.SamplingParams, field: FieldDescriptor) -> Any:
     value = getattr(message, field.name)
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, pb.Grammar):
+        return Grammar(cast(GrammarKind, value.kind), value.source)
+    if field.name == "bad_words_ids":
+        return tuple(tuple(each.ids) for each in value)
     return tuple(value) if field.is_repeated else value
 
 
@@ -74,13 +89,10 @@ def pack_event(event: TokenEvent) -> pb.TokenEvent:
         num_cached_tokens=event.num_cached_tokens,
         degraded_positions=event.degraded_positions,
     )
-    for entry in event.logprobs:
-        message.logprobs.add(
-            token_id=entry.token_id,
-            logprob=entry.logprob,
-            top_token_ids=[token for token, _ in entry.top],
-            top_logprobs=[value for _, value in entry.top],
-        )
+    message.logprobs.extend(map(_pack_logprobs, event.logprobs))
+    if event.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_pack_logprobs, event.prompt_logprobs))
+        message.prompt_logprobs_start = event.prompt_logprobs_start
     if (told := event.routed_experts) is not None:
         positions, layers, top_k = told.shape
         message.routed_experts.CopyFrom(
@@ -102,17 +114,31 @@ def unpack_event(message: pb.TokenEvent) -> TokenEvent:
     return TokenEvent(
         request_id=message.request_id,
         token_ids=tuple(message.token_ids),
-        logprobs=tuple(
-            TokenLogprobs(e.token_id, e.logprob, tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)))
-            for e in message.logprobs
-        ),
+        logprobs=tuple(map(_unpack_logprobs, message.logprobs)),
         finish_reason=cast(FinishReason, message.finish_reason) if message.finish_reason else None,
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
         degraded_positions=tuple(message.degraded_positions),
         routed_experts=_routed(message.routed_experts) if message.HasField("routed_experts") else None,
+        prompt_logprobs=tuple(map(_unpack_logprobs, message.prompt_logprobs)),
+        prompt_logprobs_start=message.prompt_logprobs_start,
         error=_error(message) if message.error_type else None,
     )
+
+
+def _pack_logprobs(entry: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        top_token_ids=[token for token, _ in entry.top],
+        top_logprobs=[value for _, value in entry.top],
+        rank=entry.rank,
+    )
+
+
+def _unpack_logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(message.token_id, message.logprob, top, message.rank)
 
 
 def _routed(message: pb.RoutedExperts) -> RoutedExperts:

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from moe_ray.core import Request, SamplingParams, Sequence
@@ -47,6 +48,8 @@ def hf_probabilities(logits: torch.Tensor, params: SamplingParams, tokens: list[
         scores = TopPLogitsWarper(params.top_p)(ids, scores)
     if params.min_p > 0.0:
         scores = MinPLogitsWarper(params.min_p)(ids, scores)
+    if params.typical_p < 1.0:
+        scores = TypicalLogitsWarper(params.typical_p)(ids, scores)
     return scores.softmax(-1)[0]
 
 
@@ -106,6 +109,8 @@ KINDS = [
     SamplingParams(min_p=0.05),
     SamplingParams(min_p=1e-4, temperature=2.0),
     SamplingParams(top_k=40, top_p=0.9, min_p=0.02, temperature=0.8),
+    SamplingParams(typical_p=0.6),
+    SamplingParams(top_k=60, typical_p=0.9, temperature=1.2),
     SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, top_p=0.9),
     SamplingParams(logit_bias={3: 5.0, 9: -100.0}),
     SamplingParams(min_tokens=4, stop_token_ids=(5,)),
@@ -186,6 +191,7 @@ DISTRIBUTIONS = [
     SamplingParams(top_k=20, min_p=0.05, temperature=0.9),
     SamplingParams(top_p=0.95, min_p=0.03, temperature=1.4),
     SamplingParams(top_k=50, top_p=0.9, min_p=0.02, temperature=1.2),
+    SamplingParams(typical_p=0.4, temperature=1.1),
     SamplingParams(repetition_penalty=1.5, top_p=0.9),
 ]
 
@@ -325,6 +331,43 @@ def test_min_tokens_masks_what_would_end_the_sequence(ignore_eos: bool, masked: 
     for output, gone in (([], masked), ([9, 9], masked), ([9, 9, 9], set())):
         out = sampler._adjust(logits, [sequence(params, output=output)], [()], [params], frozenset({2}))
         assert set((out[0] == -torch.inf).nonzero()[:, 0].tolist()) == gone
+
+
+def test_only_allowed_tokens_are_chosen_whatever_the_bias() -> None:
+    allowed = (7, 9, 30)
+    for params in (
+        SamplingParams(temperature=0, allowed_token_ids=allowed, logit_bias={5: 100.0}),
+        SamplingParams(temperature=2, allowed_token_ids=allowed, top_p=0.9),
+        SamplingParams(temperature=1, allowed_token_ids=allowed, min_tokens=4, stop_token_ids=(7,)),
+    ):
+        drawn = set(draw(spiky(1, VOCAB, 3)[0], params, 200).tolist())
+        assert drawn <= set(allowed) - ({7} if params.min_tokens else set())
+
+
+def test_masks_that_would_leave_nothing_are_not_applied() -> None:
+    for params in (
+        SamplingParams(allowed_token_ids=(7,), min_tokens=4, stop_token_ids=(7,)),
+        SamplingParams(allowed_token_ids=(7,), bad_words_ids=((7,),)),
+    ):
+        assert set(draw(spiky(1, VOCAB, 3)[0], params, 20).tolist()) == {7}
+
+
+def test_a_forbidden_word_is_never_completed() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5], logits[0, 6] = 9.0, 8.0
+    params = SamplingParams(temperature=0, bad_words_ids=((3, 4, 5), (6,)))
+    assert sample(logits, [sequence(params, output=[3, 4])]).token_ids not in ([5], [6])
+    assert sample(logits, [sequence(params, output=[4])]).token_ids == [5]
+    assert sample(logits, [sequence(params, prompt=[3, 4])]).token_ids == [5], "the prompt may hold its beginning"
+    drafted = sample(logits.expand(2, -1), [sequence(params, output=[3])] * 2, drafts=[(), (4,)]).token_ids
+    assert drafted[0] == 5 != drafted[1], "a draft counts as output"
+
+
+def test_a_row_is_masked_alone() -> None:
+    logits = spiky(3, VOCAB, 8)
+    alone = [SamplingParams(temperature=0), SamplingParams(temperature=0, allowed_token_ids=(4, 5)), SamplingParams()]
+    together = sample(logits, [sequence(params) for params in alone]).token_ids
+    assert together == [sample(logits[i : i + 1], [sequence(p)]).token_ids[0] for i, p in enumerate(alone)]
 
 
 def test_min_tokens_beats_a_bias() -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from moe_ray.core import Batch, FinishReason, Request, SamplingParams, Sequence, Status
+from moe_ray.engine.batches import split_batch
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
 from moe_ray.engine.drafts import StepCosts
-from moe_ray.engine.micro_batches import split_batch
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
 
 VOCAB = 7
@@ -202,7 +202,7 @@ class Harness:
         assert not any(seq.num_computed or seq.block_table for seq in self.scheduler.waiting)
 
     def check_first_come_first_served(self) -> None:
-        place = {seq: i for i, seq in enumerate(self.order)}
+        place = {seq: (seq.request.sampling.priority, i) for i, seq in enumerate(self.order)}
         queue = [place[s] for s in [*self.scheduler.running, *self.scheduler.waiting]]
         assert queue == sorted(queue), "somebody overtook an earlier request"
 
@@ -372,6 +372,24 @@ def test_max_num_seqs_and_arrival_order() -> None:
     while harness.scheduler.running or harness.scheduler.waiting:
         harness.step()
     assert list(harness.ended) == [s.request.request_id for s in sequences]
+
+
+def test_a_lower_number_goes_first_and_is_preempted_last() -> None:
+    harness = engine(6, 2, 12, max_num_seqs=2, enable_prefix_caching=False)
+    for i, priority in enumerate([0, 5, -1, 5, 0]):
+        sampling = SamplingParams(max_tokens=8, ignore_eos=True, priority=priority)
+        harness.add(Request(str(i), (1, 2, i), sampling))
+    turns = [(s.request.sampling.priority, s.request.request_id) for s in harness.scheduler.waiting]
+    assert turns == [(-1, "2"), (0, "0"), (0, "4"), (5, "1"), (5, "3")]
+    sequences = {seq.request.request_id: seq for seq in harness.scheduler.waiting}
+    while harness.scheduler.running or harness.scheduler.waiting:
+        harness.step()
+    assert sequences["2"].num_preemptions == 0
+    assert next(iter(harness.ended)) == "2"
+    assert list(harness.ended)[-1] == "3"
+    assert harness.scheduler.preemptions > 0
+    for seq in sequences.values():
+        assert seq.token_ids == reference(seq.request, 12)[0]
 
 
 @pytest.mark.parametrize("seed", range(40))

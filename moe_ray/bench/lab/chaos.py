@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from moe_ray.bench.http_load import connect, id_prompts, percentile, served_model
-from moe_ray.bench.lab.storm import Answer, Storm, changed_tokens
+from moe_ray.bench.lab.storm import Storm, StormAnswer, changed_tokens
 from moe_ray.bench.m1 import SMALL, bench_model, resolve_bench_model
 from moe_ray.bench.processes import own_server, tree
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
@@ -71,7 +71,7 @@ class Scenario:
     """Replicas that the victim's deployment must have before one of them is killed."""
 
 
-def stalls_ms(answers: Sequence[Answer], kills: Sequence[float]) -> list[float]:
+def stalls_ms(answers: Sequence[StormAnswer], kills: Sequence[float]) -> list[float]:
     """For each kill, of every stream that was running then, the gap between tokens in which it fell."""
     gaps = []
     for answer in answers:

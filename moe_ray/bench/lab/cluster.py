@@ -16,7 +16,7 @@ from typing import Final
 
 from moe_ray.bench.http_load import id_prompts, percentile, served_model
 from moe_ray.bench.lab.hosts import Hosts, check_machine, echo, hosts, ping_pong
-from moe_ray.bench.lab.storm import Answer, Storm, changed_tokens
+from moe_ray.bench.lab.storm import Storm, StormAnswer, changed_tokens
 from moe_ray.bench.lab.switch import LinkShape
 from moe_ray.bench.m1 import RECIPE_VERSION, Recipe, make_model, resolve_bench_model
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
@@ -137,12 +137,12 @@ def predicted(unshaped_ms: float, model: ModelConfig, dtype: str, shape: LinkSha
     return network_step(model, dtype, Network(shape.latency_ms, shape.gbit), streams).step_ms(unshaped_ms)
 
 
-def gaps_ms(answers: Sequence[Answer]) -> list[float]:
+def gaps_ms(answers: Sequence[StormAnswer]) -> list[float]:
     """Times between a stream's tokens: the steps, as its client sees them."""
     return [1e3 * (b - a) for answer in answers for a, b in itertools.pairwise(answer.arrivals)]
 
 
-def longest_ms(answers: Sequence[Answer], start: float, end: float) -> list[float]:
+def longest_ms(answers: Sequence[StormAnswer], start: float, end: float) -> list[float]:
     """For each stream, its longest wait for a token, of those waits that overlap [start, end]."""
     longest: dict[int, float] = {}
     for answer in answers:
@@ -197,7 +197,7 @@ class _Bench:
         self.on_progress(f"networks over {carrier}", len(shapes) * len(o.streams), len(shapes) * len(o.streams))
         return rows
 
-    async def _wave(self, url: str, streams: int) -> list[Answer]:
+    async def _wave(self, url: str, streams: int) -> list[StormAnswer]:
         """One answer a stream, after one that is not told: by then TCP's and the carrier's windows have grown."""
         storm = Storm(url, await served_model(url, None), self.prompts[:streams], self.options.output_tokens, 300.0)
         await storm.run(1)
@@ -206,7 +206,9 @@ class _Bench:
             raise NotReady(f"a request failed: {error}")
         return storm.answers[streams:]
 
-    def _row(self, carrier: str, shape: LinkShape, unshaped: Sequence[Answer], answers: Sequence[Answer]) -> Row:
+    def _row(
+        self, carrier: str, shape: LinkShape, unshaped: Sequence[StormAnswer], answers: Sequence[StormAnswer]
+    ) -> Row:
         streams, (base, step) = len(answers), (percentile(gaps_ms(each), 50) or 0.0 for each in (unshaped, answers))
         expected = predicted(base, self.model, self.dtype, shape, streams)
         return {

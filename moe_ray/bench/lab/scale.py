@@ -15,7 +15,7 @@ import httpx
 import ray
 
 from moe_ray.bench.http_load import connect, id_prompts, percentile, served_model
-from moe_ray.bench.lab.storm import Answer, Storm, changed_tokens
+from moe_ray.bench.lab.storm import Storm, StormAnswer, changed_tokens
 from moe_ray.bench.m1 import SMALL, bench_model, resolve_bench_model
 from moe_ray.bench.processes import OwnServer, own_server
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
@@ -63,7 +63,7 @@ class Phase:
     """When the change was complete, from its start."""
 
 
-def steps_ms(answers: Sequence[Answer], start: float, end: float) -> list[float]:
+def steps_ms(answers: Sequence[StormAnswer], start: float, end: float) -> list[float]:
     """Gaps between a stream's tokens, of those gaps that ended from `start` to `end`."""
     return [
         1e3 * (after - before)
@@ -73,7 +73,7 @@ def steps_ms(answers: Sequence[Answer], start: float, end: float) -> list[float]
     ]
 
 
-def phase_rows(answers: Sequence[Answer], phases: Sequence[Phase]) -> list[Row]:
+def phase_rows(answers: Sequence[StormAnswer], phases: Sequence[Phase]) -> list[Row]:
     """A row per kind of phase; ratios are medians over cycles, each to the unchanged phase of its cycle."""
     rows: list[Row] = []
     figures = {
@@ -141,7 +141,7 @@ def run_scale(options: ScaleOptions, on_progress: Progress) -> Report:
 
 async def _measure(
     options: ScaleOptions, server: OwnServer, prompts: Sequence[Sequence[int]], on_progress: Progress
-) -> tuple[list[Answer], dict[int, list[str]], list[Phase]]:
+) -> tuple[list[StormAnswer], dict[int, list[str]], list[Phase]]:
     phases: list[Phase] = []
     async with connect(server.url, None, 120.0) as client:
         storm = Storm(server.url, await served_model(server.url, None), prompts, options.output_tokens)

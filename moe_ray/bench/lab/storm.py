@@ -15,7 +15,7 @@ from moe_ray.errors import NotReady
 
 
 @dataclass(slots=True)
-class Answer:
+class StormAnswer:
     """One stream: which prompt, its tokens, and when they came (seconds of the client's clock)."""
 
     prompt: int
@@ -39,7 +39,7 @@ class Storm:
     output_tokens: int
     timeout_s: float = 120.0
     """Without any data."""
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[StormAnswer] = field(default_factory=list)
     ending: bool = False
 
     async def run(self, rounds: int | None = None) -> float:
@@ -80,8 +80,8 @@ class Storm:
         if error := next((answer.error for answer in self.answers if answer.error), None):
             raise NotReady(f"a request failed before anything was disturbed: {error}")
 
-    async def _ask(self, session: aiohttp.ClientSession, index: int) -> Answer:
-        answer = Answer(index, time.perf_counter())
+    async def _ask(self, session: aiohttp.ClientSession, index: int) -> StormAnswer:
+        answer = StormAnswer(index, time.perf_counter())
         body = {
             "model": self.model,
             "prompt": list(self.prompts[index]),
@@ -113,7 +113,7 @@ class Storm:
         return answer
 
 
-def changed_tokens(answers: Sequence[Answer], calm: dict[int, list[str]]) -> int:
+def changed_tokens(answers: Sequence[StormAnswer], calm: dict[int, list[str]]) -> int:
     """Tokens that differ from the calm answer to the same prompt; of failed answers, those that came."""
     return sum(
         got != wanted for answer in answers for got, wanted in zip(answer.tokens, calm[answer.prompt], strict=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from moe_ray.bench.lab.chaos import stalls_ms
-from moe_ray.bench.lab.storm import Answer, changed_tokens
+from moe_ray.bench.lab.storm import StormAnswer, changed_tokens
 
 
-def answer(prompt: int, tokens: str, *arrivals: float, started: float = 0.0) -> Answer:
-    return Answer(prompt, started, list(tokens), list(arrivals))
+def answer(prompt: int, tokens: str, *arrivals: float, started: float = 0.0) -> StormAnswer:
+    return StormAnswer(prompt, started, list(tokens), list(arrivals))
 
 
 def test_changed_tokens_are_counted_one_by_one() -> None:

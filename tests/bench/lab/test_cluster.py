@@ -25,7 +25,7 @@ from reference import Reference
 from moe_ray.bench.http_load import percentile
 from moe_ray.bench.lab.cluster import GRID, SETTINGS, SOME, UNSHAPED, gaps_ms, longest_ms, predicted, spelled
 from moe_ray.bench.lab.hosts import Hosts, check_machine, echo, hosts, ping_pong
-from moe_ray.bench.lab.storm import Answer
+from moe_ray.bench.lab.storm import StormAnswer
 from moe_ray.bench.lab.switch import LinkShape, SwitchProcess, Traffic, members
 from moe_ray.bench.m1 import M1 as RECIPE
 from moe_ray.bench.m1 import config_json, write_tokenizer
@@ -78,11 +78,13 @@ def test_a_prediction_is_the_unshaped_step_and_the_network() -> None:
 
 
 def test_the_wait_for_a_first_token_is_no_step() -> None:
-    assert gaps_ms([Answer(0, 0.0, list("abc"), [9.0, 9.5, 10.5]), Answer(1, 0.0)]) == pytest.approx([500, 1000])
+    assert gaps_ms([StormAnswer(0, 0.0, list("abc"), [9.0, 9.5, 10.5]), StormAnswer(1, 0.0)]) == pytest.approx(
+        [500, 1000]
+    )
 
 
 def test_a_streams_longest_wait_during_an_outage() -> None:
-    one, other = Answer(0, 1.0, list("ab"), [2.0, 6.0]), Answer(1, 3.0, list("abc"), [3.5, 4.0, 9.0])
+    one, other = StormAnswer(0, 1.0, list("ab"), [2.0, 6.0]), StormAnswer(1, 3.0, list("abc"), [3.5, 4.0, 9.0])
     assert longest_ms([one, other], 2.5, 5.0) == pytest.approx([4000, 5000]), "a wait may end after it"
     assert longest_ms([one, other], 3.2, 3.4) == pytest.approx([4000, 500]), "the wait for a first token counts"
     assert longest_ms([one], 7.0, 8.0) == []

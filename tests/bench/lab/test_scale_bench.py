@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from moe_ray.bench.lab.scale import CALM, DOWN, UP, Phase, phase_rows, steps_ms
-from moe_ray.bench.lab.storm import Answer
+from moe_ray.bench.lab.storm import StormAnswer
 
 
-def steady(start: float, end: float, step: float) -> Answer:
+def steady(start: float, end: float, step: float) -> StormAnswer:
     count = round((end - start) / step)
-    return Answer(0, start, ["x"] * count, [start + step * i for i in range(count)])
+    return StormAnswer(0, start, ["x"] * count, [start + step * i for i in range(count)])
 
 
 def test_a_gap_belongs_to_the_phase_in_which_it_ends() -> None:
-    answer = Answer(0, 0.0, list("abc"), [0.9, 1.1, 2.5])
+    answer = StormAnswer(0, 0.0, list("abc"), [0.9, 1.1, 2.5])
     assert steps_ms([answer], 0.0, 1.0) == [], "the wait for a first token is no step"
     assert steps_ms([answer], 1.0, 2.0) == [pytest.approx(200)]
     assert steps_ms([answer], 2.0, 3.0) == [pytest.approx(1400)]
