@@ -30,6 +30,10 @@ class InvalidRequest(MoeRayError):
         return type(self), (str(self), self.param)
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and output together are longer than the model's context (HTTP 400)."""
+
+
 class ModelNotFound(MoeRayError):
     """The request names a model that is not served here (HTTP 404)."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from moe_ray.errors import (
+    ContextLengthExceeded,
     InvalidRequest,
     LinkBroken,
     LinkTimeout,
@@ -28,6 +29,8 @@ class Failure:
     """Without internals of the server."""
     param: str | None = None
     """The field of the request that is to blame."""
+    code: str | None = None
+    """What programs tell this failure from others of its status by."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -44,7 +47,7 @@ def failure_of(error: BaseException, retry_after_s: int = 1) -> Failure:
         headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
         headers["Retry-After"] = str(retry_after_s)
-    return Failure(status, message, param, headers)
+    return Failure(status, message, param, _CODES.get(type(error)), headers)
 
 
 _UNREACHABLE: Final = "A part of the model is unreachable."
@@ -59,6 +62,10 @@ _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
     LinkBroken: (503, _UNREACHABLE),
     LinkTimeout: (503, _UNREACHABLE),
     MoeRayError: _UNFORESEEN,
+}
+_CODES: Final[dict[type, str]] = {
+    ContextLengthExceeded: "context_length_exceeded",
+    ModelNotFound: "model_not_found",
 }
 _ADDRESS: Final = re.compile(
     r"\b(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?|\[[0-9a-fA-F:]+\](?::\d+)?|(?<![\w.])(?:/[\w.+-]+){2,}"

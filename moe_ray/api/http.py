@@ -22,7 +22,7 @@ from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = frozenset({"/health"})
+OPEN_PATHS: Final = frozenset({"/health", "/ping"})
 """What is answered without a key: probes have none."""
 
 
@@ -62,11 +62,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
     @app.get("/health")
     async def health() -> Response:
         """200 once a trunk and every expert are up, else 503 naming what is missing."""
-        missing = await service.missing()
-        if missing is None:
-            return JSONResponse({"status": "ok"})
-        headers = {"Retry-After": str(options.retry_after_s)}
-        return JSONResponse({"status": "not ready", "missing": missing}, 503, headers)
+        return await service.health()
 
     @app.get("/experts")
     async def experts() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from moe_ray.core import Request, SamplingParams
-from moe_ray.errors import InvalidRequest
+from moe_ray.errors import ContextLengthExceeded, InvalidRequest
 from moe_ray.sampling import DRAW_SEED, MAX_SEED, MIN_SEED, Grammar
 from moe_ray.text.answers.parts import AnswerReader
 
@@ -31,8 +31,8 @@ class Prompt:
     """One prompt of a request."""
 
     token_ids: Sequence[int]
-    echo: str = ""
-    """Text that goes before the output."""
+    echo: str | None = None
+    """Text that goes before the output; None: the prompt is not repeated."""
     grammar: Grammar | None = None
     """What the output must match, beside what the request's sampling says of all its prompts."""
     make_reader: Callable[[], AnswerReader] | None = None
@@ -41,12 +41,22 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """What a stream tells besides the tokens."""
+    """What a response tells besides the text."""
 
     usage: bool = False
     """How many tokens were used, at its end."""
     continuous_usage: bool = False
     """The same so far, with every chunk."""
+    best: int | None = None
+    """How many of each prompt's choices are told: those whose tokens are likeliest. None: all."""
+    logprobs: bool = True
+    """Those of the tokens, where the engine was asked for them."""
+    prompt_logprobs: bool = False
+    """Those of prompt tokens, in a whole response."""
+    token_ids: bool = False
+    """Of prompt and output."""
+    tokens_as_ids: bool = False
+    """Tokens of log-probabilities as `token_id:7`, not as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ class Choice:
 
     request: Request
     prompt_index: int
-    echo: str = ""
+    echo: str | None = None
     make_reader: Callable[[], AnswerReader] | None = None
 
 
@@ -93,14 +103,17 @@ def make_job(
     """
     if len(prompts) * n > MAX_CHOICES:
         raise InvalidRequest(f"{len(prompts)} prompts with n={n} are more than {MAX_CHOICES} choices", prompt_field)
-    _check_ids(sampling.logit_bias, "logit_bias", limits.vocab_size)
-    _check_ids(sampling.stop_token_ids, "stop_token_ids", limits.vocab_size)
+    check_ids(sampling.logit_bias, "logit_bias", limits.vocab_size)
+    check_ids(sampling.stop_token_ids, "stop_token_ids", limits.vocab_size)
+    check_ids(sampling.allowed_token_ids, "allowed_token_ids", limits.vocab_size)
+    for word in sampling.bad_words_ids:
+        check_ids(word, "bad_words_ids", limits.vocab_size)
     seed = sampling_seed(sampling)
     choices: list[Choice] = []
     for number, prompt in enumerate(prompts):
         if not prompt.token_ids:
             raise InvalidRequest(f"`{prompt_field}` must hold at least one token", prompt_field)
-        _check_ids(prompt.token_ids, prompt_field, limits.vocab_size)
+        check_ids(prompt.token_ids, prompt_field, limits.vocab_size)
         token_ids = tuple(prompt.token_ids)
         most = _max_tokens(sampling.max_tokens, len(token_ids), limits.max_model_len, prompt_field)
         for i in range(n):
@@ -128,14 +141,15 @@ def _max_tokens(wanted: int | None, num_prompt: int, max_model_len: int, field: 
         return max_model_len - num_prompt if wanted is None else wanted
     asked = f"you requested {num_prompt + (wanted or 0)} tokens ({num_prompt} in the {field}"
     asked += f", {wanted} in the completion)" if wanted is not None else ")"
-    raise InvalidRequest(
+    raise ContextLengthExceeded(
         f"This model's maximum context length is {max_model_len} tokens. However, {asked}. "
         f"Please reduce the length of the {field} or completion.",
         field,
     )
 
 
-def _check_ids(ids: Collection[int], field: str, vocab_size: int) -> None:
+def check_ids(ids: Collection[int], field: str, vocab_size: int) -> None:
+    """Raise `InvalidRequest` naming the field if an id is outside of the vocabulary."""
     wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
     if wrong is not None:
         raise InvalidRequest(f"`{field}` holds token id {wrong}; the vocabulary ends at {vocab_size - 1}", field)

@@ -71,7 +71,8 @@ class ChoiceOutput:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         """The stop string, or the token of `stop_token_ids`, that ended it."""
-        self._index, self._keep, self._reader = index, keep, reader
+        self.index: Final = index
+        self._keep, self._reader = keep, reader
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, request.sampling)
         self._routed = RoutedRows()
 
@@ -107,7 +108,7 @@ class ChoiceOutput:
             self.finish_reason, self.stop_reason = "stop", detokenizer.stopped_on
         self.num_tokens += len(counted)
         logprobs = event.logprobs[: len(counted)]
-        delta = Delta(self._index, text, counted, logprobs, used, self.finish_reason, self._parts(text))
+        delta = Delta(self.index, text, counted, logprobs, used, self.finish_reason, self._parts(text))
         if self._keep:
             self._append(delta)
         return delta
@@ -115,7 +116,12 @@ class ChoiceOutput:
     def finish_empty(self) -> Delta:
         """End a choice of which no token was asked for."""
         self.finish_reason = "length"
-        return Delta(self._index, finish_reason="length")
+        return Delta(self.index, finish_reason="length")
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens so far; that of no token is 0."""
+        return sum(entry.logprob for entry in self.logprobs) / max(len(self.logprobs), 1)
 
     @property
     def num_routed(self) -> int:
@@ -202,6 +208,15 @@ class JobOutput:
         empty = [c for c in self.choices if c.request.sampling.empty and c.finish_reason is None]
         self.num_unfinished -= len(empty)
         return [choice.finish_empty() for choice in empty]
+
+    def told(self) -> list[ChoiceOutput]:
+        """The choices that a whole response tells: all, or of each prompt's the likeliest by mean log-probability."""
+        best = self.job.report.best
+        if best is None:
+            return self.choices
+        ranked = sorted(self.choices, key=lambda choice: (choice.prompt_index, -choice.mean_logprob))
+        per_prompt = len(self.choices) // (self.choices[-1].prompt_index + 1)
+        return [choice for i, choice in enumerate(ranked) if i % per_prompt < best]
 
     @property
     def num_degraded(self) -> int:

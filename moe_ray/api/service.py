@@ -67,6 +67,19 @@ class ServedModel:
             return None
         return sorted({name for status in statuses for name in status.missing}) or ["Trunk"]
 
+    async def health(self) -> Response:
+        """200 once a trunk and every expert are up, else 503 naming what is missing."""
+        missing = await self.missing()
+        if missing is None:
+            return JSONResponse({"status": "ok"})
+        headers = {"Retry-After": str(self.options.retry_after_s)}
+        return JSONResponse({"status": "not ready", "missing": missing}, 503, headers)
+
+    @property
+    def num_requests(self) -> int:
+        """HTTP requests whose sequences have not all ended."""
+        return self._sessions.num_open
+
     @property
     def max_model_len(self) -> int | None:
         """Of the trunk that takes the longest sequences; None without a trunk."""

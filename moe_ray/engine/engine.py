@@ -20,7 +20,7 @@ from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
-from moe_ray.errors import ConfigError, InvalidRequest, MoeRayError, Overloaded
+from moe_ray.errors import ConfigError, ContextLengthExceeded, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
 
 
@@ -90,7 +90,7 @@ class Engine:
         most = request.sampling.max_tokens
         # Log-probabilities of a prompt may be asked for without a token behind it.
         if total + (most != 0) > self.options.max_model_len:
-            raise InvalidRequest(
+            raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.options.max_model_len} tokens; the prompt has {total}, "
                 f"which leaves no room to generate",
                 "prompt",

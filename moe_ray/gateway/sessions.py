@@ -65,6 +65,11 @@ class Sessions:
             live.trunk.abort(live.request.request_id)
             self._detach(live)
 
+    @property
+    def num_open(self) -> int:
+        """Sessions with a sequence that is with a trunk or waits for one."""
+        return len({id(live.events) for live in self._live.values()})
+
     async def status(self) -> list[pb.TrunkStatus]:
         """The state of every linked trunk. Empty when there is none."""
         links = [link for link, _ in self._links.values()]

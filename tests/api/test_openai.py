@@ -159,12 +159,11 @@ BAD_COMPLETION = {
     "prompt": {"a": 1},
     "n": 0,
     "suffix": "x",
-    "best_of": 3,
+    "best_of": 21,
     "guided_json": {},
     "guided_regex": "a*",
     "structured_outputs": {"regex": "a"},
     "response_format": {"type": "json_object"},
-    "prompt_logprobs": 1,
     "use_beam_search": True,
     "stream_options": {"include_usage": True},
 }
@@ -268,6 +267,7 @@ def test_chat_messages(tokenizer: Tokenizer) -> None:
 def test_every_error_has_a_status() -> None:
     expected = {
         errors.InvalidRequest: 400,
+        errors.ContextLengthExceeded: 400,
         errors.Unauthorized: 401,
         errors.ModelNotFound: 404,
         errors.Overloaded: 429,

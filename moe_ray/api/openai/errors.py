@@ -21,6 +21,5 @@ _OTHER: Final = ("server_error", "internal_error")
 def error_body(failure: Failure) -> dict[str, Any]:
     """The body of an error response, or of the event that ends a stream."""
     kind, code = _KINDS.get(failure.status, _OTHER)
-    if failure.status == 404 and failure.param == "model":
-        code = "model_not_found"
+    code = failure.code or code
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": code}}

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Final, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from moe_ray.api.chat import ChatInput, chat_prompt
 from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, ReportOptions, make_job
-from moe_ray.api.openai.schemas import UNION_RULES, UNSUPPORTED, Body, ChatRequest, CompletionRequest
+from moe_ray.api.openai.schemas import (
+    UNION_RULES,
+    UNSUPPORTED,
+    Body,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    StreamOptions,
+)
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import MAX_LOGPROBS
+from moe_ray.text.bad_words import bad_words_ids
 from moe_ray.text.tokenizer import Tokenizer
 
 _B = TypeVar("_B", CompletionRequest, ChatRequest)
+_M = TypeVar("_M", bound=BaseModel)
 
-_SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams))
+_SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams)) - {"grammar", "bad_words_ids"}
 COMPLETION_TOKENS: Final = 16
 """Of a completion that does not say how many."""
 
@@ -26,8 +36,10 @@ COMPLETION_TOKENS: Final = 16
 def parse_completion(body: bytes) -> CompletionRequest:
     """Validate the body of /v1/completions; raises `InvalidRequest` with the field in `param`."""
     request = _parse(CompletionRequest, body)
-    if request.echo and "logprobs" in (request.model_extra or {}):
-        raise InvalidRequest("`echo` with `logprobs` is not supported: prompt tokens have no logprobs here", "echo")
+    if request.best_of is not None and request.best_of < request.n:
+        raise InvalidRequest(f"`best_of` must be at least `n` ({request.n}), got {request.best_of}", "best_of")
+    if request.stream and (request.best_of or request.n) != request.n:
+        raise InvalidRequest("`best_of` other than `n` cannot be streamed", "best_of")
     return request
 
 
@@ -48,25 +60,56 @@ def to_job(body: Body, tokenizer: Tokenizer, limits: ModelLimits, job_id: str) -
 
     Tokenizes on the calling thread. Raises `InvalidRequest` for what needs the tokenizer or the model to be seen.
     """
-    chat = isinstance(body, ChatRequest)
     sampling = SamplingParams(**{**tokenizer.sampling_defaults, **_given(body)})
-    options = body.stream_options
-    return make_job(
-        job_id,
-        _chat_prompts(body, tokenizer) if isinstance(body, ChatRequest) else _prompts(body, tokenizer),
-        sampling,
-        limits,
-        prompt_field="messages" if chat else "prompt",
-        n=body.n,
-        stream=body.stream,
-        report=None if options is None else ReportOptions(options.include_usage, options.continuous_usage_stats),
+    if sampling.bad_words:
+        sampling = replace(sampling, bad_words_ids=bad_words_ids(sampling.bad_words, tokenizer))
+    n = body.n
+    if isinstance(body, ChatRequest):
+        field, prompts = "messages", _chat_prompts(body, tokenizer)
+    else:
+        field, prompts = "prompt", _prompts(body, tokenizer)
+        n = body.best_of or n
+    report = _report(body, sampling)
+    if report.best is not None and sampling.logprobs is None:
+        sampling = replace(sampling, logprobs=0)  # by which the best are found
+    if body.truncate_prompt_tokens is not None:
+        prompts = [_truncated(prompt, body.truncate_prompt_tokens, sampling, limits) for prompt in prompts]
+    return make_job(job_id, prompts, sampling, limits, prompt_field=field, n=n, stream=body.stream, report=report)
+
+
+def _report(body: Body, sampling: SamplingParams) -> ReportOptions:
+    options = body.stream_options or StreamOptions()
+    best = body.n if isinstance(body, CompletionRequest) and (body.best_of or body.n) != body.n else None
+    return ReportOptions(
+        options.include_usage,
+        options.continuous_usage_stats,
+        best=best,
+        logprobs=sampling.logprobs is not None,
+        prompt_logprobs="prompt_logprobs" in (body.model_extra or {}),
+        token_ids=body.return_token_ids,
+        tokens_as_ids=body.return_tokens_as_token_ids,
     )
+
+
+def _truncated(prompt: Prompt, most: int, sampling: SamplingParams, limits: ModelLimits) -> Prompt:
+    """The end of a prompt, at most so many tokens; -1: what the context leaves beside the tokens asked for."""
+    if most == 0:
+        raise InvalidRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0", "truncate_prompt_tokens")
+    wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+    most = max(limits.max_model_len - wanted, 1) if most == -1 else most
+    return replace(prompt, token_ids=prompt.token_ids[-most:])
 
 
 def _given(body: Body) -> dict[str, Any]:
     """The sampling parameters of a body, unchecked."""
     given = {name: value for name, value in (body.model_extra or {}).items() if name in _SAMPLING}
+    if given.get("allowed_token_ids") == []:
+        raise InvalidRequest("`allowed_token_ids` must hold at least one token id", "allowed_token_ids")
+    if body.stream and "prompt_logprobs" in given:
+        raise InvalidRequest("`prompt_logprobs` cannot be streamed", "prompt_logprobs")
     if isinstance(body, CompletionRequest):
+        if body.echo and "logprobs" in given:
+            given = {"prompt_logprobs": given["logprobs"], **given}
         return {"max_tokens": COMPLETION_TOKENS, **given}
     given["logprobs"] = _top_logprobs(body)
     most = given.get("max_tokens") if body.max_completion_tokens is None else body.max_completion_tokens
@@ -82,11 +125,16 @@ def _top_logprobs(body: ChatRequest) -> int | None:
     return body.top_logprobs if body.logprobs else None
 
 
-def _parse(kind: type[_B], body: bytes) -> _B:
+def validated(kind: type[_M], body: bytes) -> _M:
+    """Validate a body against a model; raises `InvalidRequest` with the field in `param`."""
     try:
-        request = kind.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as exc:
         raise _invalid(exc) from None
+
+
+def _parse(kind: type[_B], body: bytes) -> _B:
+    request = validated(kind, body)
     _refuse_unsupported(request)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` is only allowed when `stream` is true", "stream_options")
@@ -114,25 +162,30 @@ def _refuse_unsupported(request: Body) -> None:
     for name, neutral in UNSUPPORTED.items():
         if name in extra and extra[name] not in neutral:
             raise InvalidRequest(f"`{name}` is not supported", name)
-    if extra.get("best_of", request.n) != request.n:
-        raise InvalidRequest("`best_of` other than `n` is not supported", "best_of")
-    if isinstance(request, ChatRequest) and extra.get("echo"):
-        raise InvalidRequest("`echo` is not supported for chat completions", "echo")
+    if isinstance(request, ChatRequest):
+        for name, harmless in (("echo", False), ("best_of", request.n)):
+            if extra.get(name, harmless) != harmless:
+                raise InvalidRequest(f"`{name}` is not supported for chat completions", name)
 
 
 def _chat_prompts(body: ChatRequest, tokenizer: Tokenizer) -> list[Prompt]:
-    messages = [message.model_dump(exclude_unset=True) for message in body.messages]
-    for message in messages:
-        if message["role"] == "developer":  # OpenAI's newer name for system, unknown to templates
-            message["role"] = "system"
-    chat = ChatInput(
-        messages,
+    chat = chat_input(
+        body.messages,
         add_generation_prompt=body.add_generation_prompt,
         add_special_tokens=body.add_special_tokens,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs,
     )
     return [chat_prompt(chat, tokenizer)]
+
+
+def chat_input(messages: Sequence[ChatMessage], **options: Any) -> ChatInput:
+    """The conversation of a body in the form of chat templates; `options` are further fields of `ChatInput`."""
+    plain = [message.model_dump(exclude_unset=True) for message in messages]
+    for message in plain:
+        if message["role"] == "developer":  # OpenAI's newer name for system, unknown to templates
+            message["role"] = "system"
+    return ChatInput(plain, **options)
 
 
 def _prompts(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
@@ -143,5 +196,5 @@ def _prompts(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
 
 def _prompt(given: str | Sequence[int], body: CompletionRequest, tokenizer: Tokenizer) -> Prompt:
     if isinstance(given, str):
-        return Prompt(tokenizer.encode(given, body.add_special_tokens), given if body.echo else "")
-    return Prompt(given, tokenizer.decode(given) if body.echo else "")
+        return Prompt(tokenizer.encode(given, body.add_special_tokens), given if body.echo else None)
+    return Prompt(given, tokenizer.decode(given) if body.echo else None)

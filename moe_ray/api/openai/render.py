@@ -23,6 +23,10 @@ DONE: Final = "data: [DONE]\n\n"
 _MIN_LOGPROB: Final = -9999.0  # JSON has no -inf; the value OpenAI uses
 
 
+Likely = tuple[int, TokenLogprobs | None]
+"""A token and its log-probabilities; the first of a prompt has none."""
+
+
 @dataclass(slots=True, eq=False)
 class _Told:
     """What the chunks of one choice have told, and what begins each of them."""
@@ -61,20 +65,25 @@ class OpenAIRenderer:
 
     def whole(self) -> dict[str, Any]:
         """The response object of a job whose choices are all finished."""
-        choices = [self._choice(index, choice) for index, choice in enumerate(self._output.choices)]
+        choices = [self._choice(index, choice) for index, choice in enumerate(self._output.told())]
         return {**self._meta, "choices": choices, "usage": self._usage()}
 
     def chunk(self, delta: Delta) -> str:
         """One engine step; "" where there is nothing to say yet (held-back text, half a character)."""
         told, choice = self._told[delta.index], self._output.choices[delta.index]
+        if not delta.token_ids and delta.finish_reason is None:
+            return ""  # its prompt is not computed to the end
         usage, text, opening = self._usage_part(), delta.text, ""
+        logprobs: list[Likely] = []
         if not told.started:
             told.started = True
-            opening = self._opening(told, usage)
-            text = self._output.job.choices[delta.index].echo + text
-        logprobs = delta.logprobs[: delta.num_visible]
-        with_logprobs = bool(logprobs) and choice.request.sampling.logprobs is not None
-        if not text and not with_logprobs and delta.finish_reason is None:
+            opening = self._opening(told, choice, usage)
+            text = (self._output.job.choices[delta.index].echo or "") + text
+            logprobs = self._echoed(choice)
+        logprobs += [(entry.token_id, entry) for entry in delta.logprobs[: delta.num_visible]]
+        with_logprobs = bool(logprobs) and self._output.job.report.logprobs
+        token_ids = self._output.job.report.token_ids
+        if not (text or with_logprobs or token_ids or delta.finish_reason):
             return opening
         likely = dumps(self._logprobs(told, logprobs)) if with_logprobs else "null"
         reason = "null"
@@ -82,9 +91,11 @@ class OpenAIRenderer:
             reason = f'"{delta.finish_reason}","stop_reason":{dumps(choice.stop_reason)}'
             if choice.degraded:
                 reason += f',"degraded_positions":{dumps(choice.degraded)}'
-        routed = self._routed_part(told, choice)
+        extra = self._routed_part(told, choice)
+        if token_ids:
+            extra += f',"token_ids":{dumps(delta.token_ids)}'
         return (
-            f'{opening}{told.head}{self._delta(text)},"logprobs":{likely},"finish_reason":{reason}{routed}}}]'
+            f'{opening}{told.head}{self._delta(text)},"logprobs":{likely},"finish_reason":{reason}{extra}}}]'
             f"{usage}}}\n\n"
         )
 
@@ -108,29 +119,61 @@ class OpenAIRenderer:
         """What a chunk's choice says, as JSON without braces."""
         raise NotImplementedError
 
-    def _opening(self, told: _Told, usage: str) -> str:
+    def _opening(self, told: _Told, choice: ChoiceOutput, usage: str) -> str:
         """The chunk before a choice's first one."""
         raise NotImplementedError
 
-    def _logprobs(self, told: _Told, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, told: _Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
         """Log-probabilities of consecutive tokens."""
         raise NotImplementedError
 
+    def _echoed(self, choice: ChoiceOutput) -> list[Likely]:
+        """Those of the prompt's tokens, where the response repeats the prompt."""
+        return []
+
     def _choice(self, index: int, choice: ChoiceOutput) -> dict[str, Any]:
-        text = self._output.job.choices[index].echo + "".join(choice.text)
-        asked, told = choice.request.sampling, self._told[index]
+        text = (self._output.job.choices[choice.index].echo or "") + "".join(choice.text)
+        asked, told, report = choice.request.sampling, self._told[choice.index], self._output.job.report
+        likely = self._echoed(choice)
+        likely += [(entry.token_id, entry) for entry in choice.logprobs[: choice.num_visible]]
         says: dict[str, Any] = {
             "index": index,
             **self._message(text),
-            "logprobs": None if asked.logprobs is None else self._logprobs(told, choice.logprobs[: choice.num_visible]),
+            "logprobs": self._logprobs(told, likely) if report.logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
+        if report.token_ids:
+            says["token_ids"] = choice.token_ids
         if choice.degraded:
             says["degraded_positions"] = choice.degraded
         if asked.return_routed_experts:
             says["routed_experts"] = _npy(choice.routed_experts())
         return says
+
+    def _of_prompt(self, choice: ChoiceOutput) -> dict[str, Any]:
+        """What is asked for of a prompt: its token ids, their log-probabilities as vLLM writes them."""
+        report, found = self._output.job.report, dict[str, Any]()
+        if report.token_ids:
+            found["prompt_token_ids"] = choice.request.prompt_token_ids
+        if report.prompt_logprobs:
+            found["prompt_logprobs"] = [None if at is None else self._ranked(at) for at in choice.prompt_logprobs]
+        return found
+
+    def _ranked(self, at: TokenLogprobs) -> dict[int, dict[str, Any]]:
+        ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(at.top, 1)]
+        return {
+            token_id: {
+                "logprob": _finite(logprob),
+                "rank": rank,
+                "decoded_token": self._tokenizer.token_to_str(token_id),
+            }
+            for token_id, logprob, rank in [(at.token_id, at.logprob, at.rank), *ranked]
+        }
+
+    def _spelled(self, token_id: int) -> str | None:
+        """A token as `return_tokens_as_token_ids` asks for it; None where it is to be its text."""
+        return f"token_id:{token_id}" if self._output.job.report.tokens_as_ids else None
 
     def _routed_part(self, told: _Told, choice: ChoiceOutput) -> str:
         """The experts of the positions that no chunk before told, as JSON members; "" where there are none.
@@ -173,20 +216,27 @@ class ChatRenderer(OpenAIRenderer):
     def _delta(self, text: str) -> str:
         return f'"delta":{{"content":{dumps(text)}}}' if text else '"delta":{}'
 
-    def _opening(self, told: _Told, usage: str) -> str:
-        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        return f"{told.head}{delta}{usage}}}\n\n"
+    def whole(self) -> dict[str, Any]:
+        """See `OpenAIRenderer.whole`."""
+        return {**super().whole(), **self._of_prompt(self._output.choices[0])}
 
-    def _logprobs(self, told: _Told, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _opening(self, told: _Told, choice: ChoiceOutput, usage: str) -> str:
+        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        ids = self._of_prompt(choice)
+        return f"{told.head}{delta}{',' + dumps(ids)[1:-1] if ids else ''}{usage}}}\n\n"
+
+    def _logprobs(self, told: _Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
         content = [
             {**self._entry(at.token_id, at.logprob), "top_logprobs": [self._entry(*top) for top in at.top]}
-            for at in logprobs
+            for _, at in logprobs
+            if at is not None
         ]
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         spelled = self._tokenizer.token_bytes(token_id)
-        return {"token": spelled.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(spelled)}
+        token = self._spelled(token_id) or spelled.decode("utf-8", "replace")
+        return {"token": token, "logprob": _finite(logprob), "bytes": list(spelled)}
 
 
 class CompletionRenderer(OpenAIRenderer):
@@ -202,26 +252,38 @@ class CompletionRenderer(OpenAIRenderer):
     def _delta(self, text: str) -> str:
         return f'"text":{dumps(text)}'
 
-    def _opening(self, told: _Told, usage: str) -> str:
+    def _opening(self, told: _Told, choice: ChoiceOutput, usage: str) -> str:
         return ""
 
-    def _logprobs(self, told: _Told, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _choice(self, index: int, choice: ChoiceOutput) -> dict[str, Any]:
+        return {**super()._choice(index, choice), **self._of_prompt(choice)}
+
+    def _echoed(self, choice: ChoiceOutput) -> list[Likely]:
+        if self._output.job.choices[choice.index].echo is None or not self._output.job.report.logprobs:
+            return []
+        return list(zip(choice.request.prompt_token_ids, choice.prompt_logprobs, strict=True))
+
+    def _logprobs(self, told: _Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
         offsets = []
-        for at in logprobs:
+        for token_id, _ in logprobs:
             offsets.append(told.offset)
-            told.offset += len(told.characters.decode(self._tokenizer.token_bytes(at.token_id)))
+            told.offset += len(told.characters.decode(self._tokenizer.token_bytes(token_id)))
         return {
             "text_offset": offsets,
-            "token_logprobs": [_finite(at.logprob) for at in logprobs],
-            "tokens": [self._name(at.token_id) for at in logprobs],
+            "token_logprobs": [None if at is None else _finite(at.logprob) for _, at in logprobs],
+            "tokens": [self._name(token_id) for token_id, _ in logprobs],
             "top_logprobs": [
-                {self._name(i): _finite(logprob) for i, logprob in (*at.top, (at.token_id, at.logprob))}
-                for at in logprobs
+                None
+                if at is None
+                else {self._name(i): _finite(logprob) for i, logprob in (*at.top, (at.token_id, at.logprob))}
+                for _, at in logprobs
             ],
         }
 
     def _name(self, token_id: int) -> str:
         """A token as the completions format writes it: parts of characters as `bytes:\\xe4`, so that none collide."""
+        if (as_id := self._spelled(token_id)) is not None:
+            return as_id
         spelled = self._tokenizer.token_bytes(token_id)
         try:
             return spelled.decode()

@@ -10,10 +10,19 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from moe_ray import __version__
 from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.openai.parse import parse_chat, parse_completion, to_job
 from moe_ray.api.openai.render import ChatRenderer, CompletionRenderer, OpenAIRenderer
 from moe_ray.api.openai.schemas import Body
+from moe_ray.api.openai.tokenize import (
+    DetokenizeResponse,
+    TokenizeResponse,
+    detokenize,
+    parse_detokenize,
+    parse_tokenize,
+    tokenize,
+)
 from moe_ray.api.service import ServedModel
 
 
@@ -30,6 +39,38 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         """One model card; 404 for a model that is not served."""
         service.check_model(model)
         return _card(service)
+
+    @app.post("/tokenize", response_model_exclude_none=True)
+    async def tokens(request: Request) -> TokenizeResponse:
+        """Token ids of a text or a conversation."""
+        raw = await request.body()
+        body = parse_tokenize(raw)
+        service.check_model(body.model)
+        return await service.parse(len(raw), partial(tokenize, body, service.tokenizer))
+
+    @app.post("/detokenize")
+    async def text(request: Request) -> DetokenizeResponse:
+        """The text of token ids."""
+        raw = await request.body()
+        body = parse_detokenize(raw)
+        service.check_model(body.model)
+        return await service.parse(len(raw), partial(detokenize, body, service.tokenizer))
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of moe_ray."""
+        return {"version": __version__}
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """Requests that this gateway works on."""
+        return {"server_load": service.num_requests}
+
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """As GET /health, for load balancers that ask this path."""
+        return await service.health()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
+MAX_BEST_OF: Final = 20
 MAX_N: Final = 128
 """Most choices for each prompt."""
 
@@ -30,6 +31,10 @@ class GenerationRequest(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """Keep so many tokens of the end of a longer prompt; -1: as many as the context leaves for it."""
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +48,8 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
     add_special_tokens: bool = True
     echo: bool = False
+    best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
+    """Generate so many choices for each prompt and answer with the `n` whose tokens are likeliest."""
 
 
 class ContentPart(BaseModel):
@@ -77,14 +84,13 @@ class ChatRequest(GenerationRequest):
 Body = CompletionRequest | ChatRequest
 
 UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "grammar": (),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
@@ -93,15 +99,11 @@ UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
