@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from moe_ray.errors import MoeRayError
 from moe_ray.sampling import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
@@ -93,6 +94,16 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+class Constraint(Protocol):
+    """What may follow the tokens of one sequence whose text must match a grammar: see `engine/grammar/state.py`."""
+
+    failure: MoeRayError | None
+
+    def ends_with(self, token_id: int) -> bool: ...
+    def num_possible(self, draft: list[int]) -> int: ...
+    def fill(self, bits: np.ndarray, draft: list[int]) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request inside the engine. Scheduler, engine and routed_experts write to it, on the engine's thread only."""
@@ -121,6 +132,8 @@ class Sequence:
     """`RoutedExperts.data` of those of them that were in no event yet: the last ones."""
     num_scored: int = 0
     """Leading prompt tokens whose log-probabilities were told, where the request asks for them: from 1 on."""
+    constraint: Constraint | None = None
+    """Where its text must match a grammar: set before it is scheduled."""
 
     @property
     def num_prompt(self) -> int:

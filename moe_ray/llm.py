@@ -22,6 +22,7 @@ from moe_ray.experts.local import local_experts
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.text.tokenizer import Tokenizer
+from moe_ray.text.vocabulary import token_bytes
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or one of them in vLLM's dictionaries: {"prompt": …}, {"prompt_token_ids": …}."""
@@ -100,6 +101,7 @@ class LLM:
             checkpoint,
             lambda compute: local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}") or _ignore, quantize_of),
             watch("Trunk"),
+            lambda: token_bytes(self.tokenizer),
         )
         checkpoint.close()
         self._ids = itertools.count()
@@ -189,6 +191,7 @@ class LLM:
                         continue
                     self._engine.submit(choice.request)
                     index_of[choice.request.request_id] = index
+                self._engine.wait()
                 for event in self._engine.step():
                     index = index_of[event.request_id]
                     delta = choices[index].take(event)

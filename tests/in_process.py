@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.text.tokenizer import Tokenizer
+from moe_ray.text.vocabulary import token_bytes_of
 from moe_ray.transport.base import LinkOptions
 from moe_ray.trunk.runtime import TrunkPlace, TrunkRuntime
 
@@ -46,7 +48,8 @@ class Trunk:
             experts.append(local_experts(checkpoint, compute))
             return experts[0]
 
-        self.engine = Paused(build_engine(config, checkpoint, make_experts))
+        vocabulary = partial(token_bytes_of, directory)
+        self.engine = Paused(build_engine(config, checkpoint, make_experts, token_bytes=vocabulary))
         checkpoint.close()
         place = TrunkPlace("trunk-1", "node", "127.0.0.1")
         self.runtime = TrunkRuntime(self.engine, experts[0], place, LinkOptions(), affinity=True)  # type: ignore[arg-type]

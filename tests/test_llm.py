@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.llm import LLM
+from moe_ray.sampling import Grammar
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 
@@ -140,3 +142,16 @@ def test_conversations_one_or_many(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
     both = llm.chat([hello, hello * 2], GREEDY)
     assert [output.prompt_token_ids for output in both] == [[5], [5, 5]]
     assert one.text == both[0].text
+
+
+def test_a_grammar(llm: LLM) -> None:
+    """One for each prompt, or none; what is wrong with one is raised."""
+    params = [replace(GREEDY, max_tokens=20, grammar=grammar) for grammar in (Grammar("regex", "yes|no"), None)]
+    held, free = llm.generate([[30, 31], [30, 31]], params)
+    assert held.text in ("yes", "no")
+    assert held.finish_reason == "stop"
+    assert free.token_ids == llm.generate([30, 31], params[1])[0].token_ids
+    assert "".join(llm.stream([30, 31], params[0])) == held.text
+    with pytest.raises(InvalidRequest, match="parenthesis is not closed") as error:
+        llm.generate([30, 31], SamplingParams(grammar=Grammar("regex", "(a")))
+    assert error.value.param == "grammar"

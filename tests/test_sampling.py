@@ -12,7 +12,7 @@ import pytest
 from moe_ray.core import Request, SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.pb import moe_ray_pb2 as pb
-from moe_ray.sampling import _RULES
+from moe_ray.sampling import _RULES, Grammar
 from moe_ray.trunk.wire import pack_request, unpack_request
 
 TEXT_ONLY = {"stop", "bad_words", "include_stop_str_in_output", "skip_special_tokens"}
@@ -109,6 +109,8 @@ def test_what_is_taken(given: dict[str, Any], taken: dict[str, Any]) -> None:
         ("logprobs", True),
         ("ignore_eos", "yes"),
         ("return_routed_experts", 2),
+        ("grammar", "a|b"),
+        ("grammar", {"kind": "regex", "source": "a|b"}),
     ],
 )
 def test_what_is_refused(name: str, value: Any) -> None:
@@ -125,6 +127,8 @@ def test_what_is_refused(name: str, value: Any) -> None:
         SamplingParams(max_tokens=None, seed=-(2**63), top_k=2**31 - 1, top_p=0, min_p=1),
         SamplingParams(max_tokens=2**31 - 1, min_tokens=2**31 - 1, seed=2**63 - 1, logprobs=0, temperature=2),
         SamplingParams(stop_token_ids=[0, 2**31 - 1], logit_bias={0: -100, 2**31 - 1: 100}, repetition_penalty=1e4),
+        SamplingParams(grammar=Grammar("json_object")),
+        SamplingParams(grammar=Grammar("regex", "é{2}")),
     ],
 )
 def test_the_wire_carries_what_is_allowed(params: SamplingParams) -> None:
@@ -132,3 +136,12 @@ def test_the_wire_carries_what_is_allowed(params: SamplingParams) -> None:
     for field in pb.SamplingParams.DESCRIPTOR.fields:
         wanted = getattr(params, field.name)
         assert getattr(there, field.name) == (0 if field.name == "seed" and wanted is None else wanted)
+
+
+def test_a_grammar_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="json_object, json_schema, regex, ebnf, structural_tag") as error:
+        Grammar("lark", "start: x")  # type: ignore[arg-type]
+    assert error.value.param == "grammar"
+    message = pb.Submit(request_id="r", prompt_token_ids=[1], sampling=pb.SamplingParams(grammar=pb.Grammar(kind="x")))
+    with pytest.raises(InvalidRequest, match="`grammar`"):
+        unpack_request(message)

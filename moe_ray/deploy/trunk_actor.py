@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.text.vocabulary import token_bytes_of
 from moe_ray.transport import CARRIERS, best_carrier, connect
 from moe_ray.trunk.runtime import TrunkPlace, TrunkRuntime
 
@@ -50,7 +52,8 @@ class TrunkActor:
                 )
             return made[0]
 
-        engine = build_engine(config, checkpoint, make_experts, reporter(deployment))
+        vocabulary = partial(token_bytes_of, checkpoint.directory)
+        engine = build_engine(config, checkpoint, make_experts, reporter(deployment), vocabulary)
         checkpoint.close()
         node_id = ray.get_runtime_context().get_node_id()
         place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())

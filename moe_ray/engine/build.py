@@ -9,6 +9,7 @@ import torch
 
 from moe_ray.config import Config
 from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.grammar.grammars import Grammars, TokenBytes
 from moe_ray.engine.kv_cache import num_blocks_for
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import ConfigError
@@ -78,8 +79,12 @@ def build_engine(
     checkpoint: Checkpoint,
     make_experts: Callable[[Compute], Experts],
     progress: Progress | None = None,
+    token_bytes: TokenBytes | None = None,
 ) -> Engine:
-    """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`."""
+    """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`.
+
+    `token_bytes` is called when the first request with a grammar comes; without it such requests are refused.
+    """
     model = checkpoint.config
     # On a GPU the cache takes what the weights leave, so they are loaded first.
     trunk, compute = load_trunk(config, checkpoint, make_experts, progress)
@@ -101,4 +106,5 @@ def build_engine(
         eos_token_ids=end_token_ids(checkpoint.directory, model.vocab_size),
         kv_cache_dtype=config.engine.kv_cache_dtype,
     )
-    return Engine(trunk, options)
+    end = options.eos_token_ids
+    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,9 @@ from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.batches import split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
+from moe_ray.engine.grammar.grammars import Grammars
+from moe_ray.engine.grammar.state import grammar_masks
+from moe_ray.engine.grammar.unready import Unready
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
@@ -42,8 +45,11 @@ class EngineOptions:
 class Engine:
     """Continuous batching over one trunk. `submit` and `abort` between calls of `step`; all from one thread."""
 
-    def __init__(self, trunk: Trunk, options: EngineOptions) -> None:
-        """Allocate the KV cache. Raises `ConfigError` if it cannot hold one sequence of max_model_len."""
+    def __init__(self, trunk: Trunk, options: EngineOptions, grammars: Grammars | None = None) -> None:
+        """Allocate the KV cache. Raises `ConfigError` if it cannot hold one sequence of max_model_len.
+
+        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused.
+        """
         capacity = options.num_blocks * options.block_size
         if capacity < options.max_model_len:
             raise ConfigError(
@@ -61,11 +67,14 @@ class Engine:
         )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
+        self._unready = Unready(grammars)
+        """Those of them that wait for their grammar, and are not in the scheduler."""
         self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        """A step has something to do; not while all that is live waits for its grammar."""
+        return len(self._live) > len(self._unready) or self._unready.some_ready
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -80,10 +89,14 @@ class Engine:
             raise overload
         seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids])
         self._live[request.request_id] = seq
-        self._scheduler.add(seq)
+        if not self._unready.add(seq):
+            self._scheduler.add(seq)
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` if a request could not be served by an idle engine. Callable from any thread."""
+        """Raise `InvalidRequest` if a request could not be served by an idle engine. Callable from any thread.
+
+        Whether its grammar can be compiled shows later.
+        """
         vocab, total = self._trunk.config.vocab_size, len(request.prompt_token_ids) + len(request.output_token_ids)
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty", "prompt")
@@ -95,6 +108,7 @@ class Engine:
                 f"which leaves no room to generate",
                 "prompt",
             )
+        self._unready.check(request)
         if most is not None and len(request.output_token_ids) >= most and (most or request.sampling.empty):
             raise InvalidRequest(f"all max_tokens ({most}) were generated already", "output_token_ids")
         for param, ids in (
@@ -111,16 +125,29 @@ class Engine:
     def overload(self, coming: int = 0) -> Overloaded | None:
         """Why no further request can wait, behind `coming` ones that are to be submitted. Callable from any thread."""
         most = self.options.limits.max_waiting
-        if len(self._scheduler.waiting) + coming < most:
+        if len(self._scheduler.waiting) + len(self._unready) + coming < most:
             return None
         return Overloaded(f"{most} requests are waiting already; try again later")
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks; False if it is not live. No event follows."""
         seq = self._live.pop(request_id, None)
-        if seq is not None:
+        if seq is not None and not self._unready.drop(seq):
             self._scheduler.finish(seq)
         return seq is not None
+
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, on any thread, whenever a grammar that was waited for is ready."""
+        self._unready.wake_with(wake)
+
+    def wait(self) -> None:
+        """Return when a step has something to do, at once if nothing is live."""
+        if self._live and not self.has_work:
+            self._unready.wait()
+
+    def close(self) -> None:
+        """End what compiles grammars. Idempotent."""
+        self._unready.close()
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -129,18 +156,21 @@ class Engine:
         When the batch cannot be computed (an expert stayed away past its deadline) each of its requests ends in an
         event that carries the error, and the engine goes on with the others.
         """
+        refused = self._take_ready()
         batch = self._scheduler.schedule()
         if batch is None:
-            return []
+            return refused
         try:
             logits = self._forward(batch)
         except MoeRayError as error:
             for seq in batch.sequences:
                 self.abort(seq.request.request_id)
-            return [TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences]
+            return [*refused, *(TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences)]
         scored = prompt_logprobs.take(batch, logits)
         sequences, drafts = _rows(batch)
-        sampled = sample(prompt_logprobs.sampled_rows(batch, logits), sequences, self.options.eos_token_ids, drafts)
+        masks = grammar_masks(batch, self._trunk.config.vocab_size)
+        rows = prompt_logprobs.sampled_rows(batch, logits)
+        sampled = sample(rows, sequences, self.options.eos_token_ids, drafts, masks)
         self._steps += 1
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
         newest = sum(seq.num_output > 0 for seq, n in zip(batch.sequences, batch.num_sampled, strict=True) if n)
@@ -148,11 +178,11 @@ class Engine:
         self._prompt_tokens += batch.num_tokens - newest - drafted
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
-        events, row = [], 0
+        events, row = refused, 0
         for outcome in outcomes:
             seq, tokens = outcome.seq, outcome.token_ids
             told = scored.pop(outcome.index, ())
-            if outcome.finish_reason is not None:
+            if outcome.finish_reason is not None or outcome.stuck:
                 del self._live[seq.request.request_id]
             self._generated_tokens += len(tokens)
             events.append(
@@ -167,11 +197,23 @@ class Engine:
                     routed_experts=routing.tell(seq, batch),
                     prompt_logprobs=told,
                     prompt_logprobs_start=seq.num_scored + 1 - len(told),
+                    error=_why_stuck(seq) if outcome.stuck else None,
                 )
             )
             seq.degraded_told = len(seq.degraded)
             row += batch.num_sampled[outcome.index]
         return events + [_prompt_event(batch.sequences[i], told) for i, told in scored.items()]
+
+    def _take_ready(self) -> list[TokenEvent]:
+        """Schedule the sequences whose grammars are ready; the events of those whose are refused."""
+        refused = []
+        for seq, error in self._unready.take():
+            if error is None:
+                self._scheduler.add(seq)
+            else:
+                del self._live[seq.request.request_id]
+                refused.append(TokenEvent(seq.request.request_id, error=error))
+        return refused
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's sampled positions."""
@@ -202,7 +244,7 @@ class Engine:
         """A snapshot; callable from any thread."""
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=len(self._scheduler.waiting) + len(self._unready),
             kv_blocks_total=self._allocator.num_blocks,
             kv_blocks_free=self._allocator.num_free,
             prompt_tokens=self._prompt_tokens,
@@ -224,6 +266,12 @@ def _prompt_event(seq: Sequence, told: tuple[TokenLogprobs, ...]) -> TokenEvent:
     """What is known of a prompt that is not computed to its end yet."""
     start = seq.num_scored + 1 - len(told)
     return TokenEvent(seq.request.request_id, prompt_logprobs=told, prompt_logprobs_start=start)
+
+
+def _why_stuck(seq: Sequence) -> MoeRayError:
+    if seq.constraint is not None and seq.constraint.failure is not None:
+        return seq.constraint.failure
+    return InvalidRequest("`grammar` and the other parameters of the request leave no token to go on with", "grammar")
 
 
 def _rows(batch: Batch) -> tuple[list[Sequence], list[list[int]]]:

@@ -37,6 +37,7 @@ class EngineLoop:
         """What every request is told once the thread serves none any more."""
         self.failure: Exception | None = None
         """What stopped the engine, once something has."""
+        engine.wake_with(self._notify)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -80,6 +81,10 @@ class EngineLoop:
             self._condition.notify()
         self._thread.join(timeout=60)
 
+    def _notify(self) -> None:
+        with self._condition:
+            self._condition.notify()
+
     def _run(self) -> None:
         try:
             while self._take_in():
@@ -89,6 +94,8 @@ class EngineLoop:
             logger.exception("the engine stopped")
             self.failure = error
             self._fail_all(EngineError(f"the engine stopped: {type(error).__name__}"))
+        finally:
+            self._engine.close()
 
     def _take_in(self) -> bool:
         """Wait for work and take in what was asked; False when closed."""

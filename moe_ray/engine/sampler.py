@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moe_ray.core import SamplingParams, Sequence, TokenLogprobs
@@ -19,6 +20,15 @@ from moe_ray.engine.token_masks import mask_tokens, restricts
 _MASK = (1 << 64) - 1
 TOP_CANDIDATES = 1024
 """Truncation looks at this many most likely tokens first and at the whole vocabulary only where they do not suffice."""
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarMasks:
+    """Which tokens some rows of a batch's logits may become."""
+
+    rows: list[int]
+    bits: np.ndarray  # [len(rows), words] uint32, token i in bit i % 32 of word i // 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,7 @@ class Sampled:
     """The outcome of one step, in the order of the sequences."""
 
     token_ids: list[int]
+    """`NO_TOKEN` where the masks and biases of a row allow none."""
     logprobs: list[TokenLogprobs | None]
 
 
@@ -44,6 +55,7 @@ def sample(
     sequences: Seq[Sequence],
     eos_token_ids: frozenset[int] = frozenset(),
     drafts: Seq[Seq[int]] = (),
+    masks: GrammarMasks | None = None,
 ) -> Sampled:
     """Choose one token per row. logits [S, V] float32, row i for sequences[i]; not modified.
 
@@ -55,12 +67,17 @@ def sample(
     params = [seq.request.sampling for seq in sequences]
     drafts = drafts or [()] * len(sequences)
     adjusted = _adjust(logits, sequences, drafts, params, eos_token_ids)
+    if masks is not None:
+        adjusted = _masked(adjusted.clone() if adjusted is logits else adjusted, masks)
     chosen = adjusted.argmax(dim=-1)
     random = [i for i, p in enumerate(params) if not p.greedy]
     if random:
         rows = torch.tensor(random, device=logits.device)
         noise = [uniform(params[i].seed or 0, len(sequences[i].token_ids) + len(drafts[i])) for i in random]
         chosen[rows] = _draw(adjusted[rows], [params[i] for i in random], noise)
+    if masks is not None:
+        rows = torch.tensor(masks.rows, device=logits.device)
+        chosen[rows] = torch.where(adjusted[rows].amax(dim=-1) == -torch.inf, NO_TOKEN, chosen[rows])
     token_ids = chosen.tolist()
     return Sampled(token_ids, _logprobs(logits, token_ids, params))
 
@@ -112,6 +129,16 @@ def _adjust(
             continue  # nothing would be left
         out[i, torch.tensor(list(stops), dtype=torch.long, device=device)] = -torch.inf
     return out
+
+
+def _masked(logits: torch.Tensor, masks: GrammarMasks) -> torch.Tensor:
+    """Set what `masks` do not allow to -inf, in place; returns logits [S, V]."""
+    rows = torch.tensor(masks.rows, device=logits.device)
+    packed = torch.from_numpy(masks.bits.view(np.uint8)).to(logits.device)  # [R, bytes], little-endian
+    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = ((packed[:, :, None] >> places) & 1).flatten(1)[:, : logits.shape[-1]]
+    logits[rows] = logits[rows].masked_fill(allowed == 0, -torch.inf)
+    return logits
 
 
 def _counts(token_ids: list[list[int]], vocab: int, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""Decides what each step computes: continuous batching, chunked prefill, prefix caching, preemption, drafts.
-
-No torch.
-"""
+"""Decides what each step computes: batching, chunked prefill, prefix caching, preemption, drafts. No torch."""
 
 from __future__ import annotations
 
@@ -44,6 +41,8 @@ class Outcome:
     stop_token_id: int | None
     index: int
     """Of the sequence in the batch."""
+    stuck: bool = False
+    """The sequence ended because no token was allowed: its last one lacks."""
 
 
 class Scheduler:
@@ -151,10 +150,14 @@ class Scheduler:
         if self._drafter is not None:
             self._drafter.learn(seq, sampled[: accepted + 1])
         before = len(seq.token_ids)
-        reason, stop_token = None, None
+        reason, stop_token, stuck = None, None, False
         for token in sampled[: accepted + 1]:
+            if stuck := token < 0:
+                break
             seq.token_ids.append(token)
             reason, stop_token = self._finish_reason(seq, token)
+            if reason != "stop" and seq.constraint is not None:
+                reason = "stop" if seq.constraint.ends_with(token) else reason
             if reason is not None:
                 break
         new = tuple(seq.token_ids[before:])
@@ -163,9 +166,9 @@ class Scheduler:
         self._advance(seq, len(seq.token_ids) - 1)
         if draft:
             self._trim(seq)
-        if reason is not None:
+        if reason is not None or stuck:
             self.finish(seq)
-        return Outcome(seq, new, reason, stop_token, index)
+        return Outcome(seq, new, reason, stop_token, index, stuck)
 
     def _drafts(self, chosen: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         """Guess what follows each chosen sequence that decodes, within the budget and the blocks nobody else needs."""
@@ -179,6 +182,8 @@ class Scheduler:
                 # A step yields one token more than it has right drafts.
                 most = min(self.limits.num_speculative_tokens, budget, self._tokens_left(seq) - 1)
                 draft = self._drafter.propose(seq, most, self.limits.max_num_batched_tokens - budget)
+                if seq.constraint is not None:
+                    draft = draft[: seq.constraint.num_possible(draft)]
                 draft = draft[: self._extra_slots(seq, len(draft))]
                 budget -= len(draft)
             drafts.append(draft)
