@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moe_ray.core import SamplingParams
+from moe_ray.sampling import Grammar
 
 if TYPE_CHECKING:
     from moe_ray.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
 
 

@@ -183,10 +183,12 @@ def test_biases_against_all_that_may_come_change_nothing_but_the_order(rig: Rig)
 
 def test_a_request_that_allows_no_token_ends_in_an_error_that_says_so(rig: Rig) -> None:
     letter = next(i for i in range(512) if rig.tokenizer.token_bytes(i) == b"q")
-    others = ask(Grammar("regex", "q+"), stop_token_ids=(letter,), min_tokens=3)
-    found, _ = rig.answers([others, ask(Grammar("regex", "yes"), "beside")])
-    assert isinstance(found["r"].error, InvalidRequest)
-    assert NO_TOKEN in str(found["r"].error)
+    not_yet = ask(Grammar("regex", "q+"), "not yet", stop_token_ids=(letter,), min_tokens=3)
+    others = ask(Grammar("regex", "q+"), "others", allowed_token_ids=(letter + 1, letter + 2))
+    found, _ = rig.answers([not_yet, others, ask(Grammar("regex", "yes"), "beside")])
+    for name in ("not yet", "others"):
+        assert isinstance(found[name].error, InvalidRequest)
+        assert NO_TOKEN in str(found[name].error)
     assert found["beside"].text == "yes"
 
 
