@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,8 @@ ITEM = {
 GRAMMAR = Grammar("json_schema", json.dumps({"type": "array", "items": ITEM, "minItems": 6, "maxItems": 6}))
 
 
-async def tokens_of(sessions: Sessions, request: Request, lose: Trunk | None = None) -> list[int]:
-    """The answer's tokens; the trunk `lose` is closed once there are twenty."""
+async def tokens_of(sessions: Sessions, request: Request, trunks: Sequence[Trunk] = ()) -> list[int]:
+    """The answer's tokens; the one of `trunks` that computes them is closed once there are twenty."""
     session, tokens = sessions.open([(0, request)]), []
     while (told := await session.next(100)) is not None:
         event = told[1]
@@ -33,9 +34,10 @@ async def tokens_of(sessions: Sessions, request: Request, lose: Trunk | None = N
         if event.last:
             assert event.finish_reason == "stop"
             return tokens
-        if lose is not None and len(tokens) >= 20:
-            closing, lose = lose, None
-            await asyncio.to_thread(closing.close)
+        if trunks and len(tokens) >= 20:
+            lost = next(trunk for trunk in trunks if trunk.runtime.stats().num_running)
+            trunks = ()
+            await asyncio.to_thread(lost.close)
     raise AssertionError("nothing came")
 
 
@@ -60,11 +62,7 @@ def test_the_grammar_goes_on_where_it_was(readable_model: Path) -> None:
         async with sessions_over(infos) as sessions:
             while len(sessions.trunks) < 2:
                 await asyncio.sleep(0.02)
-            session = sessions.open([(0, request)])
-            await session.next(100)
-            lose = first if first.runtime.stats().num_running else second
-            session.close()
-            assert await tokens_of(sessions, request, lose) == undisturbed
+            assert await tokens_of(sessions, request, (first, second)) == undisturbed
 
     try:
         asyncio.run(run())
