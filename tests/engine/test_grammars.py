@@ -191,6 +191,4 @@ def test_the_source_is_bounded() -> None:
 def child(grammars: Grammars) -> psutil.Process:
     """The process that tries out."""
     assert grammars._compiler is not None
-    process = grammars._compiler.trials._process
-    assert process is not None
-    return psutil.Process(process.pid)
+    return psutil.Process(grammars._compiler.trials._process.pid)

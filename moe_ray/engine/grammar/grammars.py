@@ -144,7 +144,8 @@ class Grammars:
     def _compiled(self, grammar: Grammar) -> CompiledSource:
         from moe_ray.engine.grammar.source import compile_source
 
-        compiler = self._made()
+        # On the thread that is not nice: what it starts would have its niceness.
+        compiler = self._stating.submit(self._made).result()
         nbytes = compiler.trials.nbytes(grammar)
         with self._lock:
             self._shrink(nbytes)

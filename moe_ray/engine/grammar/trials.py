@@ -19,13 +19,13 @@ MODULE: Final = "moe_ray.engine.grammar.trial_process"
 
 
 class Trials:
-    """One process, begun when it is needed, and again after it was lost. Thread-safe."""
+    """One process, begun again after it was lost. Thread-safe."""
 
     def __init__(self, vocabulary: str) -> None:
         """`vocabulary`: xgrammar's TokenizerInfo as JSON."""
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._process: _Process | None = None
+        self._process = _Process(vocabulary)
 
     def nbytes(self, grammar: Grammar) -> int:
         """Try `grammar` out, and return the memory it takes when compiled.
@@ -33,7 +33,7 @@ class Trials:
         Waits for it. Raises `InvalidRequest` where it is wrong or takes too much, `EngineError` without the process.
         """
         with self._lock:
-            if self._process is None or self._process.lost:
+            if self._process.lost:
                 self._process = _Process(self._vocabulary)
             answered = self._process.ask(grammar)
         answer = answered.result()
@@ -44,8 +44,7 @@ class Trials:
     def close(self) -> None:
         """End the process; who waits is told so. Idempotent."""
         with self._lock:
-            if self._process is not None:
-                self._process.close()
+            self._process.close()
 
 
 class _Process:
