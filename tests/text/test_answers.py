@@ -6,9 +6,11 @@ import itertools
 import json
 import random
 import re
+from typing import get_args
 
 import pytest
 
+from moe_ray.config.gateway import GatewaySection
 from moe_ray.text.answers.formats import FORMATS, format_taught_by
 from moe_ray.text.answers.parts import Answer, CallArguments, CallBegun, PlainReader, Text
 
@@ -175,6 +177,11 @@ def test_ids_and_special_tokens() -> None:
     assert FORMATS["mistral"].reader(NAMES, tokens).shown_ids == {5, 32}
     assert FORMATS["hermes"].reader(NAMES, tokens).shown_ids == {9}
     assert PlainReader().shown_ids == frozenset()
+
+
+def test_the_configuration_names_every_format() -> None:
+    named = get_args(GatewaySection.model_fields["tool_call_parser"].annotation)
+    assert set(named) == {"auto", *FORMATS}
 
 
 def test_templates_that_teach_a_format() -> None:
