@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,8 +17,6 @@ import pytest
 from in_process import Trunk, served
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
-
-sys.path.append(str(Path(__file__).parents[1] / "text"))
 from tokenizer_forms import sentencepiece_model
 
 WEATHER: Any = {
@@ -37,6 +34,10 @@ WEATHER: Any = {
     },
 }
 NOW: Any = {"type": "function", "function": {"name": "now"}}
+BAD_TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}},
+}
 ASK: Any = [{"role": "user", "content": "How is the weather?"}]
 
 
@@ -187,7 +188,7 @@ def test_a_required_call_whole_and_streamed(model: Asked) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     logprobs = [e for c in chunks[:-1] if c.choices[0].logprobs for e in c.choices[0].logprobs.content or ()]
-    assert logprobs == choice.logprobs.content
+    assert [entry.token for entry in logprobs] == [entry.token for entry in choice.logprobs.content]
 
 
 def test_several_calls_and_a_named_one(model: Asked) -> None:
@@ -383,6 +384,11 @@ def test_errors_name_the_field(plain: Asked) -> None:
         ({"guided_json": "["}, "guided_json"),
         ({"guided_choice": []}, "guided_choice"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        # What only the engine can judge:
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "x"}}}, "response_format"),
+        ({"structured_outputs": {"json": {"type": "object", "not": {}}}}, "structured_outputs.json"),
+        ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools"),
     ]
 
     for body, param in cases:

@@ -99,6 +99,14 @@ class TextFormatFields(BaseModel):
 
     def text_grammar(self) -> Grammar | None:
         """What the text must match; None: nothing. Raises `InvalidRequest` naming the field."""
+        return next(iter(self._grammars().values()), None)
+
+    def grammar_field(self) -> str:
+        """The field that asks for a grammar; "tools" where none of these does."""
+        return next(iter(self._grammars()), "tools")
+
+    def _grammars(self) -> dict[str, Grammar]:
+        """Field → what it asks for: one, or none."""
         found: dict[str, Grammar] = {}
         asked = None if self.response_format is None else self.response_format.grammar()
         if asked is not None:
@@ -115,7 +123,7 @@ class TextFormatFields(BaseModel):
         if len(found) > 1:
             first, second, *_ = found
             raise InvalidRequest(f"`{second}` does not go with `{first}`: give one of them", second)
-        return next(iter(found.values()), None)
+        return found
 
 
 def _choice(value: list[str], field: str) -> Grammar:

@@ -25,6 +25,7 @@ from moe_ray.api.openai.tokenize import (
     tokenize,
 )
 from moe_ray.api.service import ServedModel
+from moe_ray.errors import InvalidRequest
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
@@ -101,8 +102,14 @@ async def _answer(
         return to_job(body, service.tokenizer, limits, job_id)
 
     job = await service.parse(len(raw), make)
-    made = renderer.for_body(body)
-    return await service.respond(job, partial(made, tokenizer=service.tokenizer, model=service.served_name))
+    made = partial(renderer.for_body(body), tokenizer=service.tokenizer, model=service.served_name)
+    try:
+        return await service.respond(job, made)
+    except InvalidRequest as error:
+        if error.param != "grammar":
+            raise
+        field = body.grammar_field()  # what the trunk knows as the grammar
+        raise InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field) from None
 
 
 def _card(service: ServedModel) -> dict[str, Any]:
