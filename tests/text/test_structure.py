@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import xgrammar
 
@@ -60,7 +61,7 @@ class Writer:
     def allowed(self) -> list[int]:
         bits = xgrammar.allocate_token_bitmask(1, len(VOCABULARY))
         self._matcher.fill_next_token_bitmask(bits)
-        return [i for i in range(len(VOCABULARY)) if int(bits[0, i // 32]) >> (i % 32) & 1]
+        return np.flatnonzero(np.unpackbits(bits.numpy().view(np.uint8), bitorder="little")[: len(VOCABULARY)]).tolist()
 
     def take(self, token: int) -> None:
         assert self._matcher.accept_token(token), (self.text, token)
@@ -103,7 +104,7 @@ def test_what_must_be_calls_is_calls(compiler: xgrammar.GrammarCompiler, name: s
     tokens = TOKENS[name]
     structure = FORMATS[name.split(",")[0]].calls(CallShape(SCHEMAS, parallel, tokens))
     counts = set()
-    for seed in range(12):
+    for seed in range(8):
         writer = Writer(compiler, structure, seed)
         for _ in writer.steps():
             pass
@@ -128,7 +129,7 @@ TRIGGERS = {
 def test_a_call_that_was_begun_is_a_valid_one(compiler: xgrammar.GrammarCompiler, name: str) -> None:
     tokens = TOKENS[name]
     shape = CallShape(SCHEMAS, True, tokens)
-    for seed in range(8):
+    for seed in range(5):
         writer = Writer(compiler, FORMATS[name.split(",")[0]].text_with_calls(shape), seed)
         assert END in writer.allowed()
         writer.write({}, "Let me <look> up [it], {ok}: ")

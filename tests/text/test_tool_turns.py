@@ -55,7 +55,7 @@ CHATS: dict[str, list[Turn]] = {
 FORMS: dict[str, tuple[Callable[[Path], Path], Callable[[], MistralTokenizer] | None]] = {
     "v3": (lambda d: sentencepiece_model(d, "v3"), MistralTokenizer.v3),
     "v7": (lambda d: sentencepiece_model(d, "v7"), MistralTokenizer.v7),
-    **{f"tekken {v}": (lambda d, v=v: tekken(d, v, size=4000), None) for v in ("v3", "v7", "v11", "v13")},  # type: ignore[misc]
+    **{f"tekken {v}": (lambda d, v=v: tekken(d, v, size=4000), None) for v in ("v7", "v11", "v13")},  # type: ignore[misc]
 }
 
 
