@@ -132,7 +132,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
     asked.close()
 
 
-@pytest.fixture(params=["plain", "mistral"])
+@pytest.fixture(params=["plain", pytest.param("mistral", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> Asked:
     asked: Asked = request.getfixturevalue(request.param)
     return asked
@@ -191,6 +191,7 @@ def test_a_required_call_whole_and_streamed(model: Asked) -> None:
     assert [entry.token for entry in logprobs] == [entry.token for entry in choice.logprobs.content]
 
 
+@pytest.mark.slow
 def test_several_calls_and_a_named_one(model: Asked) -> None:
     several = model.chat(tools=[WEATHER, NOW], tool_choice="required", n=8, seed=1, max_tokens=120)
     named = model.chat(tools=[WEATHER, NOW], tool_choice={"type": "function", "function": {"name": "now"}}, n=2)
@@ -239,6 +240,7 @@ def test_auto_leaves_the_choice_to_the_model(model: Asked) -> None:
         assert choice.message.content is not None
 
 
+@pytest.mark.slow
 def test_calls_beside_a_format_of_the_answer(plain: Asked) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     answer_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
