@@ -8,37 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from moe_ray.api.job import Prompt
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
+from moe_ray.text.answers.formats import CallFormat
 from moe_ray.text.answers.parts import PlainReader
+from moe_ray.text.answers.structure import ANY_OBJECT, CallShape, Structure, either, grammar_of, structure_of
+from moe_ray.text.answers.tools import AUTO, Tool, ToolChoice, check_tools
 from moe_ray.text.messages import Message
 from moe_ray.text.tokenizer import Tokenizer
+from moe_ray.text.tool_turns import check_tool_turns
 
+__all__ = ["ChatInput", "Tool", "ToolChoice", "chat_prompt"]
 
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may call."""
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
-    """JSON schema of its arguments, of type object."""
-    strict: bool = False
-    """Arguments must match the schema even where the model may choose whether to call."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """Whether the model may, must or must not call tools."""
-
-    mode: str = "auto"
-    """"none", "auto", "required"; or "named": `name` must be called."""
-    name: str = ""
-    parallel: bool = True
-    """More than one call in an answer."""
+TOOL_PATH: Final = "tools[{}].function"
+"""What a tool of a number is called in errors, unless an API calls it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +36,71 @@ class ChatInput:
     """In the form that chat templates take: {role, content, tool_calls: [{id, type, function: {name, arguments}}],
     tool_call_id, name}; a call's `arguments` are a JSON object, not its text."""
     tools: tuple[Tool, ...] = ()
-    tool_choice: ToolChoice = ToolChoice()
+    tool_choice: ToolChoice = AUTO
     grammar: Grammar | None = None
-    """What the text of the answer must match (`response_format`)."""
+    """What the text of the answer must match (`response_format`); calls of tools are calls beside it."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    documents: Sequence[Mapping[str, Any]] | None = None
+    """What templates for retrieval are given."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tool_path: str = TOOL_PATH
 
 
 def chat_prompt(chat: ChatInput, tokenizer: Tokenizer) -> Prompt:
-    """Render and tokenize a conversation. Raises `InvalidRequest` as `Tokenizer.apply_chat_template` does."""
-    if chat.tools and chat.tool_choice.mode != "none":
-        raise InvalidRequest("`tools` is not supported", "tools")
+    """Render and tokenize a conversation; what its answer must match, and what takes it apart.
+
+    Raises `InvalidRequest` as `Tokenizer.apply_chat_template` does, and for tools and calls that do not fit together.
+    """
+    choice = chat.tool_choice
+    check_tools(chat.tools, choice, chat.tool_path)
+    check_tool_turns(chat.messages)
+    tools = () if choice.mode == "none" else chat.tools
     ids = tokenizer.apply_chat_template(
         chat.messages,
         chat.add_generation_prompt,
+        tools=tools,
+        documents=chat.documents,
         add_special_tokens=chat.add_special_tokens,
         continue_final_message=chat.continue_final_message,
         template_kwargs=chat.template_kwargs,
     )
-    return Prompt(ids, grammar=chat.grammar, make_reader=PlainReader)
+    if not tools:
+        return Prompt(ids, grammar=chat.grammar, make_reader=PlainReader)
+    call_format = tokenizer.chat_template.call_format
+    make_reader = partial(
+        call_format.reader,
+        frozenset(tool.name for tool in tools),
+        tokenizer.special_tokens,
+        choice.parallel,
+        exact=choice.mode == "auto" and chat.grammar is None and _is_strict(tools),
+    )
+    return Prompt(ids, grammar=_grammar(chat, call_format, tokenizer.special_tokens), make_reader=make_reader)
+
+
+def _is_strict(tools: Sequence[Tool]) -> bool:
+    return any(tool.strict for tool in tools)
+
+
+def _grammar(chat: ChatInput, call_format: CallFormat, tokens: Mapping[str, int]) -> Grammar | None:
+    """What an answer must match where there are tools."""
+    structure = _structure(chat, call_format, tokens)
+    try:
+        return None if structure is None else grammar_of(structure)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"`tools` and the format of the answer are too large: {error}", "tools") from None
+
+
+def _structure(chat: ChatInput, call_format: CallFormat, tokens: Mapping[str, int]) -> Structure | None:
+    choice, tools = chat.tool_choice, chat.tools
+    if choice.mode in ("required", "named"):
+        callable_tools = [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
+        must = CallShape({tool.name: tool.parameters for tool in callable_tools}, choice.parallel, tokens)
+        return call_format.calls(must)
+    # Where the model may choose, a schema that cannot be followed must not make the request fail.
+    arguments = {tool.name: tool.parameters if tool.strict else ANY_OBJECT for tool in tools}
+    may = CallShape(arguments, choice.parallel, tokens)
+    if chat.grammar is not None:
+        return either([structure_of(chat.grammar), call_format.calls(may)])
+    return call_format.text_with_calls(may) if call_format.has_marker or _is_strict(tools) else None

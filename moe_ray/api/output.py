@@ -73,7 +73,8 @@ class ChoiceOutput:
         """The stop string, or the token of `stop_token_ids`, that ended it."""
         self.index: Final = index
         self._keep, self._reader = keep, reader
-        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, request.sampling)
+        shown_ids = frozenset[int]() if reader is None else reader.shown_ids
+        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, request.sampling, shown_ids)
         self._routed = RoutedRows()
 
     def take(self, event: TokenEvent) -> Delta:

@@ -56,6 +56,12 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")
     ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes tool calls: hermes, mistral, llama3_json or json.", show_default="auto"
+        ),
+    ] = None,
     expert_deadline: Annotated[
         float | None,
         typer.Option(help="Seconds that a request waits for an expert without a replica, then 503.", show_default="60"),
@@ -105,6 +111,7 @@ def serve(
         },
         "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss, "quantize": quantize},
         "trunk": {"quantize": quantize_trunk},
+        "gateway": {"tool_call_parser": tool_call_parser},
         "transport": transport,
         "log_level": log_level,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from moe_ray.config.section import Section
@@ -22,6 +24,8 @@ class GatewaySection(Section):
     """A stream whose first token takes longer sends its headers then; what fails later is an event in the stream."""
     keep_alive_s: float = Field(default=5.0, gt=0)
     """A stream that has been silent for so long sends a comment."""
+    tool_call_parser: Literal["auto", "hermes", "mistral", "llama3_json", "json"] = "auto"
+    """How the model writes calls of tools; `auto`: as its chat template teaches, else as JSON that moe_ray asks for."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,92 +12,49 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from moe_ray.errors import InvalidRequest
-from moe_ray.model.json_files import read_json_object
+from moe_ray.text.answers.formats import FORMATS, CallFormat, format_taught_by
+from moe_ray.text.answers.tools import Tool
 from moe_ray.text.messages import Message, plain_messages, with_system_in_first_user_turn
+from moe_ray.text.mistral_formats import mistral_format
+from moe_ray.text.tool_turns import as_plain_turns, with_short_ids
 
 RESERVED_KWARGS: Final = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
     "messages"
 }
-
-# Mistral's formats by tokenizer version, as mistral_common's InstructTokenizerV1, V2, V3 and V7 write plain text. It
-# encodes each piece by itself; GAP is what makes this tokenizer encode a piece behind a special token the same way.
-_PREPARE = """
-{{- bos_token -}}
-{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | select -%}
-{%- set system = system | join('\n\n') -%}
-{%- set turns = messages | rejectattr('role', 'equalto', 'system') | list -%}
-{%- if not turns -%}{{ raise_exception('There must be a user message') }}{%- endif -%}
-{%- for m in turns -%}
-    {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{- raise_exception('After the optional system message, conversation roles must alternate'
-                            ~ ' user/assistant/user/assistant/...') -}}
-    {%- endif -%}
-    {%- if m['role'] not in ('user', 'assistant') -%}
-        {{- raise_exception('Only user and assistant roles are supported') -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-_V1 = (
-    _PREPARE
-    + """
-{%- for m in turns -%}
-    {%- if m['role'] == 'user' -%}
-        {{- 'GAP[INST] ' ~ (system ~ '\n\n' if system and loop.first else '') ~ m['content'] ~ ' [/INST]' -}}
-    {%- else -%}
-        {{- (' ' ~ m['content'] if m['content'] else '') ~ eos_token -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-)
-# Spaces at the end of an answer are dropped, but not of the one that is to be continued.
-_TURN = """
-{%- if m['role'] == 'user' -%}
-    {{- '[INST]' ~ text ~ '[/INST]' -}}
-{%- else -%}
-    {{- (text if loop.last else text.rstrip(' ')) ~ eos_token -}}
-{%- endif -%}
-"""
-_V3 = (
-    _PREPARE
-    + """
-{%- for m in turns -%}
-    {%- set system_here = system and m['role'] == 'user' and loop.revindex <= 2 -%}
-    {%- set text = (system ~ '\n\n' if system_here else '') ~ m['content'] -%}
-    {%- set text = 'GAP' ~ text if text else '' -%}
-    TURN
-{%- endfor -%}
-"""
-)
-_V7 = (
-    _PREPARE
-    + """
-{%- for m in messages -%}
-    {%- set text = 'GAP' ~ m['content'] if m['content'] else '' -%}
-    {%- if m['role'] == 'system' -%}
-        {{- '[SYSTEM_PROMPT]' ~ text ~ '[/SYSTEM_PROMPT]' -}}
-    {%- else -%}
-        TURN
-    {%- endif -%}
-{%- endfor -%}
-"""
-)
-_TEKKEN_VERSIONS: Final = {"v3": _V3, "v7": _V7, "v11": _V7, "v13": _V7}
+_READS_TOOLS: Final = re.compile(r"\{[%{][^%}]*\btools\b")
+_TOOL_TEMPLATE: Final = "tool_use"
+"""transformers' name of the template for conversations with tools, where a checkpoint has several."""
 
 
 class ChatTemplate:
     """Renders conversations to text for one checkpoint. Thread-safe."""
 
-    def __init__(self, tokenizer: Any, vocabulary: Path) -> None:
-        """`tokenizer` is transformers'; `vocabulary` the file it was read from."""
+    def __init__(self, tokenizer: Any, vocabulary: Path, tool_call_parser: str = "auto") -> None:
+        """`tokenizer` is transformers'; `vocabulary` the file it was read from.
+
+        `tool_call_parser`: a name of `FORMATS`; "auto": the format that the template teaches, else JSON.
+        """
         self._tokenizer = tokenizer
-        self._built_in = None if tokenizer.chat_template else _mistral_format(tokenizer, vocabulary)
+        self._built_in = None if tokenizer.chat_template else mistral_format(tokenizer, vocabulary)
+        self._variables: Mapping[str, Any] = {}
+        if self._built_in is not None:
+            special = "[INST]" if "[INST]" in tokenizer.get_vocab() else tokenizer.bos_token
+            self._variables = self._built_in.variables(tokenizer.backend_tokenizer, special)
         self.exists = bool(tokenizer.chat_template or self._built_in)
+        taught = self._taught()
+        chosen = taught or "json" if tool_call_parser == "auto" else tool_call_parser
+        self.call_format: CallFormat = FORMATS[chosen]
+        """How the model is to write calls of tools."""
+        self.knows_tools = taught == chosen
+        """The template tells the model of tools; else moe_ray's own text does."""
 
     def render(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
+        tools: Sequence[Tool] = (),
+        documents: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
@@ -110,12 +68,21 @@ class ChatTemplate:
         variables = dict(template_kwargs or {})
         if reserved := sorted(RESERVED_KWARGS & variables.keys()):
             raise InvalidRequest(f"`chat_template_kwargs` may not set {', '.join(reserved)}", "chat_template_kwargs")
+        variables |= self._variables
+        if documents is not None:
+            variables["documents"] = list(documents)
         chat = plain_messages(messages)
+        if not self.knows_tools:
+            chat = as_plain_turns(chat, tools, self.call_format.written)
+        else:
+            if self.call_format.syntax.short_ids:
+                chat = with_short_ids(chat)
+            variables["tools"] = [tool.described() for tool in tools] or None
 
         def render(chat: list[dict[str, Any]]) -> str:
             text: str = self._tokenizer.apply_chat_template(
-                chat,
-                chat_template=self._built_in,
+                chat if self._built_in is None else self._built_in.prepared(chat),
+                chat_template=None if self._built_in is None else self._built_in.template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,
@@ -134,33 +101,11 @@ class ChatTemplate:
         except (TemplateError, ValueError, TypeError, LookupError) as exc:
             raise InvalidRequest(f"The chat template refused the messages: {exc}", "messages") from exc
 
-
-def _mistral_format(tokenizer: Any, vocabulary: Path) -> str | None:
-    """The template of Mistral's format that this vocabulary was trained for; None for other vocabularies."""
-    known = tokenizer.get_vocab()
-    template: str | None
-    if vocabulary.name == "tekken.json":
-        template = _TEKKEN_VERSIONS.get(read_json_object(vocabulary)["config"].get("version"))
-    elif "[INST]" in known:
-        template = _V7 if "[SYSTEM_PROMPT]" in known else _V3
-    else:
-        # "INST" is one piece in the sentencepiece models that were trained on this format; byte-level ones have it too
-        template = _V1 if "INST" in known and tokenizer.bos_token == "<s>" else None
-    if template is None:
-        return None
-    special = "[INST]" if "[INST]" in known else tokenizer.bos_token
-    return template.replace("TURN", _TURN).replace("GAP", _gap(tokenizer.backend_tokenizer, special))
-
-
-def _gap(backend: Any, special: str) -> str:
-    """What stands between a special token and a text so that the text gets the ids it has by itself.
-
-    Sentencepiece puts a space in front of every text. So do tokenizer.json files of before mid 2024 for every text
-    behind a special token; those of today do it only at the very start, and Tekken never does.
-    """
-
-    def ids(text: str) -> list[int]:
-        encoded: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return encoded
-
-    return next((gap for gap in ("", " ") if ids(f"{special}{gap}x")[1:] == ids("x")), "")
+    def _taught(self) -> str | None:
+        """The name of the format of calls that the template teaches; None: it knows no tools, or no format of ours."""
+        if self._built_in is not None:
+            return "mistral" if self._built_in.takes_tools else None
+        template: Any = self._tokenizer.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get(_TOOL_TEMPLATE, template.get("default", ""))
+        return format_taught_by(template) if _READS_TOOLS.search(template) else None

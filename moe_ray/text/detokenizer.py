@@ -19,11 +19,18 @@ class IncrementalDetokenizer:
     bytes form valid UTF-8). Text that may be the beginning of a stop string is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """`shown_ids` are special tokens that are part of the text even where others are left out."""
         self.stopped_on: str | None = None
         """The stop string that was met; no text comes after it."""
         self._decode = tokenizer.decode
-        self._skip = tokenizer.special_ids if sampling.skip_special_tokens else frozenset[int]()
+        self._skip = tokenizer.special_ids - shown_ids if sampling.skip_special_tokens else frozenset[int]()
         self._stop = sampling.stop
         self._include_stop = sampling.include_stop_str_in_output
         self._unchecked = sampling.min_tokens if self._stop else 0  # tokens whose text is not searched

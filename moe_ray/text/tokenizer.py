@@ -11,6 +11,7 @@ from typing import Any
 from moe_ray.errors import CheckpointError
 from moe_ray.model.end_tokens import end_token_ids, tokenizer_file
 from moe_ray.model.json_files import read_json_object
+from moe_ray.text.answers.tools import Tool
 from moe_ray.text.chat_template import ChatTemplate
 from moe_ray.text.loading import load_tokenizer
 from moe_ray.text.messages import Message
@@ -28,7 +29,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """The tokenizer of a checkpoint directory; raises `CheckpointError` naming what is missing. Thread-safe."""
 
-    def __init__(self, checkpoint: Path | str) -> None:
+    def __init__(self, checkpoint: Path | str, tool_call_parser: str = "auto") -> None:
+        """`tool_call_parser`: see `ChatTemplate`."""
         directory = Path(checkpoint)
         vocabulary = tokenizer_file(directory)
         if vocabulary is None:
@@ -41,6 +43,7 @@ class Tokenizer:
         self._decoder = self._backend.decoder.__getstate__().decode() if self._backend.decoder is not None else ""
         self._added = {i: token.content for i, token in self._hf.added_tokens_decoder.items()}
         self.special_ids = frozenset(i for i, token in self._hf.added_tokens_decoder.items() if token.special)
+        self.special_tokens: Mapping[str, int] = {self._added[i]: i for i in self.special_ids}
         self.vocab_size: int = read_json_object(directory / "config.json").get("vocab_size") or len(self._hf)
         """Ids the model has embeddings for: config.json's count, else the tokenizer's."""
         self.bos_token_id: int | None = self._hf.bos_token_id
@@ -49,7 +52,7 @@ class Tokenizer:
         """What generation_config.json recommends where a request says nothing: temperature, top_k, top_p, …"""
         self.token_bytes: Callable[[int], bytes] = lru_cache(maxsize=None)(self._token_bytes)
         """UTF-8 bytes that a token stands for; part of a character for byte-level and byte-fallback tokens."""
-        self.chat_template = ChatTemplate(self._hf, vocabulary)
+        self.chat_template = ChatTemplate(self._hf, vocabulary, tool_call_parser)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A BOS that the text spells out already is not added a second time."""
@@ -67,6 +70,8 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
+        tools: Sequence[Tool] = (),
+        documents: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
@@ -75,6 +80,8 @@ class Tokenizer:
         text = self.render_chat(
             messages,
             add_generation_prompt,
+            tools=tools,
+            documents=documents,
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
@@ -85,6 +92,8 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
+        tools: Sequence[Tool] = (),
+        documents: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
@@ -92,6 +101,8 @@ class Tokenizer:
         return self.chat_template.render(
             messages,
             add_generation_prompt,
+            tools=tools,
+            documents=documents,
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )

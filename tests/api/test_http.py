@@ -129,7 +129,13 @@ def test_models(http: httpx.Client, client: openai.OpenAI) -> None:
         ("POST", "/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("POST", "/v1/chat/completions", {"messages": [{"role": "nobody", "content": "x"}]}, 400, "messages"),
         ("POST", "/v1/chat/completions", {"messages": messages("x"), "top_logprobs": 2}, 400, "top_logprobs"),
-        ("POST", "/v1/chat/completions", {"messages": messages("x"), "tools": [{"type": "function"}]}, 400, "tools"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"messages": messages("x"), "tools": [{"type": "function"}]},
+            400,
+            "tools[0].function",
+        ),
     ],
 )
 def test_refusals_have_openais_shape(

@@ -22,9 +22,10 @@ from moe_ray import errors
 from moe_ray.api.failure import failure_of
 from moe_ray.api.generation import ResponseStream, collect
 from moe_ray.api.job import MAX_CHOICES, GenerationJob, ModelLimits
+from moe_ray.api.openai.chat_render import ChatRenderer
 from moe_ray.api.openai.errors import error_body
 from moe_ray.api.openai.parse import parse_chat, parse_completion, to_job
-from moe_ray.api.openai.render import DONE, ChatRenderer, CompletionRenderer
+from moe_ray.api.openai.render import DONE, CompletionRenderer
 from moe_ray.api.openai.schemas import Body, ChatRequest
 from moe_ray.api.output import JobOutput
 from moe_ray.core import Request, RoutedExperts, TokenEvent, TokenLogprobs
@@ -121,8 +122,7 @@ def test_null_means_default_and_harmless_fields_are_ignored(tokenizer: Tokenizer
     harmless = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "best_of": 1}
     ((_, request),) = to_requests(completion(**nulls, **harmless), tokenizer, MAX_LEN, "r")
     assert (request.sampling.max_tokens, request.sampling.temperature) == (16, 0.2)
-    chat(tools=[{"type": "function"}], tool_choice="none", response_format={"type": "text"})
-    chat(tool_choice="auto")
+    chat(tool_choice="auto", response_format={"type": "text"}, functions=[], tools=[])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,6 @@ def test_seeds_are_drawn_when_absent(tokenizer: Tokenizer) -> None:
 CHAT_ONLY = {
     "messages": [],
     "top_logprobs": 3,
-    "tool_choice": "required",
     "modalities": ["text", "audio"],
     "echo": True,
 }
@@ -160,17 +159,10 @@ BAD_COMPLETION = {
     "n": 0,
     "suffix": "x",
     "best_of": 21,
-    "guided_json": {},
-    "guided_regex": "a*",
-    "structured_outputs": {"regex": "a"},
-    "response_format": {"type": "json_object"},
     "use_beam_search": True,
     "stream_options": {"include_usage": True},
 }
 BAD_CHAT = CHAT_ONLY | {
-    "response_format": {"type": "json_schema", "json_schema": {}},
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "functions": [{"name": "f"}],
     "chat_template": "{{ 1 }}",
 }
 
@@ -254,8 +246,6 @@ def test_chat_messages(tokenizer: Tokenizer) -> None:
     with pytest.raises(errors.InvalidRequest, match="image_url") as error:
         to_requests(chat(messages=image), tokenizer, MAX_LEN, "r")
     assert error.value.param == "messages"
-    with pytest.raises(errors.InvalidRequest, match="tool calls"):
-        chat(messages=[*HI, {"role": "tool", "content": "1", "tool_call_id": "x"}])
     for name in ("messages", "add_generation_prompt", "tokenize", "chat_template"):
         with pytest.raises(errors.InvalidRequest, match=name):
             to_requests(chat(chat_template_kwargs={name: 1}), tokenizer, MAX_LEN, "r")

@@ -8,13 +8,14 @@ from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from moe_ray.api.chat import ChatInput, chat_prompt
 from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, ReportOptions, make_job
+from moe_ray.api.openai.conversations import chat_prompts
 from moe_ray.api.openai.schemas import (
     UNION_RULES,
     UNSUPPORTED,
+    BatchChatRequest,
     Body,
-    ChatMessage,
+    ChatOptions,
     ChatRequest,
     CompletionRequest,
     StreamOptions,
@@ -25,10 +26,13 @@ from moe_ray.sampling import MAX_LOGPROBS
 from moe_ray.text.bad_words import bad_words_ids
 from moe_ray.text.tokenizer import Tokenizer
 
-_B = TypeVar("_B", CompletionRequest, ChatRequest)
+_B = TypeVar("_B", CompletionRequest, ChatRequest, BatchChatRequest)
+_C = TypeVar("_C", ChatRequest, BatchChatRequest)
 _M = TypeVar("_M", bound=BaseModel)
 
 _SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams)) - {"grammar", "bad_words_ids"}
+_LISTS: Final = ("messages", "prompt")
+"""Fields that are named as a whole where something in them is wrong."""
 COMPLETION_TOKENS: Final = 16
 """Of a completion that does not say how many."""
 
@@ -45,13 +49,17 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Validate the body of /v1/chat/completions; raises `InvalidRequest` with the field in `param`."""
-    request = _parse(ChatRequest, body)
+    return _checked(_parse(ChatRequest, body))
+
+
+def parse_chat_batch(body: bytes) -> BatchChatRequest:
+    """The same for /v1/chat/completions/batch."""
+    return _checked(_parse(BatchChatRequest, body))
+
+
+def _checked(request: _C) -> _C:
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", "top_logprobs")
-    for message in request.messages:
-        extra = message.model_extra or {}
-        if message.role in ("tool", "function") or extra.get("tool_calls") or extra.get("function_call"):
-            raise InvalidRequest("tool calls in `messages` are not supported", "messages")
     return request
 
 
@@ -64,11 +72,11 @@ def to_job(body: Body, tokenizer: Tokenizer, limits: ModelLimits, job_id: str) -
     if sampling.bad_words:
         sampling = replace(sampling, bad_words_ids=bad_words_ids(sampling.bad_words, tokenizer))
     n = body.n
-    if isinstance(body, ChatRequest):
-        field, prompts = "messages", _chat_prompts(body, tokenizer)
-    else:
+    if isinstance(body, CompletionRequest):
         field, prompts = "prompt", _prompts(body, tokenizer)
         n = body.best_of or n
+    else:
+        field, prompts = "messages", chat_prompts(body, tokenizer)
     report = _report(body, sampling)
     if report.best is not None and sampling.logprobs is None:
         sampling = replace(sampling, logprobs=0)  # by which the best are found
@@ -110,7 +118,7 @@ def _given(body: Body) -> dict[str, Any]:
     if isinstance(body, CompletionRequest):
         if body.echo and "logprobs" in given:
             given = {"prompt_logprobs": given["logprobs"], **given}
-        return {"max_tokens": COMPLETION_TOKENS, **given}
+        return {"max_tokens": COMPLETION_TOKENS, **given, "grammar": body.text_grammar()}
     given["logprobs"] = _top_logprobs(body)
     most = given.get("max_tokens") if body.max_completion_tokens is None else body.max_completion_tokens
     if most is not None and isinstance(most, int) and most < 1:
@@ -119,7 +127,7 @@ def _given(body: Body) -> dict[str, Any]:
     return {**given, "max_tokens": most}
 
 
-def _top_logprobs(body: ChatRequest) -> int | None:
+def _top_logprobs(body: ChatOptions) -> int | None:
     if body.logprobs and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
         raise InvalidRequest(f"`top_logprobs` must be between 0 and {MAX_LOGPROBS}", "top_logprobs")
     return body.top_logprobs if body.logprobs else None
@@ -148,44 +156,21 @@ def _invalid(exc: ValidationError) -> InvalidRequest:
     param = str(first["loc"][0])
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return InvalidRequest(f"`{param}` is required", param)
-    if param in UNION_RULES and first["type"] != "literal_error":
+    if param in UNION_RULES and (first["type"] != "literal_error" or param not in _LISTS):
         return InvalidRequest(f"`{param}` {UNION_RULES[param]}", param)
-    return InvalidRequest(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}", param)
+    path = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in first["loc"]).removeprefix(".")
+    return InvalidRequest(f"`{path}`: {first['msg']}", param if param in _LISTS else path)
 
 
 def _refuse_unsupported(request: Body) -> None:
     extra = request.model_extra or {}
-    if extra.get("tool_choice") == "none":  # the model is told not to use them
-        extra = {k: v for k, v in extra.items() if k != "tools"}
-    if extra.get("function_call") == "none":
-        extra = {k: v for k, v in extra.items() if k != "functions"}
     for name, neutral in UNSUPPORTED.items():
         if name in extra and extra[name] not in neutral:
             raise InvalidRequest(f"`{name}` is not supported", name)
-    if isinstance(request, ChatRequest):
+    if isinstance(request, ChatOptions):
         for name, harmless in (("echo", False), ("best_of", request.n)):
             if extra.get(name, harmless) != harmless:
                 raise InvalidRequest(f"`{name}` is not supported for chat completions", name)
-
-
-def _chat_prompts(body: ChatRequest, tokenizer: Tokenizer) -> list[Prompt]:
-    chat = chat_input(
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        add_special_tokens=body.add_special_tokens,
-        continue_final_message=body.continue_final_message,
-        template_kwargs=body.chat_template_kwargs,
-    )
-    return [chat_prompt(chat, tokenizer)]
-
-
-def chat_input(messages: Sequence[ChatMessage], **options: Any) -> ChatInput:
-    """The conversation of a body in the form of chat templates; `options` are further fields of `ChatInput`."""
-    plain = [message.model_dump(exclude_unset=True) for message in messages]
-    for message in plain:
-        if message["role"] == "developer":  # OpenAI's newer name for system, unknown to templates
-            message["role"] = "system"
-    return ChatInput(plain, **options)
 
 
 def _prompts(body: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:

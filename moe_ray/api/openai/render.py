@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_ray.api.failure import failure_of
 from moe_ray.api.openai.errors import error_body
+from moe_ray.api.openai.schemas import Body
 from moe_ray.api.output import ChoiceOutput, Delta, JobOutput
 from moe_ray.api.sse import dumps, event
 from moe_ray.core import TokenLogprobs
@@ -28,7 +29,7 @@ Likely = tuple[int, TokenLogprobs | None]
 
 
 @dataclass(slots=True, eq=False)
-class _Told:
+class Told:
     """What the chunks of one choice have told, and what begins each of them."""
 
     head: str
@@ -49,6 +50,8 @@ class OpenAIRenderer:
     id_prefix: ClassVar[str]
     object_name: ClassVar[str]
     chunk_name: ClassVar[str]
+    nothing: ClassVar[str]
+    """What the choice of a chunk without text says."""
 
     def __init__(self, output: JobOutput, *, tokenizer: Tokenizer, model: str, created: int | None = None) -> None:
         self._output = output
@@ -61,7 +64,12 @@ class OpenAIRenderer:
         }
         # A chunk is written for each token of each stream: all that never changes is serialised here, once.
         self._head = "data: " + dumps({**self._meta, "object": self.chunk_name})[:-1] + ',"choices":['
-        self._told = [_Told(f'{self._head}{{"index":{i},') for i in range(len(output.choices))]
+        self._told = [Told(f'{self._head}{{"index":{i},') for i in range(len(output.choices))]
+
+    @classmethod
+    def for_body(cls, body: Body) -> type[OpenAIRenderer]:
+        """The renderer of the response to a request."""
+        return cls
 
     def whole(self) -> dict[str, Any]:
         """The response object of a job whose choices are all finished."""
@@ -83,19 +91,22 @@ class OpenAIRenderer:
         logprobs += [(entry.token_id, entry) for entry in delta.logprobs[: delta.num_visible]]
         with_logprobs = bool(logprobs) and self._output.job.report.logprobs
         token_ids = self._output.job.report.token_ids
-        if not (text or with_logprobs or token_ids or delta.finish_reason):
+        *before, last = self._deltas(delta, text) or [""]
+        if not (last or with_logprobs or token_ids or delta.finish_reason):
             return opening
         likely = dumps(self._logprobs(told, logprobs)) if with_logprobs else "null"
         reason = "null"
         if delta.finish_reason is not None:
-            reason = f'"{delta.finish_reason}","stop_reason":{dumps(choice.stop_reason)}'
+            reason = f'"{self._reason(choice)}","stop_reason":{dumps(choice.stop_reason)}'
             if choice.degraded:
                 reason += f',"degraded_positions":{dumps(choice.degraded)}'
         extra = self._routed_part(told, choice)
         if token_ids:
             extra += f',"token_ids":{dumps(delta.token_ids)}'
+        for says in before:
+            opening += f'{told.head}{says},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
         return (
-            f'{opening}{told.head}{self._delta(text)},"logprobs":{likely},"finish_reason":{reason}{extra}}}]'
+            f'{opening}{told.head}{last or self.nothing},"logprobs":{likely},"finish_reason":{reason}{extra}}}]'
             f"{usage}}}\n\n"
         )
 
@@ -111,19 +122,23 @@ class OpenAIRenderer:
         """OpenAI's mark for the end."""
         return DONE
 
-    def _message(self, text: str) -> dict[str, Any]:
+    def _message(self, text: str, choice: ChoiceOutput) -> dict[str, Any]:
         """What a whole choice says."""
         raise NotImplementedError
 
-    def _delta(self, text: str) -> str:
-        """What a chunk's choice says, as JSON without braces."""
+    def _deltas(self, delta: Delta, text: str) -> list[str]:
+        """What an engine step makes a choice say, chunk by chunk, each as JSON without braces."""
         raise NotImplementedError
 
-    def _opening(self, told: _Told, choice: ChoiceOutput, usage: str) -> str:
+    def _reason(self, choice: ChoiceOutput) -> str | None:
+        """Why a choice has ended."""
+        return choice.finish_reason
+
+    def _opening(self, told: Told, choice: ChoiceOutput, usage: str) -> str:
         """The chunk before a choice's first one."""
         raise NotImplementedError
 
-    def _logprobs(self, told: _Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
+    def _logprobs(self, told: Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
         """Log-probabilities of consecutive tokens."""
         raise NotImplementedError
 
@@ -138,9 +153,9 @@ class OpenAIRenderer:
         likely += [(entry.token_id, entry) for entry in choice.logprobs[: choice.num_visible]]
         says: dict[str, Any] = {
             "index": index,
-            **self._message(text),
+            **self._message(text, choice),
             "logprobs": self._logprobs(told, likely) if report.logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self._reason(choice),
             "stop_reason": choice.stop_reason,
         }
         if report.token_ids:
@@ -164,7 +179,7 @@ class OpenAIRenderer:
         ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(at.top, 1)]
         return {
             token_id: {
-                "logprob": _finite(logprob),
+                "logprob": finite(logprob),
                 "rank": rank,
                 "decoded_token": self._tokenizer.token_to_str(token_id),
             }
@@ -175,7 +190,7 @@ class OpenAIRenderer:
         """A token as `return_tokens_as_token_ids` asks for it; None where it is to be its text."""
         return f"token_id:{token_id}" if self._output.job.report.tokens_as_ids else None
 
-    def _routed_part(self, told: _Told, choice: ChoiceOutput) -> str:
+    def _routed_part(self, told: Told, choice: ChoiceOutput) -> str:
         """The experts of the positions that no chunk before told, as JSON members; "" where there are none.
 
         `routed_experts` is [positions, num_hidden_layers, num_experts_per_tok] as vLLM writes it: base64 of a .npy
@@ -203,56 +218,21 @@ class OpenAIRenderer:
         }
 
 
-class ChatRenderer(OpenAIRenderer):
-    """Responses of /v1/chat/completions."""
-
-    id_prefix = "chatcmpl-"
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-
-    def _message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def _delta(self, text: str) -> str:
-        return f'"delta":{{"content":{dumps(text)}}}' if text else '"delta":{}'
-
-    def whole(self) -> dict[str, Any]:
-        """See `OpenAIRenderer.whole`."""
-        return {**super().whole(), **self._of_prompt(self._output.choices[0])}
-
-    def _opening(self, told: _Told, choice: ChoiceOutput, usage: str) -> str:
-        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        ids = self._of_prompt(choice)
-        return f"{told.head}{delta}{',' + dumps(ids)[1:-1] if ids else ''}{usage}}}\n\n"
-
-    def _logprobs(self, told: _Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
-        content = [
-            {**self._entry(at.token_id, at.logprob), "top_logprobs": [self._entry(*top) for top in at.top]}
-            for _, at in logprobs
-            if at is not None
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        spelled = self._tokenizer.token_bytes(token_id)
-        token = self._spelled(token_id) or spelled.decode("utf-8", "replace")
-        return {"token": token, "logprob": _finite(logprob), "bytes": list(spelled)}
-
-
 class CompletionRenderer(OpenAIRenderer):
     """Responses of /v1/completions."""
 
     id_prefix = "cmpl-"
     object_name = "text_completion"
     chunk_name = "text_completion"
+    nothing = '"text":""'
 
-    def _message(self, text: str) -> dict[str, Any]:
+    def _message(self, text: str, choice: ChoiceOutput) -> dict[str, Any]:
         return {"text": text}
 
-    def _delta(self, text: str) -> str:
-        return f'"text":{dumps(text)}'
+    def _deltas(self, delta: Delta, text: str) -> list[str]:
+        return [f'"text":{dumps(text)}'] if text else []
 
-    def _opening(self, told: _Told, choice: ChoiceOutput, usage: str) -> str:
+    def _opening(self, told: Told, choice: ChoiceOutput, usage: str) -> str:
         return ""
 
     def _choice(self, index: int, choice: ChoiceOutput) -> dict[str, Any]:
@@ -263,19 +243,19 @@ class CompletionRenderer(OpenAIRenderer):
             return []
         return list(zip(choice.request.prompt_token_ids, choice.prompt_logprobs, strict=True))
 
-    def _logprobs(self, told: _Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
+    def _logprobs(self, told: Told, logprobs: Sequence[Likely]) -> dict[str, Any]:
         offsets = []
         for token_id, _ in logprobs:
             offsets.append(told.offset)
             told.offset += len(told.characters.decode(self._tokenizer.token_bytes(token_id)))
         return {
             "text_offset": offsets,
-            "token_logprobs": [None if at is None else _finite(at.logprob) for _, at in logprobs],
+            "token_logprobs": [None if at is None else finite(at.logprob) for _, at in logprobs],
             "tokens": [self._name(token_id) for token_id, _ in logprobs],
             "top_logprobs": [
                 None
                 if at is None
-                else {self._name(i): _finite(logprob) for i, logprob in (*at.top, (at.token_id, at.logprob))}
+                else {self._name(i): finite(logprob) for i, logprob in (*at.top, (at.token_id, at.logprob))}
                 for _, at in logprobs
             ],
         }
@@ -291,7 +271,8 @@ class CompletionRenderer(OpenAIRenderer):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can hold it."""
     return logprob if logprob > _MIN_LOGPROB else _MIN_LOGPROB
 
 

@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from moe_ray import __version__
 from moe_ray.api.job import GenerationJob, ModelLimits
-from moe_ray.api.openai.parse import parse_chat, parse_completion, to_job
-from moe_ray.api.openai.render import ChatRenderer, CompletionRenderer, OpenAIRenderer
+from moe_ray.api.openai.chat_render import ChatRenderer
+from moe_ray.api.openai.parse import parse_chat, parse_chat_batch, parse_completion, to_job
+from moe_ray.api.openai.render import CompletionRenderer, OpenAIRenderer
 from moe_ray.api.openai.schemas import Body
 from moe_ray.api.openai.tokenize import (
     DetokenizeResponse,
@@ -24,6 +25,7 @@ from moe_ray.api.openai.tokenize import (
     tokenize,
 )
 from moe_ray.api.service import ServedModel
+from moe_ray.errors import InvalidRequest
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
@@ -82,6 +84,11 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         """Chat completions, whole or streamed."""
         return await _answer(service, await request.body(), parse_chat, ChatRenderer)
 
+    @app.post("/v1/chat/completions/batch")
+    async def chat_completions_of_many(request: Request) -> Response:
+        """Chat completions of several conversations in one response."""
+        return await _answer(service, await request.body(), parse_chat_batch, ChatRenderer)
+
 
 async def _answer(
     service: ServedModel, raw: bytes, parse: Callable[[bytes], Body], renderer: type[OpenAIRenderer]
@@ -95,7 +102,14 @@ async def _answer(
         return to_job(body, service.tokenizer, limits, job_id)
 
     job = await service.parse(len(raw), make)
-    return await service.respond(job, partial(renderer, tokenizer=service.tokenizer, model=service.served_name))
+    made = partial(renderer.for_body(body), tokenizer=service.tokenizer, model=service.served_name)
+    try:
+        return await service.respond(job, made)
+    except InvalidRequest as error:
+        if error.param != "grammar":
+            raise
+        field = body.grammar_field()  # what the trunk knows as the grammar
+        raise InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field) from None
 
 
 def _card(service: ServedModel) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
+from moe_ray.api.job import MAX_CHOICES
+from moe_ray.api.openai.formats import TextFormatFields
+from moe_ray.api.openai.tools import Choice, FunctionBody, LegacyChoice, ToolBody
+
 MAX_BEST_OF: Final = 20
 MAX_N: Final = 128
 """Most choices for each prompt."""
@@ -22,7 +26,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(TextFormatFields):
     """The fields both endpoints share. Others are kept: sampling parameters, unsupported and harmless ones."""
 
     model_config = ConfigDict(extra="allow")
@@ -68,48 +72,72 @@ class ChatMessage(BaseModel):
     content: str | list[ContentPart] | None = None
 
 
-class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
+Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+
+class ChatOptions(GenerationRequest):
+    """What the two chat endpoints have in common."""
+
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], Field(default_factory=dict)]
     continue_final_message: bool = False
     logprobs: bool = False
+    documents: list[dict[str, Any]] | None = None
+    function_call: LegacyChoice | None = None
+    functions: Annotated[list[FunctionBody], Field(default_factory=list)]
     max_completion_tokens: int | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    """For templates that read it."""
+    tool_choice: Choice | None = None
+    tools: Annotated[list[ToolBody], Field(default_factory=list)]
     top_logprobs: int = 0
 
 
-Body = CompletionRequest | ChatRequest
+class ChatRequest(ChatOptions):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Conversation
+
+    @property
+    def conversations(self) -> list[list[ChatMessage]]:
+        """The one."""
+        return [self.messages]
+
+
+class BatchChatRequest(ChatOptions):
+    """Body of POST /v1/chat/completions/batch: choices of each conversation, in their order."""
+
+    messages: Annotated[list[Conversation], Field(min_length=1, max_length=MAX_CHOICES)]
+
+    @property
+    def conversations(self) -> list[list[ChatMessage]]:
+        """All of them."""
+        return self.messages
+
+
+ChatBody = ChatRequest | BatchChatRequest
+Body = CompletionRequest | ChatBody
 
 UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "audio": (),
     "cache_salt": (),
     "chat_template": (),
-    "documents": ([],),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
 """Field → the values with which it asks for nothing. Any other value would change the answer, so it is refused."""
 
 UNION_RULES: Final = {
+    "tool_choice": 'must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}',
+    "function_call": 'must be "none", "auto" or {"name": …}',
     "prompt": "must be a string, a list of strings, a list of token ids or a list of lists of token ids",
     "messages": "must be a list of {role, content}, where content is a string or a list of {type: text, text}",
 }

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from moe_ray.api.chat import chat_prompt
 from moe_ray.api.job import ModelLimits, check_ids
-from moe_ray.api.openai.parse import chat_input, validated
+from moe_ray.api.openai.conversations import chat_input
+from moe_ray.api.openai.parse import validated
 from moe_ray.api.openai.schemas import ChatMessage
+from moe_ray.api.openai.tools import ToolBody, tools_of
 from moe_ray.errors import InvalidRequest
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -28,6 +30,7 @@ class TokenizeRequest(BaseModel):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     return_token_strs: bool = False
+    tools: Annotated[list[ToolBody], Field(default_factory=list)]
 
 
 class TokenizeResponse(BaseModel):
@@ -73,6 +76,7 @@ def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, limits: ModelLimits
     else:
         chat = chat_input(
             request.messages,
+            tools=tools_of(request.tools, ()),
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=bool(request.add_special_tokens),

@@ -47,6 +47,11 @@ class ToolCall:
 class AnswerReader(Protocol):
     """Takes one answer's text as it arrives apart. An answer that does not follow the format is text, never lost."""
 
+    @property
+    def shown_ids(self) -> frozenset[int]:
+        """Special tokens that the text must hold although others are left out: they are its markers."""
+        ...
+
     def push(self, text: str) -> list[Part]:
         """The parts that are certain with this text; none while it may be the beginning of something else."""
         ...
@@ -58,6 +63,8 @@ class AnswerReader(Protocol):
 
 class PlainReader:
     """Reads answers that hold nothing but text."""
+
+    shown_ids: frozenset[int] = frozenset()
 
     def push(self, text: str) -> list[Part]:
         """The text itself."""
