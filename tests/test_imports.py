@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "engine": {*MODEL, "config"},
     "trunk": {*MODEL, "__init__", "pb", "config", "engine", "experts", "transport"},
     "gateway": {*BASE, "pb", "transport", "engine", "trunk"},
-    "api": {*BASE, "__init__", "engine", "text", "gateway"},
+    "api": {*BASE, "__init__", "model", "engine", "text", "gateway"},  # of model: what a checkpoint says of itself
     "llm": {*MODEL, "config", "hub", "text", "experts", "engine", "api"},
     "quality": {*MODEL, "config", "experts", "engine"},
     "deploy": {

@@ -43,7 +43,9 @@ class Gateway:
             headers_within_s=http.headers_within_s,
             keep_alive_s=http.keep_alive_s,
         )
-        self._service = ServedModel(config.served_name, Tokenizer(resolve_model(config)), self._sessions, options)
+        self._service = ServedModel(
+            config.served_name, Tokenizer(resolve_model(config)), self._sessions, options, config.model.aliases
+        )
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""

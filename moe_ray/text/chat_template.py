@@ -91,6 +91,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._built_in = None if tokenizer.chat_template else _mistral_format(tokenizer, vocabulary)
         self.exists = bool(tokenizer.chat_template or self._built_in)
+        self.source = str(tokenizer.chat_template or self._built_in or "")
+        """Jinja; "" where there is none."""
 
     def render(
         self,

@@ -30,6 +30,8 @@ class Tokenizer:
 
     def __init__(self, checkpoint: Path | str) -> None:
         directory = Path(checkpoint)
+        self.directory = directory
+        """Of the checkpoint."""
         vocabulary = tokenizer_file(directory)
         if vocabulary is None:
             raise CheckpointError(_nothing_found(directory))
