@@ -18,6 +18,8 @@ from moe_ray.api import models
 from moe_ray.api.anthropic import errors as anthropic_errors
 from moe_ray.api.anthropic import routes as anthropic_routes
 from moe_ray.api.failure import Failure, failure_of
+from moe_ray.api.ollama import errors as ollama_errors
+from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
@@ -43,6 +45,7 @@ class Api:
 
 APIS: Final = (
     Api("/v1/messages", anthropic_routes.add_routes, anthropic_errors.error_body, anthropic_routes.VERSION_HEADER),
+    Api("/api/", ollama_routes.add_routes, ollama_errors.error_body),
     Api("/", openai_routes.add_routes, openai_errors.error_body),
 )
 """The first that fits says how an error looks; the last fits all."""
