@@ -218,6 +218,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None}, "max_tokens: Field required"),
     ({"max_tokens": 0}, "max_tokens: .* greater than or equal to 1"),
     ({"messages": []}, "messages: "),
+    ({"messages": [{"role": "system", "content": "Be brief."}]}, "messages: there is no turn of the user"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: "),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0: blocks of type 'image' are not"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
@@ -227,7 +229,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]}]},
-        "messages.0.content.0.tool_use_id: no `tool_use` block before it has the id 't'",
+        "messages.0.content.0.tool_use_id: no `tool_use` block of the turn before waits for a result of 't'",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "t", "name": "n", "input": {}}]}]},

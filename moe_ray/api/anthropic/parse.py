@@ -70,6 +70,8 @@ def to_job(body: MessagesRequest, tokenizer: Tokenizer, limits: ModelLimits, job
 
 def _prompt(body: PromptRequest, tokenizer: Tokenizer) -> Prompt:
     messages = template_messages(body.system, body.messages)
+    if not messages or messages[-1]["role"] == "system":
+        raise InvalidRequest("messages: there is no turn of the user", "messages")
     last = messages[-1]
     prefilled = last["role"] == "assistant"
     if prefilled and (last.get("tool_calls") or not last["content"]):

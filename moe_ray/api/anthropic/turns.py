@@ -20,12 +20,14 @@ def template_messages(system: Sequence[TextBlock], turns: Sequence[MessageTurn])
     texts = [*system, *(block for turn in turns[:first] for block in turn.content if isinstance(block, TextBlock))]
     said = [block.text for block in texts if block.text and not block.text.startswith(BILLING_LINE)]
     messages: list[dict[str, Any]] = [{"role": "system", "content": "\n\n".join(said)}] if said else []
-    names: dict[str, str] = {}
+    waiting: dict[str, str] = {}  # id of each call of the turn before → name of its tool
     for role, blocks in _joined(turns, first):
         if role == "assistant":
-            messages.append(_assistant(blocks, names))
+            messages.append(_assistant(blocks))
+            waiting = {call["id"]: call["function"]["name"] for call in messages[-1].get("tool_calls", ())}
         else:
-            messages += _user(blocks, names)
+            messages += _user(blocks, waiting)
+            waiting = {}
     return messages
 
 
@@ -42,7 +44,7 @@ def _joined(turns: Sequence[MessageTurn], start: int) -> list[tuple[str, _Blocks
     return joined
 
 
-def _assistant(blocks: _Blocks, names: dict[str, str]) -> dict[str, Any]:
+def _assistant(blocks: _Blocks) -> dict[str, Any]:
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
     for where, block in blocks:
@@ -50,7 +52,10 @@ def _assistant(blocks: _Blocks, names: dict[str, str]) -> dict[str, Any]:
             case TextBlock(text=text):
                 texts.append(text)
             case ToolUseBlock(id=call_id, name=name, input=arguments):
-                names[call_id] = name
+                if any(call["id"] == call_id for call in calls):
+                    raise InvalidRequest(
+                        f"{where}.id: another `tool_use` block of this turn has {call_id!r}", "messages"
+                    )
                 calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
             case ThinkingBlock():
                 pass
@@ -60,24 +65,28 @@ def _assistant(blocks: _Blocks, names: dict[str, str]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _user(blocks: _Blocks, names: dict[str, str]) -> list[dict[str, Any]]:
-    """Results of calls, each a message of its own, and what the user says."""
+def _user(blocks: _Blocks, waiting: dict[str, str]) -> list[dict[str, Any]]:
+    """Results of the calls that wait for them, each a message of its own, and what the user says."""
     messages: list[dict[str, Any]] = []
     texts: list[str] = []
+    left = dict(waiting)
     for where, block in blocks:
         match block:
             case TextBlock(text=text):
                 texts.append(text)
             case ToolResultBlock(tool_use_id=call_id):
-                if call_id not in names:
-                    raise InvalidRequest(
-                        f"{where}.tool_use_id: no `tool_use` block before it has the id {call_id!r}", "messages"
-                    )
+                if call_id not in left:
+                    wrong = f"no `tool_use` block of the turn before waits for a result of {call_id!r}"
+                    raise InvalidRequest(f"{where}.tool_use_id: {wrong}", "messages")
                 messages.append(
-                    {"role": "tool", "tool_call_id": call_id, "name": names[call_id], "content": _result(block)}
+                    {"role": "tool", "tool_call_id": call_id, "name": left.pop(call_id), "content": _result(block)}
                 )
             case _:
                 raise _misplaced(where, block, "assistant")
+    if left:
+        turn = blocks[0][0].rpartition(".content.")[0] if blocks else "messages"
+        missing = ", ".join(map(repr, left))
+        raise InvalidRequest(f"{turn}: without a `tool_result` block for the calls {missing}", "messages")
     if texts or not messages:
         messages.append({"role": "user", "content": "\n".join(filter(None, texts))})
     return messages
