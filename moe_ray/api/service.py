@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fnmatch
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +121,8 @@ class ServedModel:
         """Raise `ModelNotFound` unless a request names the served model by one of its names, or names none."""
         if requested is None or requested == self.served_name:
             return
-        if not any(fnmatch.fnmatchcase(requested, alias.replace("[", "[[]")) for alias in self.aliases):
+        patterns = (re.escape(alias).replace(r"\*", ".*") for alias in self.aliases)
+        if not any(re.fullmatch(pattern, requested) for pattern in patterns):
             raise ModelNotFound(f"The model `{requested}` does not exist.")
 
     async def parse(self, body_bytes: int, parse: Callable[[ModelLimits], _T]) -> _T:
