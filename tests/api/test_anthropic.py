@@ -31,7 +31,7 @@ END = {"logit_bias": {"2": 100}}
 
 @pytest.fixture(scope="module")
 def url(chat_trunk: Trunk, chat_model: Path) -> Iterator[str]:
-    options = HttpOptions(api_keys=KEYS, keep_alive_s=0.1, headers_within_s=0.1)
+    options = HttpOptions(api_keys=KEYS, keep_alive_s=60)
     with served_beside(chat_model, [chat_trunk.info], options=options, aliases=["claude-*", "other"]) as url:
         yield url
 
@@ -352,14 +352,22 @@ def test_a_failure_is_a_status_before_the_answer_and_an_event_in_it(
     assert broken.value.type == "overloaded_error"
 
 
-def test_pings_keep_a_waiting_stream_alive(client: anthropic.Anthropic, raw: httpx.Client, unsteady: Trunk) -> None:
+def test_pings_keep_a_waiting_stream_alive(unsteady: Trunk, chat_model: Path) -> None:
     unsteady.engine.pause_s = 0.4
-    response = raw.post("/v1/messages", json={**ASK, **NO_END, "max_tokens": 2, "stream": True})
-    kinds = [event["type"] for event in events_of(response.content)]
-    assert kinds[0] == "ping"
-    assert kinds.count("ping") >= 4
-    with client.messages.stream(**{**ASK, "max_tokens": 2}, extra_body=NO_END) as stream:
-        assert stream.get_final_message().usage.output_tokens == 2
+    asked = {**ASK, "max_tokens": 2}
+    impatient = HttpOptions(keep_alive_s=0.1, headers_within_s=0.1)
+    with (
+        served_beside(chat_model, [unsteady.info], options=impatient) as url,
+        anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        response = httpx.post(
+            f"{url}/v1/messages", json={**asked, **NO_END, "stream": True}, timeout=60, trust_env=False
+        )
+        kinds = [event["type"] for event in events_of(response.content)]
+        assert kinds[0] == "ping"
+        assert kinds.count("ping") >= 4
+        with client.messages.stream(**asked, extra_body=NO_END) as stream:
+            assert stream.get_final_message().usage.output_tokens == 2
 
 
 def test_a_client_that_leaves_ends_its_request(client: anthropic.Anthropic, unsteady: Trunk) -> None:
@@ -374,47 +382,7 @@ def test_a_client_that_leaves_ends_its_request(client: anthropic.Anthropic, unst
     raise AssertionError("still running")
 
 
-# ---- what a coding agent sends
-
-
-def agent_request() -> dict[str, Any]:
-    """In the form of the public documentation: a first turn of many tools, cached blocks, and a task."""
-    cached = {"cache_control": {"type": "ephemeral"}}
-    schema = {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "type": "object",
-        "properties": {"path": {"type": "string", "description": "Absolute"}, "limit": {"type": "number"}},
-        "required": ["path"],
-        "additionalProperties": False,
-    }
-    names = ["Bash", "Edit", "Glob", "Grep", "Read", "Task", "TodoWrite", "Write", "mcp__issues__list"]
-    tools = [{"name": name, "description": f"{name} something.", "input_schema": schema} for name in names]
-    tools[-1] |= cached
-    reminder = text("<system-reminder>\nToday is Friday.\n</system-reminder>")
-    return {
-        "model": "claude-sonnet-4-5-20250929",
-        "max_tokens": 32000,
-        "stream": True,
-        "temperature": 1,
-        "metadata": {"user_id": "user_0_account__session_1"},
-        "system": [
-            text("x-anthropic-billing-header: cc_version=2.1.77.f00; cc_entrypoint=cli; cch=00000;"),
-            text("You are a coding agent.", **cached),
-            text("Follow the instructions. " * 30, **cached),
-        ],
-        "tools": tools,
-        "messages": [{"role": "user", "content": [reminder, text("Name the files.", **cached)]}],
-    }
-
-
-HEADERS = {
-    "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14,fine-grained-tool-streaming-2025-05-14",
-    "anthropic-version": "2023-06-01",
-    "anthropic-dangerous-direct-browser-access": "true",
-    "x-app": "cli",
-    "x-stainless-retry-count": "0",
-    "user-agent": "an-agent/2.0 (external, cli)",
-}
+# ---- the description
 
 
 def test_answers_are_as_the_openapi_says(raw: httpx.Client) -> None:

