@@ -47,9 +47,9 @@ def chat_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chat_trunk(chat_model: Path) -> Iterator[Trunk]:
-    """One of `chat_model` for all tests of a file; they leave it idle and at full speed."""
+    """One of `chat_model` for all tests; they leave it idle and at full speed."""
     running = Trunk(chat_model, max_waiting=200)
     yield running
     running.close()
