@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,37 @@ async def sessions_over(trunks: Sequence[TrunkInfo]) -> AsyncIterator[Sessions]:
     yield sessions
 
 
+@contextlib.contextmanager
+def served_beside(directory: Path, trunks: Sequence[TrunkInfo], **more: Any) -> Iterator[str]:
+    """URL of a gateway as `served` makes it, on a thread of its own: for clients that block."""
+    ready: concurrent.futures.Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = concurrent.futures.Future()
+
+    async def serve() -> None:
+        async with served(directory, trunks, **more) as client:
+            stop = asyncio.Event()
+            ready.set_result((str(client.base_url).rstrip("/"), asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(asyncio.run, serve())
+        serving.add_done_callback(
+            lambda done: ready.done() or ready.set_exception(done.exception() or AssertionError())
+        )
+        url, loop, stop = ready.result(60)
+        try:
+            yield url
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            serving.result(60)
+
+
 @contextlib.asynccontextmanager
 async def served(
-    directory: Path, trunks: Sequence[TrunkInfo], options: HttpOptions | None = None, vocab_size: int | None = None
+    directory: Path,
+    trunks: Sequence[TrunkInfo],
+    options: HttpOptions | None = None,
+    vocab_size: int | None = None,
+    aliases: Sequence[str] = (),
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
     tokenizer = Tokenizer(directory)
@@ -108,7 +137,7 @@ async def served(
         return LOAD
 
     async with sessions_over(trunks) as sessions:
-        app = build_app(ServedModel("random", tokenizer, sessions, options), load)
+        app = build_app(ServedModel("random", tokenizer, sessions, options, aliases), load)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

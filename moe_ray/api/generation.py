@@ -67,10 +67,18 @@ async def collect(output: JobOutput, source: EventSource) -> None:
 class ResponseStream:
     """A response as server-sent events. First `open` it, then read `body` to its end or close it; each once."""
 
-    def __init__(self, output: JobOutput, source: EventSource, renderer: StreamRenderer, keep_alive_s: float) -> None:
-        """A comment is sent whenever the stream says nothing for `keep_alive_s` seconds."""
+    def __init__(
+        self,
+        output: JobOutput,
+        source: EventSource,
+        renderer: StreamRenderer,
+        keep_alive_s: float,
+        keep_alive: str = sse.KEEP_ALIVE,
+    ) -> None:
+        """`keep_alive` is sent whenever the stream says nothing for `keep_alive_s` seconds."""
         self._output, self._source, self._renderer = output, source, renderer
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self._opening = ""
 
     async def open(self, within_s: float) -> None:
@@ -90,10 +98,10 @@ class ResponseStream:
     async def body(self) -> AsyncIterator[str]:
         """Yield the events. A failure is an event, too, and the closing follows it. Ends the sequences when closed."""
         try:
-            yield self._opening or sse.KEEP_ALIVE
+            yield self._opening or self._keep_alive
             while self._output.num_unfinished:
                 delta = await _step(self._output, self._source, self._keep_alive_s)
-                if text := sse.KEEP_ALIVE if delta is None else self._renderer.chunk(delta):
+                if text := self._keep_alive if delta is None else self._renderer.chunk(delta):
                     yield text
             yield self._renderer.completed()
         except Exception as error:

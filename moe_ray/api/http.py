@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_ray import __version__
+from moe_ray.api import models
+from moe_ray.api.anthropic import errors as anthropic_errors
+from moe_ray.api.anthropic import routes as anthropic_routes
 from moe_ray.api.failure import Failure, failure_of
+from moe_ray.api.ollama import errors as ollama_errors
+from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
@@ -34,10 +39,16 @@ class Api:
     """Errors on paths that begin so are in its format."""
     add_routes: Callable[[fastapi.FastAPI, ServedModel], None]
     error_body: Callable[[Failure], dict[str, Any]]
+    header: str = ""
+    """So are errors of requests with this header, whatever their path."""
 
 
-APIS: Final = (Api("/", openai_routes.add_routes, openai_errors.error_body),)
-"""The first whose prefix fits says how an error looks; the last fits all."""
+APIS: Final = (
+    Api("/v1/messages", anthropic_routes.add_routes, anthropic_errors.error_body, anthropic_routes.VERSION_HEADER),
+    Api("/api/", ollama_routes.add_routes, ollama_errors.error_body),
+    Api("/", openai_routes.add_routes, openai_errors.error_body),
+)
+"""The first that fits says how an error looks; the last fits all."""
 
 
 def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]]) -> fastapi.FastAPI:
@@ -52,7 +63,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
     async def on_no_route(request: fastapi.Request, error: Exception) -> Response:
         status: int = getattr(error, "status_code", 404)
         failure = Failure(status, f"no route {request.method} {_path(request.scope)}")
-        return JSONResponse(_api_of(request.scope).error_body(failure), status, getattr(error, "headers", None))
+        return _error_json(request.scope, failure, getattr(error, "headers", None) or {})
 
     for kind in (MoeRayError, Exception):
         app.add_exception_handler(kind, on_error)
@@ -69,6 +80,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
         return await expert_load()
 
+    models.add_routes(app, service)
     for api in APIS:
         api.add_routes(app, service)
     app.add_middleware(Authorisation, api_keys=options.api_keys, retry_after_s=options.retry_after_s)
@@ -89,7 +101,7 @@ class Authorisation:
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], retry_after_s: int) -> None:
         self._app = app
-        self._api_keys = [f"Bearer {key}".encode() for key in api_keys]
+        self._api_keys = [key.encode() for key in api_keys]
         self._retry_after_s = retry_after_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +109,7 @@ class Authorisation:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(dict(scope["headers"]).get(b"authorization"))
+            self._check(dict(scope["headers"]))
         except Unauthorized as error:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
@@ -106,14 +118,20 @@ class Authorisation:
             return
         await self._app(scope, receive, send)
 
-    def _check(self, shown: bytes | None) -> None:
-        """Check an Authorization header in constant time. Raises `Unauthorized`."""
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        """Check a request's headers in constant time. Raises `Unauthorized`."""
         if not self._api_keys:
             return
+        bearer, plain = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
         # Every key is compared: how long it takes says nothing about which one was nearly right.
-        if not sum(hmac.compare_digest(shown or b"", key) for key in self._api_keys):
-            said = "Incorrect API key provided." if shown else "No API key provided."
-            raise Unauthorized(f"{said} Send one of the server's keys as `Authorization: Bearer KEY`.")
+        fits = [
+            hmac.compare_digest(bearer, b"Bearer " + key) | hmac.compare_digest(plain, key) for key in self._api_keys
+        ]
+        if not sum(fits):
+            said = "Incorrect API key provided." if bearer or plain else "No API key provided."
+            raise Unauthorized(
+                f"{said} Send one of the server's keys as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+            )
 
 
 class TrailingSlash:
@@ -137,7 +155,9 @@ def _path(scope: Scope) -> str:
 
 
 def _api_of(scope: Scope) -> Api:
-    return next((api for api in APIS if _path(scope).startswith(api.prefix)), APIS[-1])
+    shown = {name.decode("latin-1") for name, _ in scope["headers"]}
+    fits = (api for api in APIS if _path(scope).startswith(api.prefix) or api.header in shown)
+    return next(fits, APIS[-1])
 
 
 def _error_response(scope: Scope, error: Exception, retry_after_s: int) -> Response:
@@ -145,4 +165,13 @@ def _error_response(scope: Scope, error: Exception, retry_after_s: int) -> Respo
     failure = failure_of(error, retry_after_s)
     if failure.status == 500:
         logger.error("request failed", exc_info=error)
-    return JSONResponse(_api_of(scope).error_body(failure), failure.status, dict(failure.headers))
+    return _error_json(scope, failure, failure.headers)
+
+
+def _error_json(scope: Scope, failure: Failure, headers: Mapping[str, str]) -> Response:
+    body = _api_of(scope).error_body(failure)
+    headers = dict(headers)
+    if request_id := body.get("request_id"):
+        headers["request-id"] = request_id
+        logger.info("request %s: %d %s", request_id, failure.status, failure.message)
+    return JSONResponse(body, failure.status, headers)

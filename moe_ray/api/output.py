@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -71,6 +72,10 @@ class ChoiceOutput:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         """The stop string, or the token of `stop_token_ids`, that ended it."""
+        self.first_token_s: float | None = None
+        """When its first token came, by `time.monotonic`."""
+        self.last_token_s: float | None = None
+        """When its latest token came."""
         self.index: Final = index
         self._keep, self._reader = keep, reader
         shown_ids = frozenset[int]() if reader is None else reader.shown_ids
@@ -108,6 +113,9 @@ class ChoiceOutput:
             counted = counted[:used]
             self.finish_reason, self.stop_reason = "stop", detokenizer.stopped_on
         self.num_tokens += len(counted)
+        if counted:
+            self.last_token_s = time.monotonic()
+            self.first_token_s = self.first_token_s or self.last_token_s
         logprobs = event.logprobs[: len(counted)]
         delta = Delta(self.index, text, counted, logprobs, used, self.finish_reason, self._parts(text))
         if self._keep:

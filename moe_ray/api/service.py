@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from functools import cached_property
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -16,6 +18,7 @@ from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.output import JobOutput
 from moe_ray.errors import ModelNotFound
 from moe_ray.gateway.sessions import Sessions
+from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from moe_ray.text.tokenizer import Tokenizer
 
 LONG_BODY = 16_384
@@ -37,11 +40,23 @@ class Renderer(StreamRenderer, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How an API streams."""
+
+    media_type: str
+    keep_alive: str
+    """What a silent stream sends: nothing that a client takes for a part of the answer."""
+
+
+SSE: Final = StreamForm(sse.MEDIA_TYPE, sse.KEEP_ALIVE)
+
+
+@dataclass(frozen=True, slots=True)
 class HttpOptions:
     """What the operator says about HTTP."""
 
     api_keys: Sequence[str] = ()
-    """Requests must show one of them as a bearer token; none: every request is served."""
+    """Requests must show one of them, as a bearer token or in `x-api-key`; none: every request is served."""
     retry_after_s: int = 1
     cors_origins: Sequence[str] = ()
     headers_within_s: float = 1.0
@@ -52,9 +67,16 @@ class ServedModel:
     """One model over its trunks. Runs on the loop of its `Sessions`."""
 
     def __init__(
-        self, served_name: str, tokenizer: Tokenizer, sessions: Sessions, options: HttpOptions | None = None
+        self,
+        served_name: str,
+        tokenizer: Tokenizer,
+        sessions: Sessions,
+        options: HttpOptions | None = None,
+        aliases: Sequence[str] = (),
     ) -> None:
+        """`aliases` are further names that requests may use; in them `*` stands for anything."""
         self.served_name = served_name
+        self.aliases = tuple(aliases)
         self.tokenizer = tokenizer
         self.options = options or HttpOptions()
         self.created = int(time.time())
@@ -85,29 +107,52 @@ class ServedModel:
         """Of the trunk that takes the longest sequences; None without a trunk."""
         return max((trunk.max_model_len for trunk in self._sessions.trunks), default=None)
 
+    @property
+    def names(self) -> list[str]:
+        """The names that can be listed: the served one, then the aliases without a `*`."""
+        return [self.served_name, *(alias for alias in self.aliases if "*" not in alias)]
+
+    @cached_property
+    def facts(self) -> CheckpointFacts:
+        """What the checkpoint is. Raises `CheckpointError`."""
+        return checkpoint_facts(self.tokenizer.directory)
+
     def check_model(self, requested: str | None) -> None:
-        """Raise `ModelNotFound` unless a request names the served model, or none."""
-        if requested is not None and requested != self.served_name:
+        """Raise `ModelNotFound` unless a request names the served model by one of its names, or names none."""
+        if requested is None or requested == self.served_name:
+            return
+        patterns = (re.escape(alias).replace(r"\*", ".*") for alias in self.aliases)
+        if not any(re.fullmatch(pattern, requested) for pattern in patterns):
             raise ModelNotFound(f"The model `{requested}` does not exist.")
 
     async def parse(self, body_bytes: int, parse: Callable[[ModelLimits], _T]) -> _T:
         """Run `parse`, which tokenizes a body of so many bytes, against the model's limits. Raises `NotReady`, too."""
         trunk = await self._sessions.ensure_trunk(TRUNK_TIMEOUT_S)
         limits = ModelLimits(self.tokenizer.vocab_size, trunk.max_model_len)
-        return await asyncio.to_thread(parse, limits) if body_bytes > LONG_BODY else parse(limits)
+        return await self.tokenize(body_bytes, lambda: parse(limits))
 
-    async def respond(self, job: GenerationJob, make_renderer: Callable[[JobOutput], Renderer]) -> Response:
+    async def tokenize(self, body_bytes: int, work: Callable[[], _T]) -> _T:
+        """Run `work`, which tokenizes a body of so many bytes: here, or on another thread where it is long."""
+        return await asyncio.to_thread(work) if body_bytes > LONG_BODY else work()
+
+    async def respond(
+        self,
+        job: GenerationJob,
+        make_renderer: Callable[[JobOutput], Renderer],
+        extra_headers: Mapping[str, str] | None = None,
+        stream_form: StreamForm = SSE,
+    ) -> Response:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
         output = JobOutput.of(job, self.tokenizer)
         renderer = make_renderer(output)
         session = self._sessions.open(job.requests)
         if not job.stream:
             await collect(output, session)
-            return JSONResponse(renderer.whole(), headers=_degraded(output))
-        stream = ResponseStream(output, session, renderer, self.options.keep_alive_s)
+            return JSONResponse(renderer.whole(), headers={**(extra_headers or {}), **_degraded(output)})
+        stream = ResponseStream(output, session, renderer, self.options.keep_alive_s, stream_form.keep_alive)
         await stream.open(self.options.headers_within_s)
-        headers = {**sse.HEADERS, **_degraded(output)}
-        return StreamingResponse(stream.body(), media_type=sse.MEDIA_TYPE, headers=headers)
+        headers = {**(extra_headers or {}), **sse.HEADERS, **_degraded(output)}
+        return StreamingResponse(stream.body(), media_type=stream_form.media_type, headers=headers)
 
 
 def _degraded(output: JobOutput) -> dict[str, str]:

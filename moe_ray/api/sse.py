@@ -23,9 +23,9 @@ def dumps(value: Any) -> str:
     return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
-def event(value: Any) -> str:
-    """One event that carries `value` as JSON."""
-    return f"data: {dumps(value)}\n\n"
+def event(value: Any, name: str = "") -> str:
+    """One event that carries `value` as JSON; some APIs name the kinds of theirs."""
+    return f"event: {name}\ndata: {dumps(value)}\n\n" if name else f"data: {dumps(value)}\n\n"
 
 
 class SseReader:

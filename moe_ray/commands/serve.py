@@ -54,7 +54,11 @@ def serve(
         int | None, typer.Option(help="Most guesses per sequence and step.", show_default="4")
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="The name that clients use.", show_default="last part of --model")
+        list[str] | None,
+        typer.Option(
+            help="The name that clients use. Given again: another that they may use, `*` in it is anything.",
+            show_default="last part of --model",
+        ),
     ] = None,
     tool_call_parser: Annotated[
         str | None,
@@ -98,7 +102,8 @@ def serve(
             "dtype": dtype,
             "device": device,
             "max_model_len": max_model_len,
-            "served_name": served_model_name,
+            "served_name": served_model_name[0] if served_model_name else None,
+            "aliases": served_model_name[1:] if served_model_name and served_model_name[1:] else None,
         },
         "engine": {
             "max_num_seqs": max_num_seqs,

@@ -29,7 +29,7 @@ class GatewaySection(Section):
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
-    """Requests must show one of them as a bearer token; none: every request is served."""
+    """Requests must show one of them, as a bearer token or in `x-api-key`; none: every request is served."""
 
     @field_validator("api_keys")
     @classmethod

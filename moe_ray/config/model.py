@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moe_ray.config.section import Section
 
@@ -22,6 +22,8 @@ class ModelSection(Section):
     """Branch, tag or commit of the Hugging Face repository. Default: its main branch."""
     served_name: str | None = None
     """The name by which clients ask for the model. Default: the last part of `path`."""
+    aliases: tuple[str, ...] = ()
+    """Further names by which clients may ask for it; `*` stands for anything, as in `claude-*`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations, and of weights that are not quantised. auto: the checkpoint's, but bfloat16 for float16 on a
     CPU with bfloat16 instructions; float32 on a CPU that is slow at both."""
@@ -32,3 +34,10 @@ class ModelSection(Section):
     torch. Or those of one instruction set that this CPU has, so that unlike machines compute alike."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and output together. Default: the model's, cut to what the KV cache holds."""
+
+    @field_validator("aliases")
+    @classmethod
+    def _named(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(alias.strip() for alias in aliases):
+            raise ValueError("a name is not empty")
+        return aliases

@@ -44,7 +44,7 @@ class Gateway:
             keep_alive_s=http.keep_alive_s,
         )
         tokenizer = Tokenizer(resolve_model(config), http.tool_call_parser)
-        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options)
+        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, config.model.aliases)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""

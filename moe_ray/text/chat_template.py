@@ -47,6 +47,8 @@ class ChatTemplate:
         """How the model is to write calls of tools."""
         self.knows_tools = taught == chosen
         """The template tells the model of tools; else moe_ray's own text does."""
+        self.source = str(tokenizer.chat_template or (self._built_in.template if self._built_in else ""))
+        """Jinja; "" where there is none."""
 
     def render(
         self,

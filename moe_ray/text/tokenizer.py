@@ -32,6 +32,8 @@ class Tokenizer:
     def __init__(self, checkpoint: Path | str, tool_call_parser: str = "auto") -> None:
         """`tool_call_parser`: see `ChatTemplate`."""
         directory = Path(checkpoint)
+        self.directory = directory
+        """Of the checkpoint."""
         vocabulary = tokenizer_file(directory)
         if vocabulary is None:
             raise CheckpointError(_nothing_found(directory))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,5 +15,41 @@ from in_process import Trunk
 def trunk(readable_model: Path) -> Iterator[Trunk]:
     """One for all tests of a file; they leave it idle and at full speed."""
     running = Trunk(readable_model, max_waiting=200)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def chat_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of two layers with the demo model's whole vocabulary and chat template, and a long context."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(3)
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=json.loads((demo_model / "config.json").read_text())["vocab_size"],
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    directory = tmp_path_factory.mktemp("for-chats") / "model"
+    MixtralForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo_model / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_trunk(chat_model: Path) -> Iterator[Trunk]:
+    """One of `chat_model` for all tests; they leave it idle and at full speed."""
+    running = Trunk(chat_model, max_waiting=200)
     yield running
     running.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -30,17 +29,6 @@ from moe_ray.errors import InvalidRequest
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
     """Add the routes to `app`; they answer from `service`."""
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The served model, in OpenAI's list format."""
-        return {"object": "list", "data": [_card(service)]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        """One model card; 404 for a model that is not served."""
-        service.check_model(model)
-        return _card(service)
 
     @app.post("/tokenize", response_model_exclude_none=True)
     async def tokens(request: Request) -> TokenizeResponse:
@@ -110,15 +98,3 @@ async def _answer(
             raise
         field = body.grammar_field()  # what the trunk knows as the grammar
         raise InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field) from None
-
-
-def _card(service: ServedModel) -> dict[str, Any]:
-    return {
-        "id": service.served_name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "moe_ray",
-        "root": service.served_name,
-        "parent": None,
-        "max_model_len": service.max_model_len,
-    }

@@ -1,0 +1,69 @@
+"""The routes of Anthropic's Messages API."""
+
+from __future__ import annotations
+
+import uuid
+from functools import partial
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from moe_ray.api import sse
+from moe_ray.api.anthropic.errors import new_request_id
+from moe_ray.api.anthropic.parse import count, parse_count, parse_messages, to_job
+from moe_ray.api.anthropic.render import PING, MessageRenderer
+from moe_ray.api.anthropic.schemas import (
+    MessageAnswer,
+    MessageError,
+    MessageEvent,
+    MessagesRequest,
+    MessageTokens,
+    PromptRequest,
+)
+from moe_ray.api.job import GenerationJob, ModelLimits
+from moe_ray.api.openapi import json_body
+from moe_ray.api.route_answers import answers
+from moe_ray.api.service import ServedModel, StreamForm
+
+VERSION_HEADER: Final = "anthropic-version"
+"""Anthropic's clients send it with every request; any version is taken for the one there is."""
+_STREAM: Final = StreamForm(sse.MEDIA_TYPE, PING)
+
+
+def add_routes(app: FastAPI, service: ServedModel) -> None:
+    """Add the routes to `app`; they answer from `service`."""
+
+    @app.post(
+        "/v1/messages",
+        openapi_extra=json_body(MessagesRequest),
+        responses=answers(MessageAnswer, MessageError, MessageEvent, sse.MEDIA_TYPE),
+    )
+    async def messages(request: Request) -> Response:
+        """The next turn of a conversation, whole or streamed."""
+        raw = await request.body()
+        body = parse_messages(raw)
+        service.check_model(body.model)
+        job_id = f"msg_{uuid.uuid4().hex}"
+        request_id = new_request_id()
+
+        def make(limits: ModelLimits) -> GenerationJob:
+            return to_job(body, service.tokenizer, limits, job_id)
+
+        job = await service.parse(len(raw), make)
+        renderer = partial(
+            MessageRenderer, model=service.served_name, max_tokens=body.max_tokens, request_id=request_id
+        )
+        return await service.respond(job, renderer, {"request-id": request_id}, _STREAM)
+
+    @app.post(
+        "/v1/messages/count_tokens",
+        openapi_extra=json_body(PromptRequest),
+        responses=answers(MessageTokens, MessageError),
+    )
+    async def count_tokens(request: Request) -> dict[str, Any]:
+        """How many tokens the prompt of such a conversation has. Nothing is computed."""
+        raw = await request.body()
+        body = parse_count(raw)
+        service.check_model(body.model)
+        return {"input_tokens": await service.tokenize(len(raw), lambda: count(body, service.tokenizer))}

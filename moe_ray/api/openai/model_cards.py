@@ -1,0 +1,20 @@
+"""A model as OpenAI's list shows it, with the fields that vLLM adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_ray.api.service import ServedModel
+
+
+def model_card(service: ServedModel, name: str) -> dict[str, Any]:
+    """The served model under one of its names."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "moe_ray",
+        "root": service.served_name,
+        "parent": None,
+        "max_model_len": service.max_model_len,
+    }
