@@ -82,6 +82,7 @@ def _prompt(body: PromptRequest, tokenizer: Tokenizer) -> Prompt:
         messages,
         tools=tuple(map(_tool, body.tools)),
         tool_choice=_tool_choice(body.tool_choice, body.tools),
+        tool_path="tools.{}",
         grammar=_grammar(body),
         add_generation_prompt=not prefilled,
         continue_final_message=prefilled,
@@ -103,6 +104,13 @@ def _tool_choice(choice: ToolChoiceSetting | None, tools: list[CustomTool]) -> T
     if choice.name is not None and choice.name not in {tool.name for tool in tools}:
         raise InvalidRequest(f"tool_choice.name: no tool is called {choice.name!r}", "tool_choice")
     return ToolChoice(_MODES[choice.type], choice.name or "", not choice.disable_parallel_tool_use)
+
+
+def grammar_field(body: PromptRequest) -> str:
+    """What of a body an answer's grammar was made of."""
+    if body.tools:
+        return "tools"
+    return "output_format" if body.output_format else "output_config.format"
 
 
 def _grammar(body: PromptRequest) -> Grammar | None:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from moe_ray.api import sse
 from moe_ray.api.anthropic.errors import new_request_id
-from moe_ray.api.anthropic.parse import count, parse_count, parse_messages, to_job
+from moe_ray.api.anthropic.parse import count, grammar_field, parse_count, parse_messages, to_job
 from moe_ray.api.anthropic.render import PING, MessageRenderer
 from moe_ray.api.anthropic.schemas import (
     MessageAnswer,
@@ -25,6 +25,7 @@ from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.openapi import json_body
 from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel, StreamForm
+from moe_ray.errors import InvalidRequest
 
 VERSION_HEADER: Final = "anthropic-version"
 """Anthropic's clients send it with every request; any version is taken for the one there is."""
@@ -54,7 +55,10 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         renderer = partial(
             MessageRenderer, model=service.served_name, max_tokens=body.max_tokens, request_id=request_id
         )
-        return await service.respond(job, renderer, {"request-id": request_id}, _STREAM)
+        try:
+            return await service.respond(job, renderer, {"request-id": request_id}, _STREAM)
+        except InvalidRequest as error:
+            raise _named(error, grammar_field(body)) from None
 
     @app.post(
         "/v1/messages/count_tokens",
@@ -67,3 +71,8 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         body = parse_count(raw)
         service.check_model(body.model)
         return {"input_tokens": await service.tokenize(len(raw), lambda: count(body, service.tokenizer))}
+
+
+def _named(error: InvalidRequest, field: str) -> InvalidRequest:
+    """The trunk's refusal of a grammar, by what the client called it."""
+    return InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field) if error.param == "grammar" else error

@@ -163,4 +163,10 @@ async def _answer(
     # Nothing but a part of the answer can be a line of it: one that says nothing.
     waiting = StreamForm(MEDIA_TYPE, f"{dumps({**empty, 'done': False})}\n")
     make_renderer = partial(renderer, tokenizer=service.tokenizer, model=body.model, received_s=received_s)
-    return await service.respond(job, make_renderer, stream_form=waiting)
+    try:
+        return await service.respond(job, make_renderer, stream_form=waiting)
+    except InvalidRequest as error:
+        if error.param != "grammar":
+            raise
+        field = "format" if body.form else "tools"
+        raise InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field) from None
