@@ -16,6 +16,7 @@ from moe_ray.errors import (
     MoeRayError,
     NotReady,
     Overloaded,
+    RequestTooLarge,
     Unauthorized,
 )
 
@@ -57,6 +58,7 @@ _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
     InvalidRequest: (400, None),
     Unauthorized: (401, None),
     ModelNotFound: (404, None),
+    RequestTooLarge: (413, None),
     Overloaded: (429, None),
     NotReady: (503, None),
     LinkBroken: (503, _UNREACHABLE),

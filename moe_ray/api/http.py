@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import fastapi
@@ -14,10 +15,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_ray import __version__
+from moe_ray.api import shared_paths
 from moe_ray.api.failure import Failure, failure_of
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
+from moe_ray.api.tgi import errors as tgi_errors
+from moe_ray.api.tgi import routes as tgi_routes
 from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -34,10 +38,18 @@ class Api:
     """Errors on paths that begin so are in its format."""
     add_routes: Callable[[fastapi.FastAPI, ServedModel], None]
     error_body: Callable[[Failure], dict[str, Any]]
+    paths: frozenset[str] = frozenset()
+    """Further paths whose errors are in its format."""
+    status: Callable[[Failure], int] = attrgetter("status")
+    """The status that it gives a failure."""
 
 
-APIS: Final = (Api("/", openai_routes.add_routes, openai_errors.error_body),)
-"""The first whose prefix fits says how an error looks; the last fits all."""
+_TGI_PATHS: Final = frozenset({"/", "/tokenize", "/chat_tokenize", "/invocations", "/vertex", "/info", "/ping"})
+APIS: Final = (
+    Api("/generate", tgi_routes.add_routes, tgi_errors.error_body, _TGI_PATHS, tgi_errors.status),
+    Api("/", openai_routes.add_routes, openai_errors.error_body),
+)
+"""The first whose prefix or paths fit says how an error looks; the last fits all."""
 
 
 def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]]) -> fastapi.FastAPI:
@@ -71,6 +83,8 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
 
     for api in APIS:
         api.add_routes(app, service)
+    shared_paths.add_routes(app, service)
+    shared_paths.add_root(app, service)
     app.add_middleware(Authorisation, api_keys=options.api_keys, retry_after_s=options.retry_after_s)
     if options.cors_origins:  # outside of authorisation: a browser asks for permission without a key
         app.add_middleware(
@@ -137,7 +151,8 @@ def _path(scope: Scope) -> str:
 
 
 def _api_of(scope: Scope) -> Api:
-    return next((api for api in APIS if _path(scope).startswith(api.prefix)), APIS[-1])
+    path = _path(scope)
+    return next((api for api in APIS if path in api.paths or path.startswith(api.prefix)), APIS[-1])
 
 
 def _error_response(scope: Scope, error: Exception, retry_after_s: int) -> Response:
@@ -145,4 +160,5 @@ def _error_response(scope: Scope, error: Exception, retry_after_s: int) -> Respo
     failure = failure_of(error, retry_after_s)
     if failure.status == 500:
         logger.error("request failed", exc_info=error)
-    return JSONResponse(_api_of(scope).error_body(failure), failure.status, dict(failure.headers))
+    api = _api_of(scope)
+    return JSONResponse(api.error_body(failure), api.status(failure), dict(failure.headers))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -14,6 +14,7 @@ from moe_ray.api import sse
 from moe_ray.api.generation import ResponseStream, StreamRenderer, collect
 from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.output import JobOutput
+from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.errors import ModelNotFound
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.text.tokenizer import Tokenizer
@@ -24,6 +25,8 @@ TRUNK_TIMEOUT_S = 5.0
 """How long a request waits for a first trunk before it is told 503."""
 DEGRADED_HEADER = "x-moe-degraded"
 """How many tokens, of those computed before the headers went out, lacked one of their experts."""
+UNNAMED: Final = ("tgi", "dummy")
+"""Names that stand for the served model: Hugging Face's clients send them where they know a URL alone."""
 
 _T = TypeVar("_T")
 
@@ -31,7 +34,7 @@ _T = TypeVar("_T")
 class Renderer(StreamRenderer, Protocol):
     """How one API writes responses to jobs."""
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Any:
         """The response to a finished job that is not streamed."""
         ...
 
@@ -46,6 +49,7 @@ class HttpOptions:
     cors_origins: Sequence[str] = ()
     headers_within_s: float = 1.0
     keep_alive_s: float = 5.0
+    tgi: TgiLimits = field(default_factory=TgiLimits)
 
 
 class ServedModel:
@@ -87,7 +91,7 @@ class ServedModel:
 
     def check_model(self, requested: str | None) -> None:
         """Raise `ModelNotFound` unless a request names the served model, or none."""
-        if requested is not None and requested != self.served_name:
+        if requested not in (None, self.served_name, *UNNAMED):
             raise ModelNotFound(f"The model `{requested}` does not exist.")
 
     async def parse(self, body_bytes: int, parse: Callable[[ModelLimits], _T]) -> _T:
@@ -96,19 +100,31 @@ class ServedModel:
         limits = ModelLimits(self.tokenizer.vocab_size, trunk.max_model_len)
         return await asyncio.to_thread(parse, limits) if body_bytes > LONG_BODY else parse(limits)
 
-    async def respond(self, job: GenerationJob, make_renderer: Callable[[JobOutput], Renderer]) -> Response:
+    async def finish(self, job: GenerationJob) -> JobOutput:
+        """Generate all of a job that is not streamed. Raises what it fails with."""
+        output = JobOutput.of(job, self.tokenizer)
+        await collect(output, self._sessions.open(job.requests))
+        return output
+
+    async def respond(
+        self,
+        job: GenerationJob,
+        make_renderer: Callable[[JobOutput], Renderer],
+        extra_headers: Mapping[str, str] | None = None,
+    ) -> Response:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
+        if not job.stream:
+            output = await self.finish(job)
+            return JSONResponse(make_renderer(output).whole(), headers={**(extra_headers or {}), **degraded(output)})
         output = JobOutput.of(job, self.tokenizer)
         renderer = make_renderer(output)
         session = self._sessions.open(job.requests)
-        if not job.stream:
-            await collect(output, session)
-            return JSONResponse(renderer.whole(), headers=_degraded(output))
         stream = ResponseStream(output, session, renderer, self.options.keep_alive_s)
         await stream.open(self.options.headers_within_s)
-        headers = {**sse.HEADERS, **_degraded(output)}
+        headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=sse.MEDIA_TYPE, headers=headers)
 
 
-def _degraded(output: JobOutput) -> dict[str, str]:
+def degraded(output: JobOutput) -> dict[str, str]:
+    """The header that says so where tokens lacked one of their experts."""
     return {DEGRADED_HEADER: str(output.num_degraded)} if output.num_degraded else {}

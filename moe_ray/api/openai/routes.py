@@ -75,15 +75,15 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """Text completions, whole or streamed."""
-        return await _answer(service, await request.body(), parse_completion, CompletionRenderer)
+        return await answer(service, await request.body(), parse_completion, CompletionRenderer)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Chat completions, whole or streamed."""
-        return await _answer(service, await request.body(), parse_chat, ChatRenderer)
+        return await answer(service, await request.body(), parse_chat, ChatRenderer)
 
 
-async def _answer(
+async def answer(
     service: ServedModel, raw: bytes, parse: Callable[[bytes], Body], renderer: type[OpenAIRenderer]
 ) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
