@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "sampling": {"errors"},
     "core": {"errors", "sampling"},
     "pb": set(),
-    "config": {"errors", "core"},
+    "config": {"errors", "sampling", "core"},
     "native": {"errors"},
     "text": {*BASE, "model"},  # the checkpoint's files beside the weights: its end tokens
     "transport": {*BASE, "pb", "native"},
@@ -78,6 +78,10 @@ NEVER = {  # room → packages that must not appear in it
 VERBS = (  # files of the command line that are loaded to parse any command
     *(
         "main",
+        "command_line",
+        "tgi_launcher",
+        "tgi_arguments",
+        "tgi_mapping",
         "options",
         "bench_options",
         "serve",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from moe_ray.config.section import Section
+from moe_ray.config.tgi import TgiSection
 
 
 class GatewaySection(Section):
@@ -26,6 +27,8 @@ class GatewaySection(Section):
     """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Requests must show one of them as a bearer token; none: every request is served."""
+    tgi: TgiSection = TgiSection()
+    """What requests to TGI's routes may ask for."""
 
     @field_validator("api_keys")
     @classmethod
