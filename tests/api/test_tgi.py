@@ -166,6 +166,30 @@ def test_truncate_keeps_the_end(http: httpx.Client, tokenizer: Tokenizer) -> Non
     assert response.json()["generated_text"] == INPUT + ask(http, inputs=end)["generated_text"]
 
 
+def test_the_inputs_tokens_have_log_probabilities(http: httpx.Client, tokenizer: Tokenizer) -> None:
+    whole = ask(http, decoder_input_details=True)
+    prefill = whole["details"]["prefill"]
+    assert [set(token) for token in prefill] == [{"id", "text", "logprob"}] * 4
+    assert [token["id"] for token in prefill] == tokenizer.encode(INPUT)
+    assert "".join(token["text"] for token in prefill) == INPUT
+    assert prefill[0]["logprob"] is None
+    for i in range(1, 4):  # the model itself says how likely it is that this token comes next
+        before = tokenizer.decode([token["id"] for token in prefill[:i]])
+        top = ask(http, inputs=before, details=True, max_new_tokens=1, top_n_tokens=5)["details"]["top_tokens"][0]
+        known = {token["id"]: token["logprob"] for token in top}
+        assert prefill[i]["logprob"] <= min(known.values()) or prefill[i]["id"] in known
+    assert whole["generated_text"] == ask(http)["generated_text"]
+    both = ask(http, decoder_input_details=True, best_of=2, do_sample=True)["details"]
+    assert both["best_of_sequences"][0]["prefill"] == both["prefill"] == prefill
+
+
+def test_typical_sampling_draws_from_fewer_tokens(http: httpx.Client) -> None:
+    drawn = {ask(http, do_sample=True, seed=seed, max_new_tokens=1)["generated_text"] for seed in range(3)}
+    typical = {ask(http, typical_p=1e-9, seed=seed, max_new_tokens=1)["generated_text"] for seed in range(3)}
+    assert (len(typical), len(drawn)) == (1, 3)
+    assert details(http, typical_p=0.5)["seed"] is not None
+
+
 def test_penalties_change_the_answer(http: httpx.Client) -> None:
     plain = [token["id"] for token in details(http, max_new_tokens=40)["tokens"]]
     punished = [token["id"] for token in details(http, max_new_tokens=40, repetition_penalty=5.0)["tokens"]]

@@ -23,6 +23,8 @@ def test_the_hubs_client_generates(hub: InferenceClient) -> None:
     assert (found.details.finish_reason, found.details.generated_tokens) == ("length", 6)
     assert "".join(token.text for token in found.details.tokens) == text
     assert [len(top) for top in found.details.top_tokens] == [2] * 6
+    scored = hub.text_generation(PROMPT, max_new_tokens=2, details=True, decoder_input_details=True)
+    assert [token.logprob is None for token in scored.details.prefill] == [True, False, False, False]
     best = hub.text_generation(PROMPT, max_new_tokens=4, best_of=2, do_sample=True, details=True)
     assert len(best.details.best_of_sequences) == 1
 

@@ -91,10 +91,12 @@ def _sampling(given: TgiParameters, stream: bool) -> SamplingParams:
         temperature=temperature if sampled else 0.0,
         top_k=given.top_k or 0,
         top_p=1.0 if given.top_p is None else given.top_p,
+        typical_p=1.0 if given.typical_p is None else given.typical_p,
         repetition_penalty=1.0 if given.repetition_penalty is None else given.repetition_penalty,
         frequency_penalty=given.frequency_penalty or 0.0,
         stop=tuple(given.stop or ()),
         logprobs=(given.top_n_tokens or 0) if tells_tokens else None,
+        prompt_logprobs=0 if given.decoder_input_details else None,
         grammar=None if given.grammar is None else grammar_of(given.grammar),
     )
 
@@ -151,10 +153,6 @@ def _refuse_unsupported(given: TgiParameters, limits: TgiLimits) -> None:
         raise InvalidRequest(f"`adapter_id`: no adapter {given.adapter_id!r} is served here", "adapter_id")
     if given.grammar is not None and not limits.grammars:
         raise InvalidRequest("grammar is not supported", "grammar")
-    if given.typical_p is not None:
-        raise InvalidRequest("`typical_p` is not supported", "typical_p")
-    if given.decoder_input_details:
-        raise InvalidRequest("`decoder_input_details` is not supported", "decoder_input_details")
 
 
 def _max_new_tokens(num_input: int, wanted: int | None, most: int, most_input: int) -> int:

@@ -116,7 +116,7 @@ class TgiRenderer:
             "finish_reason": _finish_reason(choice),
             "generated_tokens": choice.num_tokens,
             "seed": self._seed(choice),
-            "prefill": [],
+            "prefill": self._prefill(choice),
             "tokens": [
                 self._token(at.token_id, at.logprob, text) for at, text in zip(choice.logprobs, texts, strict=True)
             ],
@@ -124,6 +124,19 @@ class TgiRenderer:
         if self._asked.top_n_tokens:
             says["top_tokens"] = [self._top(at) for at in choice.logprobs]
         return says
+
+    def _prefill(self, choice: ChoiceOutput) -> list[dict[str, Any]]:
+        """The tokens of the input, where they are asked for; the first one has no log-probability."""
+        if not self._asked.decoder_input_details:
+            return []
+        return [
+            {
+                "id": token_id,
+                "text": self._tokenizer.token_to_str(token_id),
+                "logprob": None if at is None else max(at.logprob, _MIN_LOGPROB),
+            }
+            for token_id, at in zip(choice.request.prompt_token_ids, choice.prompt_logprobs, strict=True)
+        ]
 
     def _token(self, token_id: int, logprob: float, text: str) -> dict[str, Any]:
         special = token_id in self._tokenizer.special_ids
