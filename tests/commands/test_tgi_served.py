@@ -29,10 +29,9 @@ def entry_point() -> str:
 
 
 @contextmanager
-def launched(*words: str, **env: str) -> Iterator[tuple[psutil.Popen, Path]]:
-    """The launcher and the file that it prints to; killed with all its children at the end."""
+def launched(output: Path, *words: str, **env: str) -> Iterator[psutil.Popen]:
+    """The launcher, which prints to `output`; killed with all its children at the end."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MOE_RAY_"))}
-    output = Path(env.pop("OUTPUT"))
     with output.open("w") as file:
         process = psutil.Popen(
             [sys.executable, "-c", entry_point(), *words],
@@ -42,7 +41,7 @@ def launched(*words: str, **env: str) -> Iterator[tuple[psutil.Popen, Path]]:
             start_new_session=True,
         )
     try:
-        yield process, output
+        yield process
     finally:
         family = process.children(recursive=True) if process.is_running() else []
         for each in [*family, process]:
@@ -76,13 +75,15 @@ def test_the_launcher_serves_the_demo_model(demo_model: Path, tmp_path: Path) ->
                 "/generate", json={"inputs": "The capital of France is", "parameters": {"max_new_tokens": 5}}
             )
             info = http.get("/info").json()
-            experts = {each["name"] for each in http.get("/experts").json()["experts"]}
+            experts = http.get("/experts").json()["experts"]
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
     assert answer.status_code == 200
     assert "Paris" in answer.json()["generated_text"]
     assert (info["model_id"], info["max_total_tokens"], info["max_concurrent_requests"]) == (str(demo_model), 512, 128)
-    assert len(experts) == 2, experts
+    assert len(experts) == 8
+    actors = {replica["deployment"] for expert in experts for replica in expert["replicas"]}
+    assert actors == {"Experts0-3", "Experts4-7"}
     for line in (
         "Args {",
         "    num_shard: 2,",
