@@ -16,6 +16,7 @@ from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.output import JobOutput
 from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.errors import ModelNotFound
+from moe_ray.gateway.session import Session
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -103,7 +104,7 @@ class ServedModel:
     async def finish(self, job: GenerationJob) -> JobOutput:
         """Generate all of a job that is not streamed. Raises what it fails with."""
         output = JobOutput.of(job, self.tokenizer)
-        await collect(output, self._sessions.open(job.requests))
+        await collect(output, self._begin(output))
         return output
 
     async def respond(
@@ -118,11 +119,15 @@ class ServedModel:
             return JSONResponse(make_renderer(output).whole(), headers={**(extra_headers or {}), **degraded(output)})
         output = JobOutput.of(job, self.tokenizer)
         renderer = make_renderer(output)
-        session = self._sessions.open(job.requests)
+        session = self._begin(output)
         stream = ResponseStream(output, session, renderer, self.options.keep_alive_s)
         await stream.open(self.options.headers_within_s)
         headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=sse.MEDIA_TYPE, headers=headers)
+
+    def _begin(self, output: JobOutput) -> Session:
+        """Start generating a job."""
+        return self._sessions.open(output.job.requests)
 
 
 def degraded(output: JobOutput) -> dict[str, str]:

@@ -5,11 +5,11 @@ A new owner of `/tokenize` or `/invocations` is a row here: the field of a body 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from fastapi import FastAPI, Request
+from pydantic_core import from_json
 from starlette.responses import Response
 
 from moe_ray.api.body import read_body
@@ -17,6 +17,7 @@ from moe_ray.api.health import health_response
 from moe_ray.api.openai.parse import parse_chat, parse_completion
 from moe_ray.api.openai.render import ChatRenderer, CompletionRenderer
 from moe_ray.api.openai.routes import answer
+from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.service import ServedModel
 from moe_ray.api.tgi import routes as tgi
@@ -56,7 +57,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
 
     @app.post(
         "/invocations",
-        openapi_extra=json_body(TgiCompatBody),
+        openapi_extra=json_body(TgiCompatBody, ChatRequest, CompletionRequest),
         responses={
             200: {"description": "As the API of the body answers", "content": events_of(TgiStreamEvent)},
             **tgi.FAILURES,
@@ -80,7 +81,7 @@ def add_root(app: FastAPI, service: ServedModel) -> None:
 def _owner(owners: dict[str, Answer], raw: bytes) -> Answer:
     """What answers a body. Raises `InvalidRequest` for one with no owner's field."""
     try:
-        body = json.loads(raw)
+        body = from_json(raw)
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):

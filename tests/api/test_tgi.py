@@ -348,6 +348,24 @@ def test_a_wrong_body_is_refused_with_the_field(http: httpx.Client, body: Any, s
         assert refused.json()["error"].startswith(f"Input validation error: {says}")
 
 
+def test_where_stream_is_settled_it_may_be_said(http: httpx.Client) -> None:
+    body = {"inputs": INPUT, "parameters": {"max_new_tokens": 6}}
+    assert http.post("/generate", json={**body, "stream": False}).json() == ask(http)
+    assert http.post("/generate_stream", json={**body, "stream": True}).text.startswith("data:")
+    for path, stream_too in (("/generate", True), ("/generate_stream", False)):
+        refused = http.post(path, json={**body, "stream": stream_too})
+        assert (refused.status_code, "`stream`" in refused.json()["error"]) == (422, True)
+
+
+def test_nesting_without_end_is_refused(http: httpx.Client) -> None:
+    deep = "[" * 100_000
+    for path in ("/generate", "/tokenize", "/invocations"):
+        assert http.post(path, content=deep.encode()).status_code == 422
+    grammar = {"type": "json", "value": deep}
+    refused = http.post("/generate", json={"inputs": "a", "parameters": {"grammar": grammar}})
+    assert refused.status_code == 422
+
+
 def test_an_empty_input_is_refused(http: httpx.Client) -> None:
     refused = http.post("/generate", json={"inputs": ""})
     assert (refused.status_code, refused.json()["error"]) == (422, "Input validation error: `inputs` cannot be empty")

@@ -56,13 +56,9 @@ def test_the_launcher_serves_the_demo_model(demo_model: Path, tmp_path: Path) ->
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ["--model-id", str(demo_model), "--num-shard", "2", "--max-total-tokens", "512", "--cuda-graphs", "0"]
-    env = {
-        "PORT": str(port),
-        "MAX_BATCH_TOTAL_TOKENS": "4096",
-        "HOSTNAME": "a-container",
-        "OUTPUT": str(tmp_path / "out"),
-    }
-    with launched(*words, **env) as (process, output):
+    env = {"PORT": str(port), "MAX_BATCH_TOTAL_TOKENS": "4096", "HOSTNAME": "a-container"}
+    output = tmp_path / "out"
+    with launched(output, *words, **env) as process:
         deadline = time.monotonic() + 150
         while f"http://127.0.0.1:{port}/v1" not in output.read_text():
             assert time.monotonic() < deadline, output.read_text()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic_core import from_json
+
 from moe_ray.api.tgi.schemas import TgiGrammar
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
@@ -35,7 +37,7 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return from_json(value)
     except ValueError as error:
         raise _invalid(str(error)) from None
 

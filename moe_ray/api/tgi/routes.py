@@ -19,6 +19,7 @@ from moe_ray.api.health import health_response
 from moe_ray.api.job import MAX_CHOICES, GenerationJob, ModelLimits
 from moe_ray.api.openai.parse import parse_chat
 from moe_ray.api.openai.parse import to_job as chat_job
+from moe_ray.api.openai.schemas import ChatRequest
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.output import JobOutput
 from moe_ray.api.service import ServedModel, degraded
@@ -61,23 +62,29 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
 
     @app.post(
         "/generate",
-        openapi_extra=json_body(TgiGenerateBody),
+        openapi_extra=json_body(TgiCompatBody),
         responses={200: {"model": TgiGenerated}, **FAILURES},
     )
     async def generate(request: Request) -> Response:
         """Generate one answer."""
         watch, raw = Stopwatch(), await read_body(request, limit)
-        return await _whole(service, raw, read(TgiGenerateBody, raw), watch, full_text=False, in_list=False)
+        body = read(TgiCompatBody, raw)
+        if body.stream:
+            raise InvalidRequest("`stream` is not supported here: use /generate_stream, or `/`", "stream")
+        return await _whole(service, raw, body, watch, full_text=False, in_list=False)
 
     @app.post(
         "/generate_stream",
-        openapi_extra=json_body(TgiGenerateBody),
+        openapi_extra=json_body(TgiCompatBody),
         responses={200: {"content": events_of(TgiStreamEvent)}, **FAILURES},
     )
     async def generate_stream(request: Request) -> Response:
         """Generate one answer as server-sent events, one for each token."""
         raw = await read_body(request, limit)
-        return await _streamed(service, raw, read(TgiGenerateBody, raw), full_text=False)
+        body = read(TgiCompatBody, raw)
+        if body.stream is False:
+            raise InvalidRequest("`stream` is true here: use /generate, or `/`", "stream")
+        return await _streamed(service, raw, body, full_text=False)
 
     @app.post("/vertex", openapi_extra=json_body(TgiVertexBody), responses={200: {"model": TgiPredictions}, **FAILURES})
     async def vertex(request: Request) -> Response:
@@ -85,7 +92,11 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         raw = await read_body(request, limit)
         return await _vertex(service, raw, read(TgiVertexBody, raw))
 
-    @app.post("/chat_tokenize", responses={200: {"model": TgiChatTokens}, 422: {"model": TgiErrorBody}})
+    @app.post(
+        "/chat_tokenize",
+        openapi_extra=json_body(ChatRequest),
+        responses={200: {"model": TgiChatTokens}, 422: {"model": TgiErrorBody}},
+    )
     async def chat_tokenize(request: Request) -> Response:
         """The text and the tokens that a chat request's messages become."""
         return await _chat_tokenize(service, await read_body(request, limit))
@@ -212,7 +223,7 @@ async def _chat_tokenize(service: ServedModel, raw: bytes) -> Response:
 
 async def _info(service: ServedModel) -> TgiInfo:
     limits = service.options.tgi
-    most = service.max_model_len or 0
+    most = (await service.parse(0, lambda found: found)).max_model_len
     return TgiInfo(
         model_id=limits.model_id or service.served_name,
         model_sha=limits.model_sha,

@@ -54,7 +54,7 @@ class TgiParameters(BaseModel):
 
 
 class TgiGenerateBody(BaseModel):
-    """Body of POST /generate and /generate_stream."""
+    """Body of POST /tokenize, and an instance of POST /vertex."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -65,9 +65,10 @@ class TgiGenerateBody(BaseModel):
 
 
 class TgiCompatBody(TgiGenerateBody):
-    """Body of POST /, and one of those of POST /invocations."""
+    """Body of POST /, /generate and /generate_stream, and one of those of POST /invocations."""
 
     stream: bool | None = None
+    """Of /generate only false, of /generate_stream only true."""
 
 
 class TgiVertexBody(BaseModel):
