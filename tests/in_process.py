@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import functools
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -93,12 +95,17 @@ async def sessions_over(trunks: Sequence[TrunkInfo]) -> AsyncIterator[Sessions]:
     yield sessions
 
 
+@functools.lru_cache(maxsize=8)
+def _tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer(directory)
+
+
 @contextlib.asynccontextmanager
 async def served(
     directory: Path, trunks: Sequence[TrunkInfo], options: HttpOptions | None = None, vocab_size: int | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
-    tokenizer = Tokenizer(directory)
+    tokenizer = copy.copy(_tokenizer(directory))
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
 
     async def load() -> dict[str, Any]:
