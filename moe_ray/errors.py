@@ -100,3 +100,7 @@ class CallCancelled(TransportError):
 
 class EngineError(MoeRayError):
     """The engine stopped on an internal fault (HTTP 500)."""
+
+
+class IncompleteGeneration(EngineError):
+    """A sequence ended without its last token, or was ended from outside (HTTP 500)."""

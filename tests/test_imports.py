@@ -106,6 +106,11 @@ FILE_NEVER = {  # files that work without a package their room may have
     "api/openai/parse.py": {"fastapi", "starlette"},
     "api/openai/render.py": {"fastapi", "starlette"},
     "api/openai/schemas.py": {"fastapi", "starlette"},
+    "api/openapi.py": {"fastapi", "starlette"},
+    **{
+        f"api/tgi/{name}.py": {"fastapi", "starlette"}
+        for name in ("constraint", "errors", "limits", "parse", "render", "schemas", "timing")
+    },
     "engine/blocks.py": {"torch"},
     "engine/routed_experts.py": {"torch"},
     "engine/scheduler.py": {"torch"},

@@ -9,6 +9,7 @@ from typing import Final
 
 from moe_ray.errors import (
     ContextLengthExceeded,
+    IncompleteGeneration,
     InvalidRequest,
     LinkBroken,
     LinkTimeout,
@@ -67,6 +68,7 @@ _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
 }
 _CODES: Final[dict[type, str]] = {
     ContextLengthExceeded: "context_length_exceeded",
+    IncompleteGeneration: "incomplete_generation",
     ModelNotFound: "model_not_found",
 }
 _ADDRESS: Final = re.compile(

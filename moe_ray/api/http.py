@@ -34,6 +34,7 @@ OPEN_PATHS: Final = frozenset({"/health", "/ping"})
 class Api:
     """One API: a folder beside this file."""
 
+    name: str
     prefix: str
     """Errors on paths that begin so are in its format."""
     add_routes: Callable[[fastapi.FastAPI, ServedModel], None]
@@ -44,10 +45,10 @@ class Api:
     """The status that it gives a failure."""
 
 
-_TGI_PATHS: Final = frozenset({"/", "/tokenize", "/chat_tokenize", "/invocations", "/vertex", "/info", "/ping"})
+_TGI_PATHS: Final = frozenset({"/", "/chat_tokenize", "/invocations", "/vertex", "/info"})
 APIS: Final = (
-    Api("/generate", tgi_routes.add_routes, tgi_errors.error_body, _TGI_PATHS, tgi_errors.status),
-    Api("/", openai_routes.add_routes, openai_errors.error_body),
+    Api("tgi", "/generate", tgi_routes.add_routes, tgi_errors.error_body, _TGI_PATHS, tgi_errors.status),
+    Api("openai", "/", openai_routes.add_routes, openai_errors.error_body),
 )
 """The first whose prefix or paths fit says how an error looks; the last fits all."""
 
@@ -151,7 +152,9 @@ def _path(scope: Scope) -> str:
 
 
 def _api_of(scope: Scope) -> Api:
-    path = _path(scope)
+    path, told = _path(scope), scope.get("state", {}).get(shared_paths.SPEAKS)
+    if told is not None:  # the body of a path that APIs share has said it
+        return next(api for api in APIS if api.name == told)
     return next((api for api in APIS if path in api.paths or path.startswith(api.prefix)), APIS[-1])
 
 

@@ -78,7 +78,8 @@ class ServedModel:
         if missing is None:
             return JSONResponse({"status": "ok"})
         headers = {"Retry-After": str(self.options.retry_after_s)}
-        return JSONResponse({"status": "not ready", "missing": missing}, 503, headers)
+        says = {"status": "not ready", "missing": missing, "error": "unhealthy", "error_type": "healthcheck"}
+        return JSONResponse(says, 503, headers)
 
     @property
     def num_requests(self) -> int:

@@ -1,11 +1,13 @@
 """Paths that more than one API has: what the body, or the client, asks for decides which one answers.
 
-A new owner of `/tokenize` or `/invocations` is a row here: the field of a body that is its own, and its function.
+A further owner of `/tokenize` or `/invocations` is a row here: a field that only its bodies have, its function, and the
+API whose errors it speaks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
 from fastapi import FastAPI, Request
@@ -13,32 +15,39 @@ from pydantic_core import from_json
 from starlette.responses import Response
 
 from moe_ray.api.body import read_body
-from moe_ray.api.health import health_response
-from moe_ray.api.openai.parse import parse_chat, parse_completion
-from moe_ray.api.openai.render import ChatRenderer, CompletionRenderer
-from moe_ray.api.openai.routes import answer
+from moe_ray.api.openai.routes import answer_chat, answer_completion, answer_tokenize
 from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
+from moe_ray.api.openai.tokenize import TokenizeRequest, TokenizeResponse
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.service import ServedModel
 from moe_ray.api.tgi import routes as tgi
 from moe_ray.api.tgi.schemas import TgiCompatBody, TgiErrorBody, TgiGenerateBody, TgiStreamEvent, TgiTokens
 from moe_ray.errors import InvalidRequest
 
-Answer = Callable[[ServedModel, bytes], Awaitable[Response]]
+SPEAKS: Final = "speaks"
+"""Key of a request's state: the name of the API whose errors it gets."""
 
 
-async def _chat(service: ServedModel, raw: bytes) -> Response:
-    return await answer(service, raw, parse_chat, ChatRenderer)
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One API's share of a path."""
+
+    field: str
+    """A body with it is this API's."""
+    answer: Callable[[ServedModel, bytes], Awaitable[Response]]
+    speaks: str
 
 
-async def _completion(service: ServedModel, raw: bytes) -> Response:
-    return await answer(service, raw, parse_completion, CompletionRenderer)
-
-
-TOKENIZE: Final[dict[str, Answer]] = {"inputs": tgi.tokenize}
-"""Field of a body of POST /tokenize → what answers it."""
-INVOCATIONS: Final[dict[str, Answer]] = {"inputs": tgi.compat, "messages": _chat, "prompt": _completion}
-"""Field of a body of POST /invocations → what answers it."""
+TOKENIZE: Final = (
+    Owner("inputs", tgi.tokenize, "tgi"),
+    Owner("messages", answer_tokenize, "openai"),
+    Owner("prompt", answer_tokenize, "openai"),
+)
+INVOCATIONS: Final = (
+    Owner("inputs", tgi.compat, "tgi"),
+    Owner("messages", answer_chat, "openai"),
+    Owner("prompt", answer_completion, "openai"),
+)
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
@@ -47,13 +56,17 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
 
     @app.post(
         "/tokenize",
-        openapi_extra=json_body(TgiGenerateBody),
-        responses={200: {"model": TgiTokens}, 413: {"model": TgiErrorBody}, 422: {"model": TgiErrorBody}},
+        openapi_extra=json_body(TgiGenerateBody, TokenizeRequest),
+        responses={
+            200: {"model": TgiTokens | TokenizeResponse},
+            400: {"description": "OpenAI's error, where the body is not TGI's"},
+            413: {"description": "The body is too large"},
+            422: {"model": TgiErrorBody},
+        },
     )
     async def tokenize(request: Request) -> Response:
-        """The tokens of a text: TGI's answer to a body with `inputs`."""
-        raw = await read_body(request, limit)
-        return await _owner(TOKENIZE, raw)(service, raw)
+        """The tokens of a text (TGI's `inputs`, vLLM's `prompt`) or of a conversation (`messages`)."""
+        return await _owned(TOKENIZE, service, request, await read_body(request, limit))
 
     @app.post(
         "/invocations",
@@ -65,8 +78,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     )
     async def invocations(request: Request) -> Response:
         """A body of TGI's, of chat completions or of completions, as SageMaker sends them."""
-        raw = await read_body(request, limit)
-        return await _owner(INVOCATIONS, raw)(service, raw)
+        return await _owned(INVOCATIONS, service, request, await read_body(request, limit))
 
 
 def add_root(app: FastAPI, service: ServedModel) -> None:
@@ -75,18 +87,20 @@ def add_root(app: FastAPI, service: ServedModel) -> None:
     @app.get("/", responses={503: {"description": "A part of the model is missing"}})
     async def root() -> Response:
         """As /health."""
-        return await health_response(service)
+        return await service.health()
 
 
-def _owner(owners: dict[str, Answer], raw: bytes) -> Answer:
-    """What answers a body. Raises `InvalidRequest` for one with no owner's field."""
+async def _owned(owners: tuple[Owner, ...], service: ServedModel, request: Request, raw: bytes) -> Response:
+    """The answer of the API whose body this is. Raises `InvalidRequest` for one of none."""
     try:
         body = from_json(raw)
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise InvalidRequest("the body is not a JSON object")
-    for field, found in owners.items():
-        if field in body:
-            return found
-    raise InvalidRequest(f"the body must have {' or '.join(f'`{field}`' for field in owners)}")
+    owner = next((owner for owner in owners if body.get(owner.field) is not None), None)
+    if owner is None:
+        fields = [owner.field for owner in owners]
+        raise InvalidRequest(f"the body must have one of {', '.join(f'`{field}`' for field in fields)}", fields[-1])
+    setattr(request.state, SPEAKS, owner.speaks)
+    return await owner.answer(service, raw)

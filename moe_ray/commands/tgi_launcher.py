@@ -14,8 +14,6 @@ from moe_ray.commands.options import error_console
 from moe_ray.commands.tgi_arguments import SWITCHES, TgiArguments, flag_of, parse_arguments
 from moe_ray.commands.tgi_mapping import KEYS, NOTES, REFUSED, Mapped, experts_per_actor, mapped
 
-HUB_VARIABLES: Final = {"HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE", "HF_API_TOKEN": "HF_TOKEN"}
-"""TGI's variable → the one that the Hub's library reads."""
 DEMO_NOTE: Final = "--model-id is not given: serving the demo model"
 
 
@@ -57,10 +55,9 @@ def launch(words: list[str]) -> None:
 def _tell_hub(arguments: TgiArguments) -> None:
     """Set what the Hub's library reads, before it is loaded; the actors inherit it."""
     if arguments.huggingface_hub_cache is not None:
-        os.environ["HUGGINGFACE_HUB_CACHE"] = arguments.huggingface_hub_cache
-    for theirs, ours in HUB_VARIABLES.items():
-        if os.environ.get(theirs):
-            os.environ.setdefault(ours, os.environ[theirs])
+        os.environ["HF_HUB_CACHE"] = arguments.huggingface_hub_cache
+    if token := os.environ.get("HF_API_TOKEN"):  # TGI's older name
+        os.environ.setdefault("HF_TOKEN", token)
 
 
 def _with_shards(what: Mapped, console: Console) -> tuple[Mapping[str, Any], list[str]]:

@@ -13,9 +13,11 @@ import pytest
 from in_process import Trunk
 from in_thread import served_at
 
+from moe_ray.api.failure import failure_of
 from moe_ray.api.service import HttpOptions
+from moe_ray.api.tgi.errors import stream_error
 from moe_ray.api.tgi.limits import TgiLimits
-from moe_ray.errors import ExpertUnavailable
+from moe_ray.errors import EngineError, ExpertUnavailable, IncompleteGeneration
 from moe_ray.text.tokenizer import Tokenizer
 
 INPUT = "The capital of France"
@@ -273,6 +275,25 @@ def test_what_fails_in_a_stream_is_an_event(text_trunk: Trunk, kernel_model: Pat
     assert whole.json()["error_type"] == "healthcheck"
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "whole", "event"),
+    [
+        (EngineError("x"), 424, "generation", "generation"),
+        (IncompleteGeneration("x"), 500, "incomplete_generation", "incomplete_generation_stream"),
+    ],
+)
+def test_what_the_engine_fails_with(
+    http: httpx.Client, text_trunk: Trunk, error: Exception, status: int, whole: str, event: str
+) -> None:
+    text_trunk.engine.error = error
+    try:
+        failed = http.post("/generate", json={"inputs": INPUT, "parameters": {"max_new_tokens": 2}})
+    finally:
+        text_trunk.engine.error = None
+    assert (failed.status_code, failed.json()["error_type"]) == (status, whole)
+    assert stream_error(failure_of(error))["error_type"] == event
+
+
 # ---- refusals
 
 
@@ -359,8 +380,8 @@ def test_where_stream_is_settled_it_may_be_said(http: httpx.Client) -> None:
 
 def test_nesting_without_end_is_refused(http: httpx.Client) -> None:
     deep = "[" * 100_000
-    for path in ("/generate", "/tokenize", "/invocations"):
-        assert http.post(path, content=deep.encode()).status_code == 422
+    for path, status in (("/generate", 422), ("/tokenize", 400), ("/invocations", 422)):
+        assert http.post(path, content=deep.encode()).status_code == status
     grammar = {"type": "json", "value": deep}
     refused = http.post("/generate", json={"inputs": "a", "parameters": {"grammar": grammar}})
     assert refused.status_code == 422
@@ -445,8 +466,11 @@ def test_tokenize_tells_places_in_bytes(http: httpx.Client, tokenizer: Tokenizer
     assert (spans[0]["start"], spans[-1]["stop"]) == (0, len(text.encode()))
     last = http.post("/tokenize", json={"inputs": text, "parameters": {"truncate": 1}}).json()
     assert last == spans[-1:]
-    refused = http.post("/tokenize", json={"text": "x"})
-    assert (refused.status_code, "`inputs`" in refused.json()["error"]) == (422, True)
+    assert http.post("/tokenize", json={"prompt": text}).json()["tokens"] == [span["id"] for span in spans]
+    assert http.post("/tokenize", json={"inputs": 1}).json()["error_type"] == "validation"
+    for body, says in (({"text": "x"}, "`inputs`, `messages`, `prompt`"), ({"prompt": 1}, "`prompt`")):
+        refused = http.post("/tokenize", json=body)
+        assert (refused.status_code, says in refused.json()["error"]["message"]) == (400, True)
 
 
 def test_chat_tokenize_renders_the_template(http: httpx.Client, tokenizer: Tokenizer) -> None:
@@ -469,9 +493,10 @@ def test_invocations_take_the_body_of_any_api(http: httpx.Client) -> None:
     assert completion["choices"][0]["text"] == ask(http)["generated_text"]
     streamed = http.post("/invocations", json={"prompt": INPUT, "max_tokens": 2, "stream": True})
     assert streamed.text.endswith("data: [DONE]\n\n")
-    for wrong in (b"{", b"[]", b"{}", b'{"prompt": 1}'):
+    for wrong in (b"{", b"[]", b"{}", b'{"inputs": 1}'):
         refused = http.post("/invocations", content=wrong)
         assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
+    assert http.post("/invocations", json={"prompt": {}}).json()["error"]["param"] == "prompt", "as OpenAI tells it"
 
 
 def test_vertex_answers_many_instances(http: httpx.Client) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from moe_ray import __version__
 from moe_ray.commands.tgi_arguments import TgiArguments, flag_of, parse_arguments
-from moe_ray.commands.tgi_launcher import meaning_of
+from moe_ray.commands.tgi_launcher import launch, meaning_of
 from moe_ray.commands.tgi_mapping import KEYS, NOTES, REFUSED, Mapped, experts_per_actor, mapped
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
@@ -133,6 +134,14 @@ def test_every_flag_has_one_meaning() -> None:
 def test_the_document_says_what_each_flag_is() -> None:
     rows = re.findall(r"^\| `(--[a-z-]+)` \| (.*) \|$", (ROOT / "docs" / "from-tgi.md").read_text("utf-8"), re.M)
     assert rows == [(flag_of(name), meaning_of(name)) for name in TgiArguments.model_fields]
+
+
+def test_help_and_version_start_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    launch(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {flag_of(name)} " in said or f"  {flag_of(name)}\n" in said for name in TgiArguments.model_fields)
+    launch(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
 
 
 def test_what_has_no_meaning_is_said_in_a_line() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from moe_ray import __version__
 from moe_ray.api.job import GenerationJob, ModelLimits
@@ -17,7 +17,6 @@ from moe_ray.api.openai.render import ChatRenderer, CompletionRenderer, OpenAIRe
 from moe_ray.api.openai.schemas import Body
 from moe_ray.api.openai.tokenize import (
     DetokenizeResponse,
-    TokenizeResponse,
     detokenize,
     parse_detokenize,
     parse_tokenize,
@@ -39,14 +38,6 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         """One model card; 404 for a model that is not served."""
         service.check_model(model)
         return _card(service)
-
-    @app.post("/tokenize", response_model_exclude_none=True)
-    async def tokens(request: Request) -> TokenizeResponse:
-        """Token ids of a text or a conversation."""
-        raw = await request.body()
-        body = parse_tokenize(raw)
-        service.check_model(body.model)
-        return await service.parse(len(raw), partial(tokenize, body, service.tokenizer))
 
     @app.post("/detokenize")
     async def text(request: Request) -> DetokenizeResponse:
@@ -75,12 +66,12 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """Text completions, whole or streamed."""
-        return await answer(service, await request.body(), parse_completion, CompletionRenderer)
+        return await answer_completion(service, await request.body())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Chat completions, whole or streamed."""
-        return await answer(service, await request.body(), parse_chat, ChatRenderer)
+        return await answer_chat(service, await request.body())
 
 
 async def answer(
@@ -96,6 +87,24 @@ async def answer(
 
     job = await service.parse(len(raw), make)
     return await service.respond(job, partial(renderer, tokenizer=service.tokenizer, model=service.served_name))
+
+
+async def answer_tokenize(service: ServedModel, raw: bytes) -> Response:
+    """Answer a body of /tokenize as vLLM does: token ids of a text or a conversation. Raises as `answer`."""
+    body = parse_tokenize(raw)
+    service.check_model(body.model)
+    found = await service.parse(len(raw), partial(tokenize, body, service.tokenizer))
+    return JSONResponse(found.model_dump(exclude_none=True))
+
+
+async def answer_chat(service: ServedModel, raw: bytes) -> Response:
+    """Answer a body of /v1/chat/completions. Raises as `answer`."""
+    return await answer(service, raw, parse_chat, ChatRenderer)
+
+
+async def answer_completion(service: ServedModel, raw: bytes) -> Response:
+    """Answer a body of /v1/completions. Raises as `answer`."""
+    return await answer(service, raw, parse_completion, CompletionRenderer)
 
 
 def _card(service: ServedModel) -> dict[str, Any]:

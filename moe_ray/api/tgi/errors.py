@@ -16,16 +16,19 @@ _KINDS: Final[dict[int, tuple[int, str, str]]] = {
     429: (429, "overloaded", "Model is overloaded: "),
     503: (503, "healthcheck", ""),
 }
+_INCOMPLETE: Final = "incomplete_generation"
 _OTHER: Final = (424, "generation", "Request failed during generation: ")
 
 
 def status(failure: Failure) -> int:
-    """TGI's status: 422 for a request that is wrong, 424 for one that could not be computed."""
-    return _KINDS.get(failure.status, _OTHER)[0]
+    """TGI's status: 422 for a request that is wrong, 424 for one that could not be computed, 500 for half an answer."""
+    return 500 if failure.code == _INCOMPLETE else _KINDS.get(failure.status, _OTHER)[0]
 
 
 def error_body(failure: Failure) -> dict[str, Any]:
     """The body of an error response."""
+    if failure.code == _INCOMPLETE:
+        return {"error": "Incomplete generation", "error_type": _INCOMPLETE}
     _, kind, before = _KINDS.get(failure.status, _OTHER)
     if failure.status == 400 and failure.param == "messages":
         kind, before = "template_error", "Template error: "
@@ -34,6 +37,8 @@ def error_body(failure: Failure) -> dict[str, Any]:
 
 def stream_error(failure: Failure) -> dict[str, Any]:
     """The event of a stream that failed: whatever lacks then, it failed during generation."""
+    if failure.code == _INCOMPLETE:
+        return {"error": "Incomplete generation stream", "error_type": f"{_INCOMPLETE}_stream"}
     if failure.status == 503:
         return {"error": _OTHER[2] + failure.message, "error_type": _OTHER[1]}
     return error_body(failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -198,8 +197,3 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     nearest = difflib.get_close_matches(where[-1], known, 1)
     hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
     return InvalidRequest(f"`{name}` is not supported{hint}", name)
-
-
-def mean_logprob(logprobs: list[float]) -> float:
-    """By which the best of several sequences is chosen: TGI's measure, the log-probability for each token."""
-    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

@@ -9,10 +9,10 @@ from moe_ray.api.failure import failure_of
 from moe_ray.api.output import ChoiceOutput, Delta, JobOutput
 from moe_ray.api.sse import dumps
 from moe_ray.api.tgi.errors import stream_error
-from moe_ray.api.tgi.parse import is_sampled, mean_logprob, parameters_of, unsigned
+from moe_ray.api.tgi.parse import is_sampled, parameters_of, unsigned
 from moe_ray.api.tgi.schemas import TgiGenerateBody
 from moe_ray.core import SamplingParams, TokenLogprobs
-from moe_ray.errors import EngineError
+from moe_ray.errors import IncompleteGeneration
 from moe_ray.text.detokenizer import IncrementalDetokenizer
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -46,11 +46,11 @@ class TgiRenderer:
     @property
     def best(self) -> int:
         """The choice whose tokens are the likeliest: the one that is answered."""
-        likely = [mean_logprob([at.logprob for at in choice.logprobs]) for choice in self._output.choices]
-        return max(range(len(likely)), key=likely.__getitem__)
+        choices = self._output.choices
+        return max(range(len(choices)), key=lambda i: choices[i].mean_logprob)
 
     def whole(self) -> Any:
-        """The response object of a job whose choices are all finished. Raises `EngineError` for one without an end."""
+        """The response to a job whose choices are all finished; one without an end raises `IncompleteGeneration`."""
         best = self.best
         says: dict[str, Any] = {"generated_text": self._text(self._output.choices[best])}
         if self._asked.details or self._asked.decoder_input_details:
@@ -82,9 +82,9 @@ class TgiRenderer:
         return "".join(events)
 
     def completed(self) -> str:
-        """Nothing follows the event with the text. Raises `EngineError` where there was no such event."""
+        """Nothing follows the event with the text. Raises `IncompleteGeneration` where there was no such event."""
         if not self._ended:
-            raise EngineError("a sequence ended without a last token")
+            raise IncompleteGeneration("a sequence ended without a last token")
         return ""
 
     def failed(self, error: Exception) -> str:
@@ -168,9 +168,9 @@ def _stop_string(choice: ChoiceOutput) -> str:
 
 
 def _finish_reason(choice: ChoiceOutput) -> str:
-    """TGI's word for the end of a sequence. Raises `EngineError` for one that was ended from outside."""
+    """TGI's word for the end of a sequence. Raises `IncompleteGeneration` for one that was ended from outside."""
     if choice.finish_reason == "length":
         return "length"
     if choice.finish_reason == "stop":
         return "stop_sequence" if isinstance(choice.stop_reason, str) else "eos_token"
-    raise EngineError(f"a sequence ended as {choice.finish_reason}")
+    raise IncompleteGeneration(f"a sequence ended as {choice.finish_reason}")

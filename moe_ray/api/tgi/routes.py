@@ -15,9 +15,8 @@ from moe_ray import __version__
 from moe_ray.api import sse
 from moe_ray.api.body import read_body
 from moe_ray.api.failure import failure_of
-from moe_ray.api.health import health_response
 from moe_ray.api.job import MAX_CHOICES, GenerationJob, ModelLimits
-from moe_ray.api.openai.parse import parse_chat
+from moe_ray.api.openai.parse import chat_input, parse_chat
 from moe_ray.api.openai.parse import to_job as chat_job
 from moe_ray.api.openai.schemas import ChatRequest
 from moe_ray.api.openapi import events_of, json_body
@@ -105,11 +104,6 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     async def info() -> TgiInfo:
         """The served model and the limits of requests."""
         return await _info(service)
-
-    @app.get("/ping", responses={503: {"description": "A part of the model is missing"}})
-    async def ping() -> Response:
-        """As /health; SageMaker's probe."""
-        return await health_response(service)
 
 
 async def compat(service: ServedModel, raw: bytes) -> Response:
@@ -206,11 +200,13 @@ async def _instance(
 
 async def _chat_tokenize(service: ServedModel, raw: bytes) -> Response:
     body = parse_chat(raw)
-    messages = [message.model_dump(exclude_unset=True) for message in body.messages]
+    if (body.model_extra or {}).get("tools"):
+        raise InvalidRequest("`tools` is not supported on /chat_tokenize", "tools")
+    chat = chat_input(body.messages)
 
     def make(_: ModelLimits) -> tuple[str, list[TokenSpan]]:
         text = service.tokenizer.render_chat(
-            messages,
+            chat.messages,
             body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,
