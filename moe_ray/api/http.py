@@ -132,15 +132,18 @@ class Authorisation:
 
 
 class TrailingSlash:
-    """Takes the slashes off a path's end: `GET /v1/models/` is `GET /v1/models`."""
+    """Takes the slashes off a path's end: `GET /v1/models/` is `GET /v1/models`. The application's root keeps one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/"):
-            path = scope["path"].rstrip("/") or "/"
-            scope = {**scope, "path": path, "raw_path": path.encode()}
+        if scope["type"] == "http":
+            path, root = scope["path"].rstrip("/"), scope.get("root_path", "").rstrip("/")
+            if path == root:
+                path = f"{root}/"
+            if path != scope["path"]:
+                scope = {**scope, "path": path, "raw_path": path.encode()}
         await self._app(scope, receive, send)
 
 

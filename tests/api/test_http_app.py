@@ -125,6 +125,9 @@ def test_below_a_prefix_health_is_open_and_nothing_else(app: fastapi.FastAPI) ->
             for path in ("/served/v1/models", "/served/health/health", "/v1/models", "/served/"):
                 assert (await client.get(path)).status_code == 401
             shown = {"Authorization": f"Bearer {KEYS[1]}"}
+            for root in ("/served", "/served/"):
+                refused = await client.post(root, json={}, headers=shown)
+                assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
             assert (await client.get("/served/v1/models/", headers=shown)).json()["data"][0]["id"] == "m"
 
     asyncio.run(ask())
