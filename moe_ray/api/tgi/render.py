@@ -51,6 +51,8 @@ class TgiRenderer:
 
     def whole(self) -> Any:
         """The response to a job whose choices are all finished; one without an end raises `IncompleteGeneration`."""
+        for choice in self._output.choices:
+            _finish_reason(choice)
         best = self.best
         says: dict[str, Any] = {"generated_text": self._text(self._output.choices[best])}
         if self._asked.details or self._asked.decoder_input_details:
@@ -64,8 +66,10 @@ class TgiRenderer:
         return [says] if self._in_list else says
 
     def chunk(self, delta: Delta) -> str:
-        """One event for each token of one engine step."""
+        """One event for each token of one engine step. Raises `IncompleteGeneration` as `whole`."""
         choice = self._output.choices[delta.index]
+        if delta.finish_reason is not None:
+            _finish_reason(choice)
         self._streamed.append(delta.text)
         told = self._texts[delta.index].push(delta.logprobs)
         last = len(delta.logprobs) - 1 if delta.finish_reason is not None else -1

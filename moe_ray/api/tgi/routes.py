@@ -66,7 +66,8 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     )
     async def generate(request: Request) -> Response:
         """Generate one answer."""
-        watch, raw = Stopwatch(), await read_body(request, limit)
+        watch = Stopwatch()
+        raw = await read_body(request, limit)
         body = read(TgiCompatBody, raw)
         if body.stream:
             raise InvalidRequest("`stream` is not supported here: use /generate_stream, or `/`", "stream")
