@@ -6,6 +6,7 @@ ARGS   ?=
 # Whole files go to one worker each, so that what a file's tests see of each other never depends on timing.
 FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
+CLIENTS := text-generation==0.7.0  # TGI's own; it asks for an older huggingface_hub, and runs with ours
 ARM64 := g++-aarch64-linux-gnu qemu-user  # Debian's packages: the kernels run on an emulated arm64, too
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
@@ -52,6 +53,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on -e ".[dev]"
 	$(BIN)/pip install --no-deps --no-build-isolation $(REFERENCES) || echo "$(REFERENCES): tests that read as they do are skipped"
+	$(BIN)/pip install --no-deps $(CLIENTS) || echo "$(CLIENTS): tests with it are skipped"
 	@touch $@
 
 arm64:  # as root on Debian; else the tests that need it are skipped

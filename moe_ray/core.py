@@ -69,6 +69,8 @@ class TokenEvent:
     """The stop token that ended the sequence; it is in `token_ids` too, and not part of the text."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
+    queue_s: float = 0.0
+    """With the first token: how long the sequence waited in the trunk before it was first computed."""
     degraded_positions: tuple[int, ...] = ()
     """Positions (of prompt and output) that were computed without one of their experts, since the last event."""
     routed_experts: RoutedExperts | None = None
@@ -119,6 +121,10 @@ class Sequence:
     num_cached_prompt: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first admitted."""
     num_preemptions: int = 0
+    arrived_s: float = 0.0
+    """When it came to the trunk, by `time.perf_counter`."""
+    queue_s: float | None = None
+    """How long it waited before it was first computed."""
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache key of each full block, in order; extended lazily."""

@@ -34,6 +34,10 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and output together are longer than the model's context (HTTP 400)."""
 
 
+class RequestTooLarge(MoeRayError):
+    """A request whose body has more bytes than its API takes (HTTP 413)."""
+
+
 class ModelNotFound(MoeRayError):
     """The request names a model that is not served here (HTTP 404)."""
 
@@ -96,3 +100,7 @@ class CallCancelled(TransportError):
 
 class EngineError(MoeRayError):
     """The engine stopped on an internal fault (HTTP 500)."""
+
+
+class IncompleteGeneration(EngineError):
+    """A sequence ended without its last token, or was ended from outside (HTTP 500)."""

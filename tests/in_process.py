@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
+import functools
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -121,6 +123,11 @@ def served_beside(directory: Path, trunks: Sequence[TrunkInfo], **more: Any) -> 
             serving.result(60)
 
 
+@functools.lru_cache(maxsize=8)
+def _tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer(directory)
+
+
 @contextlib.asynccontextmanager
 async def served(
     directory: Path,
@@ -130,7 +137,7 @@ async def served(
     aliases: Sequence[str] = (),
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
-    tokenizer = Tokenizer(directory)
+    tokenizer = copy.copy(_tokenizer(directory))
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
 
     async def load() -> dict[str, Any]:

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "sampling": {"errors"},
     "core": {"errors", "sampling"},
     "pb": set(),
-    "config": {"errors", "core"},
+    "config": {"errors", "sampling", "core"},
     "native": {"errors"},
     "text": {*BASE, "model"},  # the checkpoint's files beside the weights: its end tokens
     "transport": {*BASE, "pb", "native"},
@@ -78,6 +78,10 @@ NEVER = {  # room → packages that must not appear in it
 VERBS = (  # files of the command line that are loaded to parse any command
     *(
         "main",
+        "command_line",
+        "tgi_launcher",
+        "tgi_arguments",
+        "tgi_mapping",
         "options",
         "bench_options",
         "serve",
@@ -110,6 +114,11 @@ FILE_NEVER = {  # files that work without a package their room may have
     "api/openai/parse.py": {"fastapi", "starlette"},
     "api/openai/render.py": {"fastapi", "starlette"},
     "api/openai/schemas.py": {"fastapi", "starlette"},
+    "api/openapi.py": {"fastapi", "starlette"},
+    **{
+        f"api/tgi/{name}.py": {"fastapi", "starlette"}
+        for name in ("constraint", "errors", "limits", "parse", "render", "schemas", "timing")
+    },
     "engine/blocks.py": {"torch"},
     "engine/routed_experts.py": {"torch"},
     "engine/scheduler.py": {"torch"},

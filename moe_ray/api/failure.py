@@ -9,6 +9,7 @@ from typing import Final
 
 from moe_ray.errors import (
     ContextLengthExceeded,
+    IncompleteGeneration,
     InvalidRequest,
     LinkBroken,
     LinkTimeout,
@@ -16,6 +17,7 @@ from moe_ray.errors import (
     MoeRayError,
     NotReady,
     Overloaded,
+    RequestTooLarge,
     Unauthorized,
 )
 
@@ -57,6 +59,7 @@ _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
     InvalidRequest: (400, None),
     Unauthorized: (401, None),
     ModelNotFound: (404, None),
+    RequestTooLarge: (413, None),
     Overloaded: (429, None),
     NotReady: (503, None),
     LinkBroken: (503, _UNREACHABLE),
@@ -65,6 +68,7 @@ _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
 }
 _CODES: Final[dict[type, str]] = {
     ContextLengthExceeded: "context_length_exceeded",
+    IncompleteGeneration: "incomplete_generation",
     ModelNotFound: "model_not_found",
 }
 _ADDRESS: Final = re.compile(

@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import fastapi
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_ray import __version__
-from moe_ray.api import models
+from moe_ray.api import models, shared_paths
 from moe_ray.api.anthropic import errors as anthropic_errors
 from moe_ray.api.anthropic import routes as anthropic_routes
 from moe_ray.api.failure import Failure, failure_of
@@ -23,6 +24,8 @@ from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
+from moe_ray.api.tgi import errors as tgi_errors
+from moe_ray.api.tgi import routes as tgi_routes
 from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -35,18 +38,31 @@ OPEN_PATHS: Final = frozenset({"/health", "/ping"})
 class Api:
     """One API: a folder beside this file."""
 
+    name: str
     prefix: str
     """Errors on paths that begin so are in its format."""
     add_routes: Callable[[fastapi.FastAPI, ServedModel], None]
     error_body: Callable[[Failure], dict[str, Any]]
     header: str = ""
     """So are errors of requests with this header, whatever their path."""
+    paths: frozenset[str] = frozenset()
+    """Further paths whose errors are in its format."""
+    status: Callable[[Failure], int] = attrgetter("status")
+    """The status that it gives a failure."""
 
 
+_TGI_PATHS: Final = frozenset({"/", "/chat_tokenize", "/invocations", "/vertex", "/info"})
 APIS: Final = (
-    Api("/v1/messages", anthropic_routes.add_routes, anthropic_errors.error_body, anthropic_routes.VERSION_HEADER),
-    Api("/api/", ollama_routes.add_routes, ollama_errors.error_body),
-    Api("/", openai_routes.add_routes, openai_errors.error_body),
+    Api(
+        "anthropic",
+        "/v1/messages",
+        anthropic_routes.add_routes,
+        anthropic_errors.error_body,
+        anthropic_routes.VERSION_HEADER,
+    ),
+    Api("ollama", "/api/", ollama_routes.add_routes, ollama_errors.error_body),
+    Api("tgi", "/generate", tgi_routes.add_routes, tgi_errors.error_body, "", _TGI_PATHS, tgi_errors.status),
+    Api("openai", "/", openai_routes.add_routes, openai_errors.error_body),
 )
 """The first that fits says how an error looks; the last fits all."""
 
@@ -83,6 +99,8 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
     models.add_routes(app, service)
     for api in APIS:
         api.add_routes(app, service)
+    shared_paths.add_routes(app, service)
+    shared_paths.add_root(app, service)
     app.add_middleware(Authorisation, api_keys=options.api_keys, retry_after_s=options.retry_after_s)
     if options.cors_origins:  # outside of authorisation: a browser asks for permission without a key
         app.add_middleware(
@@ -135,15 +153,18 @@ class Authorisation:
 
 
 class TrailingSlash:
-    """Takes the slashes off a path's end: `GET /v1/models/` is `GET /v1/models`."""
+    """Takes the slashes off a path's end: `GET /v1/models/` is `GET /v1/models`. The application's root keeps one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/"):
-            path = scope["path"].rstrip("/") or "/"
-            scope = {**scope, "path": path, "raw_path": path.encode()}
+        if scope["type"] == "http":
+            path, root = scope["path"].rstrip("/"), scope.get("root_path", "").rstrip("/")
+            if path == root:
+                path = f"{root}/"
+            if path != scope["path"]:
+                scope = {**scope, "path": path, "raw_path": path.encode()}
         await self._app(scope, receive, send)
 
 
@@ -155,8 +176,11 @@ def _path(scope: Scope) -> str:
 
 
 def _api_of(scope: Scope) -> Api:
+    path, told = _path(scope), scope.get("state", {}).get(shared_paths.SPEAKS)
+    if told is not None:  # the body of a path that APIs share has said it
+        return next(api for api in APIS if api.name == told)
     shown = {name.decode("latin-1") for name, _ in scope["headers"]}
-    fits = (api for api in APIS if _path(scope).startswith(api.prefix) or api.header in shown)
+    fits = (api for api in APIS if path.startswith(api.prefix) or path in api.paths or api.header in shown)
     return next(fits, APIS[-1])
 
 
@@ -169,9 +193,10 @@ def _error_response(scope: Scope, error: Exception, retry_after_s: int) -> Respo
 
 
 def _error_json(scope: Scope, failure: Failure, headers: Mapping[str, str]) -> Response:
-    body = _api_of(scope).error_body(failure)
+    api = _api_of(scope)
+    body = api.error_body(failure)
     headers = dict(headers)
     if request_id := body.get("request_id"):
         headers["request-id"] = request_id
         logger.info("request %s: %d %s", request_id, failure.status, failure.message)
-    return JSONResponse(body, failure.status, headers)
+    return JSONResponse(body, api.status(failure), headers)

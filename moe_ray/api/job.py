@@ -95,11 +95,12 @@ def make_job(
     n: int = 1,
     stream: bool = False,
     report: ReportOptions | None = None,
+    seed: int | None = None,
 ) -> GenerationJob:
     """Check a request against the model, and give each of the `n` choices of a prompt its own request and seed.
 
-    `sampling.max_tokens` None fills the context. `prompt_field` is what the API calls the prompts. Raises
-    `InvalidRequest` naming the field.
+    `sampling.max_tokens` None fills the context. `prompt_field` is what the API calls the prompts. `seed`
+    goes before that of `sampling`, and any of 64 bits is one, -1 too. Raises `InvalidRequest` naming the field.
     """
     if len(prompts) * n > MAX_CHOICES:
         raise InvalidRequest(f"{len(prompts)} prompts with n={n} are more than {MAX_CHOICES} choices", prompt_field)
@@ -108,7 +109,7 @@ def make_job(
     check_ids(sampling.allowed_token_ids, "allowed_token_ids", limits.vocab_size)
     for word in sampling.bad_words_ids:
         check_ids(word, "bad_words_ids", limits.vocab_size)
-    seed = sampling_seed(sampling)
+    seed = sampling_seed(sampling) if seed is None else seed
     choices: list[Choice] = []
     for number, prompt in enumerate(prompts):
         if not prompt.token_ids:

@@ -67,6 +67,8 @@ class ChoiceOutput:
         self.num_tokens = 0
         self.num_cached = 0
         """Prompt tokens found in the prefix cache."""
+        self.queue_s = 0.0
+        """How long it waited in its trunk before it was first computed."""
         self.degraded: list[int] = []
         """Positions that were computed without one of their experts."""
         self.finish_reason: FinishReason | None = None
@@ -90,6 +92,7 @@ class ChoiceOutput:
         if event.error is not None:
             raise event.error
         self.num_cached = max(self.num_cached, event.num_cached_tokens)
+        self.queue_s = max(self.queue_s, event.queue_s)
         self.degraded += event.degraded_positions
         if event.prompt_logprobs:
             self._take_prompt(event)

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Protocol, TypeVar
 
@@ -16,7 +16,9 @@ from moe_ray.api import sse
 from moe_ray.api.generation import ResponseStream, StreamRenderer, collect
 from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.output import JobOutput
+from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.errors import ModelNotFound
+from moe_ray.gateway.session import Session
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from moe_ray.text.tokenizer import Tokenizer
@@ -27,6 +29,8 @@ TRUNK_TIMEOUT_S = 5.0
 """How long a request waits for a first trunk before it is told 503."""
 DEGRADED_HEADER = "x-moe-degraded"
 """How many tokens, of those computed before the headers went out, lacked one of their experts."""
+UNNAMED: Final = ("tgi", "dummy")
+"""Names that stand for the served model: Hugging Face's clients send them where they know a URL alone."""
 
 _T = TypeVar("_T")
 
@@ -34,7 +38,7 @@ _T = TypeVar("_T")
 class Renderer(StreamRenderer, Protocol):
     """How one API writes responses to jobs."""
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Any:
         """The response to a finished job that is not streamed."""
         ...
 
@@ -61,6 +65,7 @@ class HttpOptions:
     cors_origins: Sequence[str] = ()
     headers_within_s: float = 1.0
     keep_alive_s: float = 5.0
+    tgi: TgiLimits = field(default_factory=TgiLimits)
 
 
 class ServedModel:
@@ -95,7 +100,8 @@ class ServedModel:
         if missing is None:
             return JSONResponse({"status": "ok"})
         headers = {"Retry-After": str(self.options.retry_after_s)}
-        return JSONResponse({"status": "not ready", "missing": missing}, 503, headers)
+        says = {"status": "not ready", "missing": missing, "error": "unhealthy", "error_type": "healthcheck"}
+        return JSONResponse(says, 503, headers)
 
     @property
     def num_requests(self) -> int:
@@ -119,10 +125,10 @@ class ServedModel:
 
     def check_model(self, requested: str | None) -> None:
         """Raise `ModelNotFound` unless a request names the served model by one of its names, or names none."""
-        if requested is None or requested == self.served_name:
+        if requested in (None, self.served_name, *UNNAMED):
             return
         patterns = (re.escape(alias).replace(r"\*", ".*") for alias in self.aliases)
-        if not any(re.fullmatch(pattern, requested) for pattern in patterns):
+        if not any(re.fullmatch(pattern, str(requested)) for pattern in patterns):
             raise ModelNotFound(f"The model `{requested}` does not exist.")
 
     async def parse(self, body_bytes: int, parse: Callable[[ModelLimits], _T]) -> _T:
@@ -135,6 +141,12 @@ class ServedModel:
         """Run `work`, which tokenizes a body of so many bytes: here, or on another thread where it is long."""
         return await asyncio.to_thread(work) if body_bytes > LONG_BODY else work()
 
+    async def finish(self, job: GenerationJob) -> JobOutput:
+        """Generate all of a job that is not streamed. Raises what it fails with."""
+        output = JobOutput.of(job, self.tokenizer)
+        await collect(output, self._begin(output))
+        return output
+
     async def respond(
         self,
         job: GenerationJob,
@@ -143,17 +155,22 @@ class ServedModel:
         stream_form: StreamForm = SSE,
     ) -> Response:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
+        if not job.stream:
+            output = await self.finish(job)
+            return JSONResponse(make_renderer(output).whole(), headers={**(extra_headers or {}), **degraded(output)})
         output = JobOutput.of(job, self.tokenizer)
         renderer = make_renderer(output)
-        session = self._sessions.open(job.requests)
-        if not job.stream:
-            await collect(output, session)
-            return JSONResponse(renderer.whole(), headers={**(extra_headers or {}), **_degraded(output)})
+        session = self._begin(output)
         stream = ResponseStream(output, session, renderer, self.options.keep_alive_s, stream_form.keep_alive)
         await stream.open(self.options.headers_within_s)
-        headers = {**(extra_headers or {}), **sse.HEADERS, **_degraded(output)}
+        headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=stream_form.media_type, headers=headers)
 
+    def _begin(self, output: JobOutput) -> Session:
+        """Start generating a job."""
+        return self._sessions.open(output.job.requests)
 
-def _degraded(output: JobOutput) -> dict[str, str]:
+
+def degraded(output: JobOutput) -> dict[str, str]:
+    """The header that says so where tokens lacked one of their experts."""
     return {DEGRADED_HEADER: str(output.num_degraded)} if output.num_degraded else {}

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
-from rich.markup import escape
 
 from moe_ray.commands import bench, bench_lab
 from moe_ray.commands.chat import chat
+from moe_ray.commands.command_line import run_command
 from moe_ray.commands.compare import compare
 from moe_ray.commands.convert import quantize, upcycle
 from moe_ray.commands.generate import generate
-from moe_ray.commands.options import error_console
 from moe_ray.commands.perplexity import perplexity
 from moe_ray.commands.plan import plan
 from moe_ray.commands.scale import scale
 from moe_ray.commands.serve import serve
 from moe_ray.commands.status import status
 from moe_ray.commands.version import version
-from moe_ray.console import accept_every_character
-from moe_ray.errors import MoeRayError
 
 VERBS = (serve, chat, generate, plan, perplexity, compare, status, scale)
 CONVERSIONS = (upcycle, quantize)
@@ -60,18 +54,4 @@ app.command()(version)
 
 def main() -> None:
     """Run the command line; a known error is printed as one line and ends with status 1."""
-    accept_every_character()
-    try:
-        app()
-    except MoeRayError as error:
-        error_console().print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
-    except BrokenPipeError:  # whoever read our output has gone: there is no one to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        named = f" ({error.filename})" if error.filename else ""
-        error_console().print(f"[bold red]error:[/] {escape(f'{error.strerror or error}{named}')}", soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(app)

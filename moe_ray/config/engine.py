@@ -16,6 +16,8 @@ class EngineSection(Section):
     """Tokens of one block of the paged KV cache. Prefixes are cached in whole blocks."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
     """Memory of the KV cache. Default: a fifth of the free memory on a CPU (at most 4 GiB), most of it on a GPU."""
+    kv_cache_tokens: int | None = Field(default=None, ge=2)
+    """Most tokens that the KV cache has room for, where the memory would hold more. Default: no limit."""
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     """What keys and values are held as. auto: the dtype that the trunk computes in. int8: with a scale for each token
     and head, half of bfloat16's memory."""

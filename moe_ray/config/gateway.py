@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from moe_ray.config.section import Section
+from moe_ray.config.tgi import TgiSection
 
 
 class GatewaySection(Section):
@@ -30,6 +31,8 @@ class GatewaySection(Section):
     """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Requests must show one of them, as a bearer token or in `x-api-key`; none: every request is served."""
+    tgi: TgiSection = TgiSection()
+    """What requests to TGI's routes may ask for."""
 
     @field_validator("api_keys")
     @classmethod

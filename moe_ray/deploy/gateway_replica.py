@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import fastapi
@@ -14,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from moe_ray import telemetry
 from moe_ray.api.http import build_app
 from moe_ray.api.service import HttpOptions, ServedModel
+from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.config import Config
 from moe_ray.deploy.discovery import ask_each, discover_trunks
 from moe_ray.deploy.link_options import link_options
@@ -36,14 +38,16 @@ class Gateway:
         self._sessions.start()
         self._experts = experts
         http = config.gateway
+        directory = resolve_model(config)
         options = HttpOptions(
             api_keys=http.api_keys,
             retry_after_s=http.retry_after_s,
             cors_origins=http.cors_origins,
             headers_within_s=http.headers_within_s,
             keep_alive_s=http.keep_alive_s,
+            tgi=_tgi_limits(config, directory),
         )
-        tokenizer = Tokenizer(resolve_model(config), http.tool_call_parser)
+        tokenizer = Tokenizer(directory, http.tool_call_parser)
         self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, config.model.aliases)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
@@ -58,3 +62,15 @@ class Gateway:
     async def _expert_load(self) -> dict[str, Any]:
         names = [handle.deployment_name for handle in self._experts]
         return overview(dict(zip(names, await ask_each(self._experts, "load"), strict=True)))
+
+
+def _tgi_limits(config: Config, directory: Path) -> TgiLimits:
+    """What TGI's routes allow and tell."""
+    on_cards = config.model.device == "cuda" or bool(config.trunk.num_gpus)
+    return TgiLimits(
+        **config.gateway.tgi.model_dump(),
+        max_concurrent_requests=config.engine.max_num_seqs + config.engine.max_waiting,
+        compute_type="gpu" if on_cards else "cpu",
+        model_id=config.model.path,
+        model_sha=directory.name if directory.parent.name == "snapshots" else None,  # in the Hub's cache: the commit
+    )

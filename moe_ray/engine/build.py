@@ -28,7 +28,10 @@ GPU_CACHE_SHARE = 0.85
 
 
 def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
-    """How many KV blocks the configured (or default) memory holds, never more than all sequences can use."""
+    """How many KV blocks the configured (or default) memory holds, never more than all sequences can use.
+
+    Nor more than `engine.kv_cache_tokens` needs.
+    """
     size, held = config.engine.block_size, held_in(config.engine.kv_cache_dtype, compute.dtype)
     if config.engine.kv_cache_gib is not None:
         budget = int(config.engine.kv_cache_gib * GIB)
@@ -38,6 +41,8 @@ def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
         budget = min(int(CPU_CACHE_SHARE * psutil.virtual_memory().available), CPU_CACHE_MOST)
     longest = config.model.max_model_len or model.max_position_embeddings
     most = config.engine.max_num_seqs * -(-longest // size)
+    if config.engine.kv_cache_tokens is not None:
+        most = min(most, -(-config.engine.kv_cache_tokens // size))
     return min(num_blocks_for(kv_bytes_per_token(model, held), size, budget), most)
 
 

@@ -80,14 +80,18 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises `InvalidRequest` if it cannot be served, `Overloaded` if the queue is full."""
+    def submit(self, request: Request, arrived_s: float | None = None) -> None:
+        """Queue a request that came at `arrived_s` of `time.perf_counter`, or now.
+
+        Raises `InvalidRequest` if it cannot be served, `Overloaded` if the queue is full.
+        """
         self.check(request)
         if request.request_id in self._live:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use")
         if (overload := self.overload()) is not None:
             raise overload
-        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids])
+        arrived_s = time.perf_counter() if arrived_s is None else arrived_s
+        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids], arrived_s=arrived_s)
         self._live[request.request_id] = seq
         if not self._unready.add(seq):
             self._scheduler.add(seq)
@@ -160,6 +164,10 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is None:
             return refused
+        scheduled = time.perf_counter()
+        for seq in batch.sequences:
+            if seq.queue_s is None:
+                seq.queue_s = scheduled - seq.arrived_s
         try:
             logits = self._forward(batch)
         except MoeRayError as error:
@@ -193,6 +201,7 @@ class Engine:
                     finish_reason=outcome.finish_reason,
                     stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
+                    queue_s=(seq.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
                     degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
                     routed_experts=routing.tell(seq, batch),
                     prompt_logprobs=told,

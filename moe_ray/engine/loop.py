@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ Sink = Callable[[list[TokenEvent]], None]
 
 @dataclass(frozen=True, slots=True)
 class _Inbox:
-    submits: list[tuple[Request, Sink]]
+    submits: list[tuple[Request, Sink, float]]
+    """With the moment at which each came."""
     aborts: list[str]
     gone: list[Sink]
 
@@ -54,7 +56,7 @@ class EngineLoop:
         with self._condition:
             refused = self._ended or refused or self._engine.overload(len(self._inbox.submits))
             if refused is None:
-                self._inbox.submits.append((request, sink))
+                self._inbox.submits.append((request, sink, time.perf_counter()))
                 self._condition.notify()
         if refused is not None:
             sink([TokenEvent(request.request_id, error=refused)])
@@ -104,9 +106,9 @@ class EngineLoop:
             if self._closed:
                 return False  # what came last is told so by _fail_all
             inbox, self._inbox = self._inbox, _Inbox([], [], [])
-        for request, sink in inbox.submits:
+        for request, sink, arrived_s in inbox.submits:
             try:
-                self._engine.submit(request)
+                self._engine.submit(request, arrived_s)
                 self._sink_of[request.request_id] = sink
             except MoeRayError as error:
                 sink([TokenEvent(request.request_id, error=error)])
@@ -134,6 +136,6 @@ class EngineLoop:
         with self._condition:
             self._closed, self._ended = True, error
             waiting, self._inbox = self._inbox.submits, _Inbox([], [], [])
-        for request, sink in waiting:
+        for request, sink, _ in waiting:
             self._sink_of[request.request_id] = sink
         self._hand_out([TokenEvent(request_id, error=error) for request_id in list(self._sink_of)])

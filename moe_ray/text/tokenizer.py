@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ _OTHER_FILES = {
     "vocab.json": "load it in transformers and save it again, which writes tokenizer.json",
 }
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """A token of a text, and what of the text it is."""
+
+    token_id: int
+    text: str
+    start: int
+    """In bytes of UTF-8; equal to `stop` of a token that the text does not spell out, such as a BOS."""
+    stop: int
 
 
 class Tokenizer:
@@ -61,6 +73,18 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id
         return ids[1:] if doubled and text.startswith(self._hf.bos_token) else ids
+
+    def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """The tokens that `encode` makes, each with its place in `text`."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        starts = [0]
+        for character in text:
+            starts.append(starts[-1] + len(character.encode("utf-8", "replace")))
+        found = [
+            TokenSpan(token_id, text[first:last], starts[first], starts[last])
+            for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+        return found[len(found) - len(self.encode(text, add_special_tokens)) :]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`; ids outside the vocabulary give nothing."""

@@ -87,6 +87,7 @@ def pack_event(event: TokenEvent) -> pb.TokenEvent:
         finish_reason=event.finish_reason or "",
         stop_token_id=event.stop_token_id,
         num_cached_tokens=event.num_cached_tokens,
+        queue_s=event.queue_s,
         degraded_positions=event.degraded_positions,
     )
     message.logprobs.extend(map(_pack_logprobs, event.logprobs))
@@ -118,6 +119,7 @@ def unpack_event(message: pb.TokenEvent) -> TokenEvent:
         finish_reason=cast(FinishReason, message.finish_reason) if message.finish_reason else None,
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         num_cached_tokens=message.num_cached_tokens,
+        queue_s=message.queue_s,
         degraded_positions=tuple(message.degraded_positions),
         routed_experts=_routed(message.routed_experts) if message.HasField("routed_experts") else None,
         prompt_logprobs=tuple(map(_unpack_logprobs, message.prompt_logprobs)),

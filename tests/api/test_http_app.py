@@ -82,6 +82,7 @@ def test_no_route_answers_without_a_key(app: fastapi.FastAPI) -> None:
     assert {path for _, path in every} >= {
         *("/health", "/experts", "/openapi.json", "/v1/models", "/v1/models/m"),
         *("/v1/completions", "/v1/chat/completions", "/v1/messages", "/api/chat", "/api/tags"),
+        *("/", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize", "/invocations", "/vertex", "/info"),
     }
     assert not {"/docs", "/redoc"} & {path for _, path in every}, "their pages would load scripts from elsewhere"
     unknown = [("GET", "/docs"), ("GET", "/"), ("GET", "/health/x"), ("POST", "/v1/nothing"), ("OPTIONS", "/v1/models")]
@@ -124,6 +125,9 @@ def test_below_a_prefix_health_is_open_and_nothing_else(app: fastapi.FastAPI) ->
             for path in ("/served/v1/models", "/served/health/health", "/v1/models", "/served/"):
                 assert (await client.get(path)).status_code == 401
             shown = {"Authorization": f"Bearer {KEYS[1]}"}
+            for root in ("/served", "/served/"):
+                refused = await client.post(root, json={}, headers=shown)
+                assert (refused.status_code, refused.json()["error_type"]) == (422, "validation")
             assert (await client.get("/served/v1/models/", headers=shown)).json()["data"][0]["id"] == "m"
 
     asyncio.run(ask())

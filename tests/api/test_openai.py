@@ -260,6 +260,7 @@ def test_every_error_has_a_status() -> None:
         errors.ContextLengthExceeded: 400,
         errors.Unauthorized: 401,
         errors.ModelNotFound: 404,
+        errors.RequestTooLarge: 413,
         errors.Overloaded: 429,
         errors.NotReady: 503,
         errors.ExpertUnavailable: 503,

@@ -15,6 +15,7 @@ import yaml
 from documents import CHANGELOG, PAGES, README, ROOT, anchors, blocks, inline, links, name_of, read
 
 from moe_ray.commands.main import app
+from moe_ray.commands.tgi_arguments import TgiArguments, flag_of
 from moe_ray.config import Config, load_config
 
 pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -25,6 +26,8 @@ MODULE = re.compile(r"(?<![\w./-])(moe_ray(?:\.\w+)+)(?::(\w+))?")
 KEY = re.compile(r"(?<![\w./-])((?:model|engine|trunk|experts|gateway|tls)(?:\.[a-z_]+)+)(?![\w(/-])")
 OTHERS_FLAGS = {"--set", "--reuse-values", "--logs", "--head", "--node-ip-address", "--generate", "--role", "--strict"}
 """Flags of helm, ray, the cluster scripts and mypy."""
+
+LAUNCHER_FLAGS = {flag_of(name) for name in TgiArguments.model_fields}
 
 
 @cache
@@ -77,7 +80,7 @@ def test_the_check_above_sees_the_calls() -> None:
 @pages
 def test_every_flag_that_stands_alone_exists(page: Path) -> None:
     """In a table, say: some command has it."""
-    known = set().union(*command_flags().values()) | OTHERS_FLAGS
+    known = set().union(*command_flags().values()) | OTHERS_FLAGS | LAUNCHER_FLAGS
     for code in inline(page):
         if code.startswith("-") and not code.startswith("---"):
             for flag in re.findall(r"(?<!\S)--?[a-z][a-z-]*", code):

@@ -12,6 +12,7 @@ _KINDS: Final[dict[int, tuple[str, str | None]]] = {
     401: ("invalid_request_error", "invalid_api_key"),
     404: ("invalid_request_error", None),
     405: ("invalid_request_error", None),
+    413: ("invalid_request_error", None),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     503: ("service_unavailable_error", "service_unavailable"),
 }

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from moe_ray import __version__
 from moe_ray.api.failure import failure_of
 from moe_ray.api.openai.errors import error_body
 from moe_ray.api.openai.schemas import Body
@@ -21,6 +22,8 @@ from moe_ray.core import TokenLogprobs
 from moe_ray.text.tokenizer import Tokenizer
 
 DONE: Final = "data: [DONE]\n\n"
+FINGERPRINT: Final = f"moe_ray-{__version__}"
+"""What computed an answer; some clients insist on it."""
 _MIN_LOGPROB: Final = -9999.0  # JSON has no -inf; the value OpenAI uses
 
 
@@ -74,7 +77,7 @@ class OpenAIRenderer:
     def whole(self) -> dict[str, Any]:
         """The response object of a job whose choices are all finished."""
         choices = [self._choice(index, choice) for index, choice in enumerate(self._output.told())]
-        return {**self._meta, "choices": choices, "usage": self._usage()}
+        return {**self._meta, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": self._usage()}
 
     def chunk(self, delta: Delta) -> str:
         """One engine step; "" where there is nothing to say yet (held-back text, half a character)."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from moe_ray import __version__
 from moe_ray.api.job import GenerationJob, ModelLimits
@@ -17,7 +17,6 @@ from moe_ray.api.openai.render import CompletionRenderer, OpenAIRenderer
 from moe_ray.api.openai.schemas import Body
 from moe_ray.api.openai.tokenize import (
     DetokenizeResponse,
-    TokenizeResponse,
     detokenize,
     parse_detokenize,
     parse_tokenize,
@@ -29,14 +28,6 @@ from moe_ray.errors import InvalidRequest
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
     """Add the routes to `app`; they answer from `service`."""
-
-    @app.post("/tokenize", response_model_exclude_none=True)
-    async def tokens(request: Request) -> TokenizeResponse:
-        """Token ids of a text or a conversation."""
-        raw = await request.body()
-        body = parse_tokenize(raw)
-        service.check_model(body.model)
-        return await service.parse(len(raw), partial(tokenize, body, service.tokenizer))
 
     @app.post("/detokenize")
     async def text(request: Request) -> DetokenizeResponse:
@@ -65,20 +56,20 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """Text completions, whole or streamed."""
-        return await _answer(service, await request.body(), parse_completion, CompletionRenderer)
+        return await answer_completion(service, await request.body())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Chat completions, whole or streamed."""
-        return await _answer(service, await request.body(), parse_chat, ChatRenderer)
+        return await answer_chat(service, await request.body())
 
     @app.post("/v1/chat/completions/batch")
     async def chat_completions_of_many(request: Request) -> Response:
         """Chat completions of several conversations in one response."""
-        return await _answer(service, await request.body(), parse_chat_batch, ChatRenderer)
+        return await answer(service, await request.body(), parse_chat_batch, ChatRenderer)
 
 
-async def _answer(
+async def answer(
     service: ServedModel, raw: bytes, parse: Callable[[bytes], Body], renderer: type[OpenAIRenderer]
 ) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
@@ -98,3 +89,21 @@ async def _answer(
             raise
         field = body.grammar_field()  # what the trunk knows as the grammar
         raise InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field) from None
+
+
+async def answer_tokenize(service: ServedModel, raw: bytes) -> Response:
+    """Answer a body of /tokenize as vLLM does: token ids of a text or a conversation. Raises as `answer`."""
+    body = parse_tokenize(raw)
+    service.check_model(body.model)
+    found = await service.parse(len(raw), partial(tokenize, body, service.tokenizer))
+    return JSONResponse(found.model_dump(exclude_none=True))
+
+
+async def answer_chat(service: ServedModel, raw: bytes) -> Response:
+    """Answer a body of /v1/chat/completions. Raises as `answer`."""
+    return await answer(service, raw, parse_chat, ChatRenderer)
+
+
+async def answer_completion(service: ServedModel, raw: bytes) -> Response:
+    """Answer a body of /v1/completions. Raises as `answer`."""
+    return await answer(service, raw, parse_completion, CompletionRenderer)

@@ -1,0 +1,106 @@
+"""Paths that more than one API has: what the body, or the client, asks for decides which one answers.
+
+A further owner of `/tokenize` or `/invocations` is a row here: a field that only its bodies have, its function, and the
+API whose errors it speaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from fastapi import FastAPI, Request
+from pydantic_core import from_json
+from starlette.responses import Response
+
+from moe_ray.api.body import read_body
+from moe_ray.api.openai.routes import answer_chat, answer_completion, answer_tokenize
+from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
+from moe_ray.api.openai.tokenize import TokenizeRequest, TokenizeResponse
+from moe_ray.api.openapi import events_of, json_body
+from moe_ray.api.service import ServedModel
+from moe_ray.api.tgi import routes as tgi
+from moe_ray.api.tgi.schemas import TgiCompatBody, TgiErrorBody, TgiGenerateBody, TgiStreamEvent, TgiTokens
+from moe_ray.errors import InvalidRequest
+
+SPEAKS: Final = "speaks"
+"""Key of a request's state: the name of the API whose errors it gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One API's share of a path."""
+
+    field: str
+    """A body with it is this API's."""
+    answer: Callable[[ServedModel, bytes], Awaitable[Response]]
+    speaks: str
+
+
+TOKENIZE: Final = (
+    Owner("inputs", tgi.tokenize, "tgi"),
+    Owner("messages", answer_tokenize, "openai"),
+    Owner("prompt", answer_tokenize, "openai"),
+)
+INVOCATIONS: Final = (
+    Owner("inputs", tgi.compat, "tgi"),
+    Owner("messages", answer_chat, "openai"),
+    Owner("prompt", answer_completion, "openai"),
+)
+
+
+def add_routes(app: FastAPI, service: ServedModel) -> None:
+    """Add the routes to `app`; they answer from `service`."""
+    limit = service.options.tgi.payload_limit_bytes
+
+    @app.post(
+        "/tokenize",
+        openapi_extra=json_body(TgiGenerateBody, TokenizeRequest),
+        responses={
+            200: {"model": TgiTokens | TokenizeResponse},
+            400: {"description": "OpenAI's error, where the body is not TGI's"},
+            413: {"description": "The body is too large"},
+            422: {"model": TgiErrorBody},
+        },
+    )
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a text (TGI's `inputs`, vLLM's `prompt`) or of a conversation (`messages`)."""
+        return await _owned(TOKENIZE, service, request, await read_body(request, limit))
+
+    @app.post(
+        "/invocations",
+        openapi_extra=json_body(TgiCompatBody, ChatRequest, CompletionRequest),
+        responses={
+            200: {"description": "As the API of the body answers", "content": events_of(TgiStreamEvent)},
+            **tgi.FAILURES,
+        },
+    )
+    async def invocations(request: Request) -> Response:
+        """A body of TGI's, of chat completions or of completions, as SageMaker sends them."""
+        return await _owned(INVOCATIONS, service, request, await read_body(request, limit))
+
+
+def add_root(app: FastAPI, service: ServedModel) -> None:
+    """Add `GET /` for programs. A page for browsers at `/` is added before it."""
+
+    @app.get("/", responses={503: {"description": "A part of the model is missing"}})
+    async def root() -> Response:
+        """As /health."""
+        return await service.health()
+
+
+async def _owned(owners: tuple[Owner, ...], service: ServedModel, request: Request, raw: bytes) -> Response:
+    """The answer of the API whose body this is. Raises `InvalidRequest` for one of none."""
+    try:
+        body = from_json(raw)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    owner = next((owner for owner in owners if body.get(owner.field) is not None), None)
+    if owner is None:
+        fields = [owner.field for owner in owners]
+        raise InvalidRequest(f"the body must have one of {', '.join(f'`{field}`' for field in fields)}", fields[-1])
+    setattr(request.state, SPEAKS, owner.speaks)
+    return await owner.answer(service, raw)
