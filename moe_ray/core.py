@@ -25,6 +25,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()
+    traceparent: str = ""
+    """W3C trace context of the span that the trunk's spans belong to; "": the request is not traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class TokenEvent:
     """The stop token that ended the sequence; it is in `token_ids` too, and not part of the text."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
+    queue_s: float = 0.0
+    """With the first token: how long the sequence waited in the trunk before it was first computed."""
     degraded_positions: tuple[int, ...] = ()
     """Positions (of prompt and output) that were computed without one of their experts, since the last event."""
     routed_experts: RoutedExperts | None = None
@@ -108,6 +112,12 @@ class Sequence:
     num_cached_prompt: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first admitted."""
     num_preemptions: int = 0
+    arrived_s: float = 0.0
+    """When it came to the trunk, by `time.perf_counter`."""
+    queue_s: float | None = None
+    """How long it waited before it was first computed."""
+    num_timed_steps: int = 0
+    """Steps whose layers were timed for its trace."""
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache key of each full block, in order; extended lazily."""
@@ -133,6 +143,22 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.request.prompt_token_ids) :]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """The expert calls of one layer in one forward pass; times by `time.perf_counter`."""
+
+    layer: int
+    rows: tuple[int, ...]
+    """Of each expert."""
+    begun_s: float
+    """The calls began to be sent."""
+    sent_s: float
+    waited_from_s: float
+    """The trunk had nothing else to do; equal to `sent_s` but for micro-batches."""
+    gathered_s: float
+    """All rows were there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -162,6 +188,8 @@ class Batch:
     """Flat positions that were computed without one of their experts (`on_expert_loss: renormalise`)."""
     routed: np.ndarray | None = None  # [T, num_hidden_layers, num_experts_per_tok]
     """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to."""
+    layer_times: list[LayerTimes] | None = None
+    """Where a sequence is traced: filled by the forward pass."""
 
     @property
     def num_tokens(self) -> int:
@@ -275,9 +303,14 @@ class EngineStats:
     prompt_tokens: int = 0
     """Tokens computed as prompt (recomputation after preemption included)."""
     generated_tokens: int = 0
+    prefix_query_tokens: int = 0
+    """Tokens that were looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
+    """Those of them that were found."""
     preemptions: int = 0
     steps: int = 0
+    drafts: int = 0
+    """Runs of guessed tokens."""
     draft_tokens: int = 0
     """Guessed tokens that were verified (speculative decoding)."""
     accepted_draft_tokens: int = 0

@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import fastapi
@@ -15,6 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_ray import __version__
 from moe_ray.api.failure import Failure, failure_of
+from moe_ray.api.metrics_route import metrics_route
+from moe_ray.api.observation import REQUEST_ID, Watching
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
@@ -22,8 +25,8 @@ from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping"})
-"""What is answered without a key: probes have none."""
+OPEN_PATHS: Final = frozenset({"/health", "/ping", "/metrics"})
+"""What is answered without a key: probes and Prometheus have none. No text of a request is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         failure = Failure(status, f"no route {request.method} {_path(request.scope)}")
         return JSONResponse(_api_of(request.scope).error_body(failure), status, getattr(error, "headers", None))
 
-    for kind in (MoeRayError, Exception):
-        app.add_exception_handler(kind, on_error)
+    app.add_exception_handler(MoeRayError, on_error)
     for status in (404, 405):
         app.add_exception_handler(status, on_no_route)
 
@@ -69,6 +71,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
         return await expert_load()
 
+    app.add_route("/metrics", metrics_route(service, expert_load), include_in_schema=False)
     for api in APIS:
         api.add_routes(app, service)
     app.add_middleware(Authorisation, api_keys=options.api_keys, retry_after_s=options.retry_after_s)
@@ -78,9 +81,16 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", DEGRADED_HEADER],
+            expose_headers=["Retry-After", DEGRADED_HEADER, REQUEST_ID.decode()],
         )
     app.add_middleware(TrailingSlash)
+    app.add_middleware(
+        Watching,
+        observation=service.observation,
+        path_of=_path,
+        on_error=partial(_error_response, retry_after_s=options.retry_after_s),
+        tells_id=options.tells_request_id,
+    )
     return app
 
 

@@ -13,9 +13,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from moe_ray.api import sse
 from moe_ray.api.generation import ResponseStream, StreamRenderer, collect
 from moe_ray.api.job import GenerationJob, ModelLimits
+from moe_ray.api.observation import Observation
 from moe_ray.api.output import JobOutput
 from moe_ray.errors import ModelNotFound
 from moe_ray.gateway.sessions import Sessions
+from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.text.tokenizer import Tokenizer
 
 LONG_BODY = 16_384
@@ -46,14 +48,22 @@ class HttpOptions:
     cors_origins: Sequence[str] = ()
     headers_within_s: float = 1.0
     keep_alive_s: float = 5.0
+    tells_request_id: bool = True
+    """False where a proxy before us puts the request's id into responses."""
 
 
 class ServedModel:
     """One model over its trunks. Runs on the loop of its `Sessions`."""
 
     def __init__(
-        self, served_name: str, tokenizer: Tokenizer, sessions: Sessions, options: HttpOptions | None = None
+        self,
+        served_name: str,
+        tokenizer: Tokenizer,
+        sessions: Sessions,
+        options: HttpOptions | None = None,
+        observation: Observation | None = None,
     ) -> None:
+        self.observation = observation or Observation(served_name)
         self.served_name = served_name
         self.tokenizer = tokenizer
         self.options = options or HttpOptions()
@@ -80,6 +90,10 @@ class ServedModel:
         """HTTP requests whose sequences have not all ended."""
         return self._sessions.num_open
 
+    def trunks_told(self) -> list[TrunkTold]:
+        """What each linked trunk last said of itself."""
+        return self._sessions.told()
+
     @property
     def max_model_len(self) -> int | None:
         """Of the trunk that takes the longest sequences; None without a trunk."""
@@ -100,7 +114,7 @@ class ServedModel:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
         output = JobOutput.of(job, self.tokenizer)
         renderer = make_renderer(output)
-        session = self._sessions.open(job.requests)
+        session = self.observation.open(output, self._sessions.open)
         if not job.stream:
             await collect(output, session)
             return JSONResponse(renderer.whole(), headers=_degraded(output))

@@ -20,6 +20,8 @@ from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
+from moe_ray.engine.step_times import StepTimes
+from moe_ray.engine.traced_step import StepTracer
 from moe_ray.errors import ConfigError, ContextLengthExceeded, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
 
@@ -61,6 +63,8 @@ class Engine:
         )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
+        self.times = StepTimes()
+        self._tracer: StepTracer | None = None
         self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0
 
     @property
@@ -71,14 +75,22 @@ class Engine:
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises `InvalidRequest` if it cannot be served, `Overloaded` if the queue is full."""
+    def trace_steps(self, tracer: StepTracer) -> None:
+        """Have the steps of traced requests timed by `tracer`; before the first request."""
+        self._tracer = tracer
+
+    def submit(self, request: Request, arrived_s: float | None = None) -> None:
+        """Queue a request that came at `arrived_s` of `time.perf_counter`, or now.
+
+        Raises `InvalidRequest` if it cannot be served, `Overloaded` if the queue is full.
+        """
         self.check(request)
         if request.request_id in self._live:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use")
         if (overload := self.overload()) is not None:
             raise overload
-        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids])
+        arrived_s = time.perf_counter() if arrived_s is None else arrived_s
+        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids], arrived_s=arrived_s)
         self._live[request.request_id] = seq
         self._scheduler.add(seq)
 
@@ -129,18 +141,26 @@ class Engine:
         When the batch cannot be computed (an expert stayed away past its deadline) each of its requests ends in an
         event that carries the error, and the engine goes on with the others.
         """
+        begun = time.perf_counter()
         batch = self._scheduler.schedule()
         if batch is None:
             return []
+        scheduled = time.perf_counter()
+        for seq in batch.sequences:
+            if seq.queue_s is None:
+                seq.queue_s = scheduled - seq.arrived_s
+        traced = () if self._tracer is None else self._tracer.begin(batch)
         try:
             logits = self._forward(batch)
         except MoeRayError as error:
             for seq in batch.sequences:
                 self.abort(seq.request.request_id)
             return [TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences]
+        forwarded = time.perf_counter()
         scored = prompt_logprobs.take(batch, logits)
         sequences, drafts = _rows(batch)
         sampled = sample(prompt_logprobs.sampled_rows(batch, logits), sequences, self.options.eos_token_ids, drafts)
+        decoded = time.perf_counter()
         self._steps += 1
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
         newest = sum(seq.num_output > 0 for seq, n in zip(batch.sequences, batch.num_sampled, strict=True) if n)
@@ -148,6 +168,10 @@ class Engine:
         self._prompt_tokens += batch.num_tokens - newest - drafted
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
+        updated = time.perf_counter()
+        self.times.note(batch, (begun, scheduled, forwarded, decoded, updated))
+        if self._tracer is not None:
+            self._tracer.end(batch, traced, begun, updated)
         events, row = [], 0
         for outcome in outcomes:
             seq, tokens = outcome.seq, outcome.token_ids
@@ -163,6 +187,7 @@ class Engine:
                     finish_reason=outcome.finish_reason,
                     stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
+                    queue_s=(seq.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
                     degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
                     routed_experts=routing.tell(seq, batch),
                     prompt_logprobs=told,
@@ -207,9 +232,11 @@ class Engine:
             kv_blocks_free=self._allocator.num_free,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            prefix_query_tokens=self._scheduler.prefix_query_tokens,
             prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
+            drafts=self._scheduler.drafts,
             draft_tokens=self._scheduler.draft_tokens,
             accepted_draft_tokens=self._scheduler.accepted_draft_tokens,
             degraded_tokens=self._degraded_tokens,

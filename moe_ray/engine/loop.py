@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_ray.core import EngineStats, Request, TokenEvent
+from moe_ray.engine.busy_report import BusyReport
 from moe_ray.engine.engine import Engine
+from moe_ray.engine.step_times import StepTimes
 from moe_ray.errors import EngineError, MoeRayError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +22,8 @@ Sink = Callable[[list[TokenEvent]], None]
 
 @dataclass(frozen=True, slots=True)
 class _Inbox:
-    submits: list[tuple[Request, Sink]]
+    submits: list[tuple[Request, Sink, float]]
+    """With the moment at which each came."""
     aborts: list[str]
     gone: list[Sink]
 
@@ -30,6 +34,7 @@ class EngineLoop:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sink_of: dict[str, Sink] = {}
+        self._report = BusyReport()
         self._condition = threading.Condition()
         self._inbox = _Inbox([], [], [])
         self._closed = False
@@ -53,7 +58,7 @@ class EngineLoop:
         with self._condition:
             refused = self._ended or refused or self._engine.overload(len(self._inbox.submits))
             if refused is None:
-                self._inbox.submits.append((request, sink))
+                self._inbox.submits.append((request, sink, time.perf_counter()))
                 self._condition.notify()
         if refused is not None:
             sink([TokenEvent(request.request_id, error=refused)])
@@ -70,6 +75,11 @@ class EngineLoop:
             self._inbox.gone.append(sink)
             self._condition.notify()
 
+    @property
+    def times(self) -> StepTimes:
+        """Of the engine's steps."""
+        return self._engine.times
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -84,6 +94,7 @@ class EngineLoop:
         try:
             while self._take_in():
                 self._hand_out(self._engine.step())
+                self._report.look(self._engine.stats)
             self._fail_all(EngineError("the trunk is shutting down"))
         except Exception as error:
             logger.exception("the engine stopped")
@@ -93,13 +104,14 @@ class EngineLoop:
     def _take_in(self) -> bool:
         """Wait for work and take in what was asked; False when closed."""
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or self._engine.has_work or self._has_mail())
+            while not self._condition.wait_for(self._is_asked, self._report.due_in()):
+                self._report.look(self._engine.stats)
             if self._closed:
                 return False  # what came last is told so by _fail_all
             inbox, self._inbox = self._inbox, _Inbox([], [], [])
-        for request, sink in inbox.submits:
+        for request, sink, arrived_s in inbox.submits:
             try:
-                self._engine.submit(request)
+                self._engine.submit(request, arrived_s)
                 self._sink_of[request.request_id] = sink
             except MoeRayError as error:
                 sink([TokenEvent(request.request_id, error=error)])
@@ -110,8 +122,9 @@ class EngineLoop:
             self._sink_of.pop(request_id, None)
         return True
 
-    def _has_mail(self) -> bool:
-        return bool(self._inbox.submits or self._inbox.aborts or self._inbox.gone)
+    def _is_asked(self) -> bool:
+        mail = self._inbox
+        return bool(self._closed or self._engine.has_work or mail.submits or mail.aborts or mail.gone)
 
     def _hand_out(self, events: list[TokenEvent]) -> None:
         by_sink: dict[int, tuple[Sink, list[TokenEvent]]] = {}
@@ -127,6 +140,6 @@ class EngineLoop:
         with self._condition:
             self._closed, self._ended = True, error
             waiting, self._inbox = self._inbox.submits, _Inbox([], [], [])
-        for request, sink in waiting:
+        for request, sink, _ in waiting:
             self._sink_of[request.request_id] = sink
         self._hand_out([TokenEvent(request_id, error=error) for request_id in list(self._sink_of)])

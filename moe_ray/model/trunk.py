@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from moe_ray.core import Batch
+from moe_ray.core import Batch, LayerTimes
 from moe_ray.errors import ConfigError
 from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint, Progress
@@ -85,14 +85,20 @@ class Trunk:
         work = self._compute.begin(batch, cache)
         for layer in range(self.config.num_hidden_layers):
             routed = work.route(layer)
+            begun = time.perf_counter()
             pending = self._experts.submit(layer, routed)
+            sent = time.perf_counter()
             try:
                 if batch.routed is not None:
                     batch.routed[:, layer] = moe.experts_of(routed)
                 yield
                 started = time.perf_counter()
                 gathered = pending.gather()
-                self.waited_s += time.perf_counter() - started
+                ended = time.perf_counter()
+                self.waited_s += ended - started
+                if batch.layer_times is not None:
+                    rows = tuple(routed.on_host().counts)
+                    batch.layer_times.append(LayerTimes(layer, rows, begun, sent, started, ended))
                 work.combine(routed, gathered.rows)
                 if gathered.degraded is not None:
                     batch.degraded.update(gathered.degraded.nonzero().flatten().tolist())
