@@ -62,9 +62,12 @@ def prometheus(served_random: Served, tmp_path_factory: pytest.TempPathFactory) 
 def scraped(prometheus: httpx.Client) -> bool:
     """Both targets were scraped without a fault."""
     try:
-        targets = prometheus.get("/api/v1/targets").json()["data"]["activeTargets"]
-    except (httpx.ConnectError, KeyError):  # it has not started yet
+        response = prometheus.get("/api/v1/targets")
+    except httpx.ConnectError:  # it has not started yet
         return False
+    if response.status_code != 200:
+        return False
+    targets = response.json()["data"]["activeTargets"]
     faults = [target["lastError"] for target in targets if target["lastError"]]
     assert not faults, faults
     return len(targets) == 2 and all(target["health"] == "up" for target in targets)
