@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from moe_ray.sampling import SamplingParams as SamplingParams
+from moe_ray.timings import LayerTimes, SequenceTimes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,12 +113,7 @@ class Sequence:
     num_cached_prompt: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first admitted."""
     num_preemptions: int = 0
-    arrived_s: float = 0.0
-    """When it came to the trunk, by `time.perf_counter`."""
-    queue_s: float | None = None
-    """How long it waited before it was first computed."""
-    num_timed_steps: int = 0
-    """Steps whose layers were timed for its trace."""
+    times: SequenceTimes = field(default_factory=SequenceTimes)
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache key of each full block, in order; extended lazily."""
@@ -143,22 +139,6 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.request.prompt_token_ids) :]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTimes:
-    """The expert calls of one layer in one forward pass; times by `time.perf_counter`."""
-
-    layer: int
-    rows: tuple[int, ...]
-    """Of each expert."""
-    begun_s: float
-    """The calls began to be sent."""
-    sent_s: float
-    waited_from_s: float
-    """The trunk had nothing else to do; equal to `sent_s` but for micro-batches."""
-    gathered_s: float
-    """All rows were there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -304,9 +284,8 @@ class EngineStats:
     """Tokens computed as prompt (recomputation after preemption included)."""
     generated_tokens: int = 0
     prefix_query_tokens: int = 0
-    """Tokens that were looked up in the prefix cache."""
+    """Tokens looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
-    """Those of them that were found."""
     preemptions: int = 0
     steps: int = 0
     drafts: int = 0

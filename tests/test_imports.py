@@ -16,7 +16,7 @@ import pytest
 import moe_ray
 
 ROOT = Path(moe_ray.__file__).parent
-BASE = {"errors", "sampling", "core", "telemetry", "console", "histogram"}
+BASE = {"errors", "sampling", "core", "telemetry", "console", "histogram", "timings"}
 MODEL = {*BASE, "native", "model"}
 
 MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may import, besides itself
@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "telemetry": set(),
     "console": set(),
     "histogram": set(),
+    "timings": set(),
     "sampling": {"errors"},
-    "core": {"errors", "sampling"},
+    "core": {"errors", "sampling", "timings"},
     "pb": set(),
     "config": {"errors", "core"},
     "native": {"errors"},

@@ -24,6 +24,7 @@ from moe_ray.engine.step_times import StepTimes
 from moe_ray.engine.traced_step import StepTracer
 from moe_ray.errors import ConfigError, ContextLengthExceeded, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
+from moe_ray.timings import SequenceTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class Engine:
         if (overload := self.overload()) is not None:
             raise overload
         arrived_s = time.perf_counter() if arrived_s is None else arrived_s
-        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids], arrived_s=arrived_s)
+        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids], times=SequenceTimes(arrived_s))
         self._live[request.request_id] = seq
         self._scheduler.add(seq)
 
@@ -147,8 +148,8 @@ class Engine:
             return []
         scheduled = time.perf_counter()
         for seq in batch.sequences:
-            if seq.queue_s is None:
-                seq.queue_s = scheduled - seq.arrived_s
+            if seq.times.queue_s is None:
+                seq.times.queue_s = scheduled - seq.times.arrived_s
         traced = () if self._tracer is None else self._tracer.begin(batch)
         try:
             logits = self._forward(batch)
@@ -187,7 +188,7 @@ class Engine:
                     finish_reason=outcome.finish_reason,
                     stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
-                    queue_s=(seq.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
+                    queue_s=(seq.times.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
                     degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
                     routed_experts=routing.tell(seq, batch),
                     prompt_logprobs=told,

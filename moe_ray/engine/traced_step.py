@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_ray.core import Batch, LayerTimes
+from moe_ray.core import Batch
+from moe_ray.timings import LayerTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,9 @@ class StepTracer:
     def begin(self, batch: Batch) -> tuple[str, ...]:
         """Name the requests for which a step is timed; where there are some, `batch` gets room for its layers."""
         most = self._most_steps
-        traced = [seq for seq in batch.sequences if seq.request.traceparent and seq.num_timed_steps < most]
+        traced = [seq for seq in batch.sequences if seq.request.traceparent and seq.times.num_traced_steps < most]
         for seq in traced:
-            seq.num_timed_steps += 1
+            seq.times.num_traced_steps += 1
         if traced:
             batch.layer_times = []
         return tuple(seq.request.request_id for seq in traced)

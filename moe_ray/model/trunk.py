@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from moe_ray.core import Batch, LayerTimes
+from moe_ray.core import Batch
 from moe_ray.errors import ConfigError
 from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint, Progress
@@ -17,6 +17,7 @@ from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.timings import LayerTimes
 
 logger = logging.getLogger(__name__)
 

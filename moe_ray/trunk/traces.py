@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_ray.core import LayerTimes, Request, TokenEvent
+from moe_ray.core import Request, TokenEvent
 from moe_ray.engine.traced_step import TracedStep
 from moe_ray.observe.tracing import Tracing
+from moe_ray.timings import LayerTimes
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
