@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import yaml
+from served import eventually
 
 
 def prometheus_tool(name: str) -> Path:
@@ -35,3 +42,45 @@ def prometheus_tool(name: str) -> Path:
         subprocess.run(["dpkg-deb", "-x", package, cache / "prometheus"], timeout=60, check=True)
         package.unlink()
     return tool
+
+
+@contextmanager
+def running_prometheus(directory: Path, jobs: Sequence[dict[str, Any]]) -> Iterator[httpx.Client]:
+    """Its HTTP API, once it has scraped each of `jobs` without a fault; it does so each second."""
+    program, config = prometheus_tool("prometheus"), directory / "config.yaml"
+    config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": list(jobs)}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(program, f"--config.file={config}", f"--storage.tsdb.path={directory / 'data'}"),
+        *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"),
+    ]
+    with subprocess.Popen([*map(str, command)]) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+                eventually(lambda: process.poll() is not None or _scraped(client, len(jobs)), timeout_s=60)
+                assert process.poll() is None
+                yield client
+        finally:
+            process.terminate()
+
+
+def answer(prometheus: httpx.Client, query: str) -> list[Any]:
+    """The series that a query finds now."""
+    response = prometheus.get("/api/v1/query", params={"query": query})
+    assert response.status_code == 200, f"{query}: {response.text}"
+    return response.json()["data"]["result"]  # type: ignore[no-any-return]
+
+
+def _scraped(prometheus: httpx.Client, count: int) -> bool:
+    try:
+        response = prometheus.get("/api/v1/targets")
+    except httpx.ConnectError:  # it has not started yet
+        return False
+    if response.status_code != 200:
+        return False
+    targets = response.json()["data"]["activeTargets"]
+    faults = [target["lastError"] for target in targets if target["lastError"]]
+    assert not faults, faults
+    return len(targets) == count and all(target["health"] == "up" for target in targets)

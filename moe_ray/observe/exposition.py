@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as PLAIN_TEXT
+from prometheus_client.exposition import generate_latest as plain_text
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
+from prometheus_client.openmetrics.exposition import generate_latest as open_metrics
 from prometheus_client.registry import Collector
 
 from moe_ray.engine.step_times import KINDS, SEQUENCE_BOUNDS, STAGES, TOKEN_BOUNDS
@@ -20,6 +23,9 @@ from moe_ray.pb import moe_ray_pb2 as pb
 ENGINE = ("model_name", "engine")
 
 
+OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
 def expose(
     accept: str, model: str, counts: RequestCounts, trunks: Sequence[TrunkTold], experts: Mapping[str, Any]
 ) -> tuple[bytes, str]:
@@ -29,8 +35,10 @@ def expose(
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_All([*_requests(counts, model), *_trunks(trunks, model), *_experts(experts)]))
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    # Not `choose_encoder`: for a Prometheus before 3.0 it writes `vllm_` for `vllm:`, which that knows very well.
+    if "application/openmetrics-text" in accept:
+        return open_metrics(registry, ALLOWUTF8), OPEN_METRICS  # type: ignore[no-untyped-call]
+    return plain_text(registry), PLAIN_TEXT
 
 
 class _All(Collector):

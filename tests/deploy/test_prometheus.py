@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +9,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import yaml
 from dashboard_queries import filled_in, of_ray, ours, tgi, vllm
-from debian_prometheus import prometheus_tool
-from served import Served, eventually
+from debian_prometheus import answer, running_prometheus
+from served import Served
 
 BODY: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "temperature": 0}
 REQUEST_ID = "asked-by-a-test"
@@ -25,7 +22,6 @@ def prometheus(served_random: Served, tmp_path_factory: pytest.TempPathFactory) 
     """Its HTTP API; it scrapes the gateway each second, and Ray, as cluster/compose/prometheus.yaml has it."""
     import ray
 
-    program = prometheus_tool("prometheus")
     gateway = urlsplit(served_random.url)
     jobs = [
         {
@@ -38,45 +34,8 @@ def prometheus(served_random: Served, tmp_path_factory: pytest.TempPathFactory) 
             "static_configs": [{"targets": [f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"]}],
         },
     ]
-    directory = tmp_path_factory.mktemp("prometheus")
-    (directory / "config.yaml").write_text(
-        yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": jobs})
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(program, f"--config.file={directory / 'config.yaml'}", f"--storage.tsdb.path={directory / 'data'}"),
-        *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"),
-    ]
-    with subprocess.Popen([*map(str, command)]) as process:
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-                eventually(lambda: process.poll() is not None or scraped(client), timeout_s=60)
-                assert process.poll() is None
-                yield client
-        finally:
-            process.terminate()
-
-
-def scraped(prometheus: httpx.Client) -> bool:
-    """Both targets were scraped without a fault."""
-    try:
-        response = prometheus.get("/api/v1/targets")
-    except httpx.ConnectError:  # it has not started yet
-        return False
-    if response.status_code != 200:
-        return False
-    targets = response.json()["data"]["activeTargets"]
-    faults = [target["lastError"] for target in targets if target["lastError"]]
-    assert not faults, faults
-    return len(targets) == 2 and all(target["health"] == "up" for target in targets)
-
-
-def answer(prometheus: httpx.Client, query: str) -> list[Any]:
-    response = prometheus.get("/api/v1/query", params={"query": query})
-    assert response.status_code == 200, f"{query}: {response.text}"
-    return response.json()["data"]["result"]  # type: ignore[no-any-return]
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), jobs) as client:
+        yield client
 
 
 def test_every_query_of_the_dashboards_finds_series(served_random: Served, prometheus: httpx.Client) -> None:

@@ -32,7 +32,7 @@ from moe_ray.text.tokenizer import Tokenizer
 ASK: dict[str, Any] = {"prompt": list(range(5, 45)), "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 LONG = {**ASK, "stream": True, "max_tokens": 300}
 TGI_STAGES = ("concat", "forward", "decode", "filter")
-OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
+OPEN_METRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 
 
 class Series:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-CLUSTER: Final = Path(__file__).parents[2] / "cluster"
+CLUSTER: Final = Path(__file__).parents[1] / "cluster"
 
 # examples/observability/prometheus_grafana/grafana.json of vLLM
 VLLM_QUANTILES: Final = ("e2e_request_latency_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds")
