@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from moe_ray.engine_stats import EngineStats as EngineStats
 from moe_ray.errors import MoeRayError
 from moe_ray.sampling import SamplingParams as SamplingParams
+from moe_ray.timings import LayerTimes, SequenceTimes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +28,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()
+    traceparent: str = ""
+    """W3C trace context of the span that the trunk's spans belong to; "": the request is not traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +125,7 @@ class Sequence:
     num_cached_prompt: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first admitted."""
     num_preemptions: int = 0
-    arrived_s: float = 0.0
-    """When it came to the trunk, by `time.perf_counter`."""
-    queue_s: float | None = None
-    """How long it waited before it was first computed."""
+    times: SequenceTimes = field(default_factory=SequenceTimes)
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache key of each full block, in order; extended lazily."""
@@ -181,6 +182,8 @@ class Batch:
     """Flat positions that were computed without one of their experts (`on_expert_loss: renormalise`)."""
     routed: np.ndarray | None = None  # [T, num_hidden_layers, num_experts_per_tok]
     """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to."""
+    layer_times: list[LayerTimes] | None = None
+    """Where a sequence is traced: filled by the forward pass."""
 
     @property
     def num_tokens(self) -> int:
@@ -281,25 +284,3 @@ class TrunkInfo:
     kv_cache_tokens: int
     block_size: int = 0
     """Tokens of a block of its prefix cache; 0: gateways choose it by load alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot of the engine; cheap to take."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_blocks_total: int = 0
-    kv_blocks_free: int = 0
-    prompt_tokens: int = 0
-    """Tokens computed as prompt (recomputation after preemption included)."""
-    generated_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    draft_tokens: int = 0
-    """Guessed tokens that were verified (speculative decoding)."""
-    accepted_draft_tokens: int = 0
-    """Those of them that are in the output."""
-    degraded_tokens: int = 0
-    """Tokens that were computed without one of their experts."""

@@ -19,6 +19,7 @@ import torch
 import uvicorn
 
 from moe_ray.api.http import build_app
+from moe_ray.api.observation import Observation
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import load_config
 from moe_ray.core import TokenEvent, TrunkInfo
@@ -29,6 +30,7 @@ from moe_ray.experts.local import local_experts
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
+from moe_ray.observe.tracing import Tracing
 from moe_ray.text.tokenizer import Tokenizer
 from moe_ray.text.vocabulary import token_bytes_of
 from moe_ray.transport.base import LinkOptions
@@ -41,7 +43,7 @@ LOAD: dict[str, Any] = {"experts": []}
 class Trunk:
     """A trunk of one checkpoint."""
 
-    def __init__(self, directory: Path, **engine: Any) -> None:
+    def __init__(self, directory: Path, tracing: Tracing | None = None, **engine: Any) -> None:
         torch.set_num_threads(1)
         config = load_config({"model": {"dtype": "float32"}, "engine": {"kv_cache_gib": 0.05, **engine}})
         checkpoint = Checkpoint.open(directory)
@@ -55,7 +57,14 @@ class Trunk:
         self.engine = Paused(build_engine(config, checkpoint, make_experts, token_bytes=vocabulary))
         checkpoint.close()
         place = TrunkPlace("trunk-1", "node", "127.0.0.1")
-        self.runtime = TrunkRuntime(self.engine, experts[0], place, LinkOptions(), affinity=True)  # type: ignore[arg-type]
+        self.runtime = TrunkRuntime(
+            self.engine,  # type: ignore[arg-type]
+            experts[0],
+            place,
+            LinkOptions(),
+            affinity=True,
+            tracing=tracing,
+        )
         self.info = self.runtime.info
 
     def close(self) -> None:
@@ -123,9 +132,8 @@ def served_beside(directory: Path, trunks: Sequence[TrunkInfo], **more: Any) -> 
             serving.result(60)
 
 
-@functools.lru_cache(maxsize=8)
-def _tokenizer(directory: Path) -> Tokenizer:
-    return Tokenizer(directory)
+tokenizer_of = functools.cache(Tokenizer)
+"""A tokenizer takes a second to load, and is never changed."""
 
 
 @contextlib.asynccontextmanager
@@ -135,16 +143,18 @@ async def served(
     options: HttpOptions | None = None,
     vocab_size: int | None = None,
     aliases: Sequence[str] = (),
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
-    tokenizer = copy.copy(_tokenizer(directory))
+    tokenizer = copy.copy(tokenizer_of(directory))
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
 
     async def load() -> dict[str, Any]:
         return LOAD
 
     async with sessions_over(trunks) as sessions:
-        app = build_app(ServedModel("random", tokenizer, sessions, options, aliases), load)
+        observation = Observation("random", tracing)
+        app = build_app(ServedModel("random", tokenizer, sessions, options, aliases, observation), load)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

@@ -16,15 +16,18 @@ import pytest
 import moe_ray
 
 ROOT = Path(moe_ray.__file__).parent
-BASE = {"errors", "sampling", "core", "telemetry", "console"}
+BASE = {"errors", "sampling", "core", "telemetry", "console", "histogram", "timings"}
 MODEL = {*BASE, "native", "model"}
 
 MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may import, besides itself
     "errors": set(),
     "telemetry": set(),
     "console": set(),
+    "histogram": set(),
+    "timings": set(),
+    "engine_stats": set(),
     "sampling": {"errors"},
-    "core": {"errors", "sampling"},
+    "core": {"errors", "sampling", "timings", "engine_stats"},
     "pb": set(),
     "config": {"errors", "sampling", "core"},
     "native": {"errors"},
@@ -35,15 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "hub": {*BASE, "config", "convert", "model"},
     "experts": {*MODEL, "transport"},
     "engine": {*MODEL, "config"},
-    "trunk": {*MODEL, "__init__", "pb", "config", "engine", "experts", "transport"},
-    "gateway": {*BASE, "pb", "transport", "engine", "trunk"},
-    "api": {*BASE, "__init__", "model", "engine", "text", "gateway"},  # of model: what a checkpoint says of itself
+    "observe": {*BASE, "pb", "engine"},  # of the engine: which stages a step has
+    "trunk": {*MODEL, "__init__", "pb", "config", "engine", "experts", "transport", "observe"},
+    "gateway": {*BASE, "pb", "transport", "engine", "trunk", "observe"},
+    # of model: what a checkpoint says of itself
+    "api": {*BASE, "__init__", "model", "engine", "text", "gateway", "observe"},
     "llm": {*MODEL, "config", "hub", "text", "experts", "engine", "api"},
     "quality": {*MODEL, "config", "experts", "engine"},
     "deploy": {
         *MODEL,
         "__init__",
-        *("config", "hub", "text", "transport", "experts", "engine", "trunk", "gateway", "api"),
+        *("config", "hub", "text", "transport", "experts", "engine", "observe", "trunk", "gateway", "api"),
     },
     "bench": {
         *MODEL,
@@ -68,6 +73,7 @@ NEVER = {  # room → packages that must not appear in it
     "text": {"ray", "grpc", "fastapi", "torch"},
     "api": {"ray", "grpc", "torch"},
     "gateway": {"ray", "torch", "fastapi"},
+    "observe": {"ray", "grpc", "torch", "fastapi", "starlette"},
     "trunk": {"fastapi"},
     "llm": {"ray", "grpc", "fastapi"},
     "quality": {"ray", "grpc", "fastapi"},
@@ -101,6 +107,7 @@ FILE_NEVER = {  # files that work without a package their room may have
     "api/failure.py": {"fastapi", "starlette"},
     "api/generation.py": {"fastapi", "starlette"},
     "api/job.py": {"fastapi", "starlette"},
+    "api/job_watch.py": {"fastapi", "starlette"},
     "api/output.py": {"fastapi", "starlette"},
     "api/sse.py": {"fastapi", "starlette", "numpy"},
     "api/anthropic/parse.py": {"fastapi", "starlette"},
@@ -122,6 +129,10 @@ FILE_NEVER = {  # files that work without a package their room may have
     "engine/blocks.py": {"torch"},
     "engine/routed_experts.py": {"torch"},
     "engine/scheduler.py": {"torch"},
+    "engine/step_times.py": {"torch"},
+    "engine/busy_report.py": {"torch"},
+    "engine/traced_step.py": {"torch"},
+    "observe/request_counts.py": {"prometheus_client", "opentelemetry"},
     "experts/planning/autoscale.py": {"torch", "numpy"},
     "experts/planning/balance.py": {"torch"},
     "experts/planning/placement.py": {"torch", "numpy"},
@@ -248,8 +259,8 @@ def f():
         (
             "moe_ray moe_ray.core moe_ray.config moe_ray.api.openai.parse moe_ray.api.openai.render "
             "moe_ray.text.tokenizer moe_ray.engine.scheduler moe_ray.transport moe_ray.transport.base "
-            "moe_ray.experts.planning.footprint",
-            "torch ray grpc",
+            "moe_ray.experts.planning.footprint moe_ray.api.observation moe_ray.observe.tracing",
+            "torch ray grpc opentelemetry",
         ),
         (
             "moe_ray.llm moe_ray.experts.local moe_ray.engine.build",

@@ -47,6 +47,15 @@ def latency(quantile: float) -> tuple[str, str]:
     return f"histogram_quantile({quantile:g}, {buckets})", f"p{quantile * 100:g}"
 
 
+def seconds(histogram: str) -> tuple[tuple[str, str], ...]:
+    buckets = rate(f"{histogram}_bucket", "le")
+    return tuple((f"histogram_quantile({q:g}, {buckets})", f"p{q * 100:g}") for q in (0.5, 0.9, 0.99))
+
+
+def mean(histogram: str) -> str:
+    return f"{rate(f'{histogram}_sum')} / {rate(f'{histogram}_count')}"
+
+
 def healthy(deployments: str) -> str:
     return f'sum(ray_serve_deployment_replica_healthy{{{APP}, deployment=~"{deployments}"}})'
 
@@ -114,6 +123,42 @@ DASHBOARDS: dict[str, tuple[str, tuple[Row, ...]]] = {
                         "ms",
                         "Until the last token: long answers take long.",
                     ),
+                    Panel(
+                        "Time to the first token",
+                        seconds("ray_vllm_time_to_first_token_seconds"),
+                        "s",
+                        "From a request's arrival at its gateway.",
+                    ),
+                    Panel(
+                        "Time per further token",
+                        seconds("ray_vllm_request_time_per_output_token_seconds"),
+                        "s",
+                        "Mean of each sequence.",
+                    ),
+                    Panel("Time of a sequence", seconds("ray_vllm_e2e_request_latency_seconds"), "s"),
+                    Panel(
+                        "Where the time goes",
+                        (
+                            (mean("ray_vllm_request_queue_time_seconds"), "waits in the trunk"),
+                            (mean("ray_vllm_request_prefill_time_seconds"), "prefill"),
+                            (mean("ray_vllm_request_decode_time_seconds"), "decode"),
+                        ),
+                        "s",
+                        "Means of sequences.",
+                    ),
+                    Panel(
+                        "Length of a sequence",
+                        (
+                            (mean("ray_vllm_request_prompt_tokens"), "prompt"),
+                            (mean("ray_vllm_request_generation_tokens"), "generated"),
+                        ),
+                        says="Means, in tokens.",
+                    ),
+                    Panel(
+                        "Sequences by their end",
+                        ((rate("ray_vllm_request_success_total", "finished_reason"), "{{finished_reason}}"),),
+                        says="Per second. abort: the client went away.",
+                    ),
                 ),
             ),
             Row(
@@ -154,10 +199,25 @@ DASHBOARDS: dict[str, tuple[str, tuple[Row, ...]]] = {
                     Panel(
                         "Guessed tokens",
                         (
+                            (rate("ray_moe_ray_trunk_drafts_total"), "runs"),
                             (rate("ray_moe_ray_trunk_draft_tokens_total"), "verified"),
                             (rate("ray_moe_ray_trunk_accepted_draft_tokens_total"), "came true"),
                         ),
                         says="With engine.speculative.",
+                    ),
+                    Panel(
+                        "Prefix cache hits",
+                        (
+                            (
+                                rate("ray_moe_ray_trunk_prefix_hit_tokens_total", "trunk")
+                                + " / "
+                                + rate("ray_moe_ray_trunk_prefix_query_tokens_total", "trunk"),
+                                "{{trunk}}",
+                            ),
+                        ),
+                        "percentunit",
+                        "Share of the prompts' tokens.",
+                        most=1,
                     ),
                     Panel(
                         "Degraded tokens, preemptions",

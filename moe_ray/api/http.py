@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, Final
 
@@ -19,6 +20,8 @@ from moe_ray.api import models, shared_paths
 from moe_ray.api.anthropic import errors as anthropic_errors
 from moe_ray.api.anthropic import routes as anthropic_routes
 from moe_ray.api.failure import Failure, failure_of
+from moe_ray.api.metrics_route import metrics_route
+from moe_ray.api.observation import REQUEST_ID, Watching
 from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
@@ -30,8 +33,8 @@ from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping"})
-"""What is answered without a key: probes have none."""
+OPEN_PATHS: Final = frozenset({"/health", "/ping", "/metrics"})
+"""What is answered without a key: probes and Prometheus have none. No text of a request is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         failure = Failure(status, f"no route {request.method} {_path(request.scope)}")
         return _error_json(request.scope, failure, getattr(error, "headers", None) or {})
 
-    for kind in (MoeRayError, Exception):
-        app.add_exception_handler(kind, on_error)
+    app.add_exception_handler(MoeRayError, on_error)
     for status in (404, 405):
         app.add_exception_handler(status, on_no_route)
 
@@ -96,6 +98,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
         return await expert_load()
 
+    app.add_route("/metrics", metrics_route(service, expert_load), include_in_schema=False)
     models.add_routes(app, service)
     for api in APIS:
         api.add_routes(app, service)
@@ -108,9 +111,16 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", DEGRADED_HEADER],
+            expose_headers=["Retry-After", DEGRADED_HEADER, REQUEST_ID.decode()],
         )
     app.add_middleware(TrailingSlash)
+    app.add_middleware(
+        Watching,
+        observation=service.observation,
+        path_of=_path,
+        on_error=partial(_error_response, retry_after_s=options.retry_after_s),
+        tells_id=options.tells_request_id,
+    )
     return app
 
 

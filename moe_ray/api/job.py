@@ -84,6 +84,11 @@ class GenerationJob:
         """(choice index, request) of the choices of which something is asked of the engine."""
         return [(i, each.request) for i, each in enumerate(self.choices) if not each.request.sampling.empty]
 
+    def traced_by(self, traceparent: str) -> GenerationJob:
+        """The same job, its requests as parts of a trace."""
+        choices = (replace(each, request=replace(each.request, traceparent=traceparent)) for each in self.choices)
+        return replace(self, choices=tuple(choices))
+
 
 def make_job(
     job_id: str,

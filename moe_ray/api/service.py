@@ -13,14 +13,15 @@ from typing import Any, Final, Protocol, TypeVar
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moe_ray.api import sse
-from moe_ray.api.generation import ResponseStream, StreamRenderer, collect
+from moe_ray.api.generation import EventSource, ResponseStream, StreamRenderer, collect
 from moe_ray.api.job import GenerationJob, ModelLimits
+from moe_ray.api.observation import Observation
 from moe_ray.api.output import JobOutput
 from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.errors import ModelNotFound
-from moe_ray.gateway.session import Session
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
+from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.text.tokenizer import Tokenizer
 
 LONG_BODY = 16_384
@@ -66,6 +67,8 @@ class HttpOptions:
     headers_within_s: float = 1.0
     keep_alive_s: float = 5.0
     tgi: TgiLimits = field(default_factory=TgiLimits)
+    tells_request_id: bool = True
+    """False where a proxy before us puts the request's id into responses."""
 
 
 class ServedModel:
@@ -78,8 +81,10 @@ class ServedModel:
         sessions: Sessions,
         options: HttpOptions | None = None,
         aliases: Sequence[str] = (),
+        observation: Observation | None = None,
     ) -> None:
         """`aliases` are further names that requests may use; in them `*` stands for anything."""
+        self.observation = observation or Observation(served_name)
         self.served_name = served_name
         self.aliases = tuple(aliases)
         self.tokenizer = tokenizer
@@ -107,6 +112,10 @@ class ServedModel:
     def num_requests(self) -> int:
         """HTTP requests whose sequences have not all ended."""
         return self._sessions.num_open
+
+    def trunks_told(self) -> list[TrunkTold]:
+        """What each linked trunk last said of itself."""
+        return self._sessions.told()
 
     @property
     def max_model_len(self) -> int | None:
@@ -166,9 +175,9 @@ class ServedModel:
         headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=stream_form.media_type, headers=headers)
 
-    def _begin(self, output: JobOutput) -> Session:
+    def _begin(self, output: JobOutput) -> EventSource:
         """Start generating a job."""
-        return self._sessions.open(output.job.requests)
+        return self.observation.open(output, self._sessions.open)
 
 
 def degraded(output: JobOutput) -> dict[str, str]:

@@ -39,6 +39,7 @@ Settings = Annotated[
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output.", show_default="the model's")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
+LogFormat = Annotated[str | None, typer.Option(help="text, or json: one object a line.", show_default="text")]
 Url = Annotated[str, typer.Option(help="Base URL of a running server.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]

@@ -13,6 +13,7 @@ from moe_ray.commands.options import (
     Device,
     Dtype,
     KvCacheDtype,
+    LogFormat,
     LogLevel,
     MaxModelLen,
     Quantize,
@@ -87,6 +88,10 @@ def serve(
         bool, typer.Option(help="Ray's dashboard and state API (`ray list actors`, `serve status`).")
     ] = True,
     log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="URL of an OpenTelemetry collector that gets traces.", show_default="none")
+    ] = None,
 ) -> None:
     """Start trunk, experts and gateway, and serve until Ctrl-C."""
     from moe_ray.config import load_config
@@ -119,5 +124,7 @@ def serve(
         "gateway": {"tool_call_parser": tool_call_parser},
         "transport": transport,
         "log_level": log_level,
+        "log_format": log_format,
+        "tracing": {"otlp_endpoint": otlp_endpoint},
     }
     run(load_config(flags, config), LaunchOptions(host, port, address, ingress, dashboard), error_console())

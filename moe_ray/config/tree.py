@@ -28,6 +28,7 @@ from moe_ray.config.gateway import GatewaySection
 from moe_ray.config.model import DEMO_MODEL, ModelSection
 from moe_ray.config.section import explain
 from moe_ray.config.tls import TlsSection
+from moe_ray.config.tracing import TracingSection
 from moe_ray.config.trunk import TrunkSection
 from moe_ray.errors import ConfigError
 
@@ -35,6 +36,7 @@ ENV_PREFIX: Final = "MOE_RAY_"
 Transport = Literal["auto", "socket", "grpc", "ray", "local"]
 _CACHE: Final = "~/.cache"
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
 class Config(BaseSettings):
@@ -53,6 +55,7 @@ class Config(BaseSettings):
     trunk: TrunkSection = TrunkSection()
     experts: ExpertsSection = ExpertsSection()
     gateway: GatewaySection = GatewaySection()
+    tracing: TracingSection = Field(default_factory=TracingSection)
     transport: Transport = "auto"
     """Carrier of the calls to experts. auto: the first of socket, grpc and ray that reaches the replica. local: experts
     in the trunk's own process."""
@@ -64,6 +67,8 @@ class Config(BaseSettings):
     """Directory of the demo model and the native libraries. Default: $XDG_CACHE_HOME/moe-ray."""
     log_level: LogLevel = "info"
     """Least severe log records that are written."""
+    log_format: LogFormat = "text"
+    """json: one object a line, with the id of the HTTP request where a record is about one."""
 
     @field_validator("cache_dir")
     @classmethod

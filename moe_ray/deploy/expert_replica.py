@@ -45,7 +45,7 @@ class ExpertReplica:
 
         Raises `CheckpointError`, `ConfigError`.
         """
-        telemetry.configure(config.log_level)
+        telemetry.configure(config.log_level, config.log_format)
         hide_cards_of_others(config.model.device)
         started, name = time.perf_counter(), holding.name
         limit_torch_threads(threads)

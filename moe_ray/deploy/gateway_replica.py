@@ -14,14 +14,19 @@ from ray.serve.handle import DeploymentHandle
 
 from moe_ray import telemetry
 from moe_ray.api.http import build_app
+from moe_ray.api.observation import Observation
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.config import Config
 from moe_ray.deploy.discovery import ask_each, discover_trunks
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.load_overview import overview
+from moe_ray.deploy.metrics import Reporter
+from moe_ray.deploy.open_tracing import open_tracing
+from moe_ray.deploy.vllm_metrics import SequenceMetrics
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.hub import resolve_model
+from moe_ray.observe.tracing import Tracing
 from moe_ray.text.tokenizer import Tokenizer
 
 
@@ -33,7 +38,7 @@ class Gateway:
     async def __init__(  # type: ignore[misc]
         self, config: Config, trunk: DeploymentHandle, experts: Sequence[DeploymentHandle]
     ) -> None:
-        telemetry.configure(config.log_level)
+        telemetry.configure(config.log_level, config.log_format)
         self._sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
         self._sessions.start()
         self._experts = experts
@@ -46,9 +51,15 @@ class Gateway:
             headers_within_s=http.headers_within_s,
             keep_alive_s=http.keep_alive_s,
             tgi=_tgi_limits(config, directory),
+            tells_request_id=False,  # Serve's proxy does
         )
+        self._tracing = open_tracing(config.tracing, "Gateway")
+        sequences = SequenceMetrics(config.served_name)
+        self._reporter = Reporter(sequences.report)
+        observation = Observation(config.served_name, self._tracing, sequences.take)
         tokenizer = Tokenizer(directory, http.tool_call_parser)
-        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, config.model.aliases)
+        names = config.model.aliases
+        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, names, observation)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""
@@ -58,6 +69,14 @@ class Gateway:
         """Place and memory of this process; asked over Serve, not HTTP."""
         node_id = ray.get_runtime_context().get_node_id()
         return {**telemetry.process_status(psutil.Process()), "node_id": node_id}
+
+    def __del__(self) -> None:
+        # Where __init__ has failed, there may be neither.
+        reporter: Reporter | None = getattr(self, "_reporter", None)
+        tracing: Tracing | None = getattr(self, "_tracing", None)
+        for each in (reporter, tracing):
+            if each is not None:
+                each.close()
 
     async def _expert_load(self) -> dict[str, Any]:
         names = [handle.deployment_name for handle in self._experts]

@@ -64,9 +64,11 @@ POOL_COUNTERS: Final = {
 ENGINE_COUNTERS: Final = {
     "prompt_tokens": "Tokens computed as prompt, those computed again after preemption included.",
     "generated_tokens": "Tokens generated.",
+    "prefix_query_tokens": "Tokens looked up in the prefix cache.",
     "prefix_hit_tokens": "Tokens found in the prefix cache.",
     "preemptions": "Sequences preempted for want of KV blocks.",
     "steps": "Batches computed.",
+    "drafts": "Runs of guessed tokens.",
     "draft_tokens": "Guessed tokens that were verified.",
     "accepted_draft_tokens": "Guessed tokens that came true.",
     "degraded_tokens": "Tokens computed without one of their experts.",
@@ -133,13 +135,13 @@ def surviving(report: Callable[P, None]) -> Callable[P, None]:
 
 
 class Reporter:
-    """Calls `report` every few seconds on a thread of its own until `close`, and then once more.
+    """Calls `reports` every few seconds on a thread of its own until `close`, and then once more.
 
     A report that fails is logged; the next one is made nevertheless.
     """
 
-    def __init__(self, report: Callable[[], None], period_s: float = REPORT_S) -> None:
-        self._report, self._period_s = surviving(report), period_s
+    def __init__(self, *reports: Callable[[], None], period_s: float = REPORT_S) -> None:
+        self._reports, self._period_s = [surviving(report) for report in reports], period_s
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -151,5 +153,9 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._closed.wait(self._period_s):
-            self._report()
-        self._report()
+            self._report_all()
+        self._report_all()
+
+    def _report_all(self) -> None:
+        for report in self._reports:
+            report()

@@ -16,7 +16,9 @@ from moe_ray.deploy.discovery import ExpertDiscovery
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.loading_board import reporter
 from moe_ray.deploy.metrics import Reporter, TrunkMetrics
+from moe_ray.deploy.open_tracing import open_tracing
 from moe_ray.deploy.replica_targets import KV_USE, RUNNING, WAITING
+from moe_ray.deploy.vllm_metrics import EngineMetrics
 from moe_ray.engine.build import build_engine
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
@@ -59,7 +61,14 @@ class TrunkActor:
         place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())
         self._bytes_read = checkpoint.bytes_read
         self._drain_s = config.trunk.drain_s
-        self._runtime = TrunkRuntime(engine, made[0], place, link_options(config), affinity=config.trunk.affinity)
+        self._runtime = TrunkRuntime(
+            engine,
+            made[0],
+            place,
+            link_options(config),
+            affinity=config.trunk.affinity,
+            tracing=open_tracing(config.tracing, deployment),
+        )
         self.info = self._runtime.info
         # Serve takes this trunk for running once it is made, and sends requests (or a whole rollout) its way.
         if away := self._runtime.wait_complete(config.experts.deadline_s):
@@ -76,7 +85,8 @@ class TrunkActor:
             self.info.address,
         )
         metrics = TrunkMetrics(replica_id, self._runtime.stats, self._runtime.call_counters)
-        self._reporter = Reporter(metrics.report)
+        as_vllm = EngineMetrics(config.served_name, self._runtime.stats)
+        self._reporter = Reporter(metrics.report, as_vllm.report)
 
     def status(self) -> dict[str, Any]:
         """Memory and load."""

@@ -23,7 +23,7 @@ class TrunkReplica:
         """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`."""
         from moe_ray.deploy.trunk_actor import TrunkActor
 
-        telemetry.configure(config.log_level)
+        telemetry.configure(config.log_level, config.log_format)
         hide_cards_of_others(config.model.device)
         context = serve.get_replica_context()
         self._engine = TrunkActor(config, experts, context.deployment, context.replica_id.to_full_id_str())

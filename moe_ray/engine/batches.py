@@ -58,4 +58,5 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
         num_sampled=batch.num_sampled[first:end],
         num_scored=batch.num_scored[first:end],
         routed=None if batch.routed is None else batch.routed[low:high],  # a view: what a part fills, the whole has
+        layer_times=batch.layer_times,  # one list for all parts
     )

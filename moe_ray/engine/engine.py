@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent, TokenLogprobs
 from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
+from moe_ray.engine.admission import check_request
 from moe_ray.engine.batches import split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
@@ -23,8 +23,11 @@ from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
-from moe_ray.errors import ConfigError, ContextLengthExceeded, InvalidRequest, MoeRayError, Overloaded
+from moe_ray.engine.step_times import StepTimes
+from moe_ray.engine.traced_step import StepTracer
+from moe_ray.errors import ConfigError, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
+from moe_ray.timings import SequenceTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._unready = Unready(grammars)
         """Those of them that wait for their grammar, and are not in the scheduler."""
+        self.times = StepTimes()
+        self._tracer: StepTracer | None = None
         self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0
 
     @property
@@ -79,6 +84,10 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes
+
+    def trace_steps(self, tracer: StepTracer) -> None:
+        """Have the steps of traced requests timed by `tracer`; before the first request."""
+        self._tracer = tracer
 
     def submit(self, request: Request, arrived_s: float | None = None) -> None:
         """Queue a request that came at `arrived_s` of `time.perf_counter`, or now.
@@ -91,7 +100,7 @@ class Engine:
         if (overload := self.overload()) is not None:
             raise overload
         arrived_s = time.perf_counter() if arrived_s is None else arrived_s
-        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids], arrived_s=arrived_s)
+        seq = Sequence(request, [*request.prompt_token_ids, *request.output_token_ids], times=SequenceTimes(arrived_s))
         self._live[request.request_id] = seq
         if not self._unready.add(seq):
             self._scheduler.add(seq)
@@ -101,30 +110,8 @@ class Engine:
 
         Whether its grammar can be compiled shows later.
         """
-        vocab, total = self._trunk.config.vocab_size, len(request.prompt_token_ids) + len(request.output_token_ids)
-        if not request.prompt_token_ids:
-            raise InvalidRequest("the prompt is empty", "prompt")
-        most = request.sampling.max_tokens
-        # Log-probabilities of a prompt may be asked for without a token behind it.
-        if total + (most != 0) > self.options.max_model_len:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.options.max_model_len} tokens; the prompt has {total}, "
-                f"which leaves no room to generate",
-                "prompt",
-            )
+        check_request(request, self._trunk.config.vocab_size, self.options.max_model_len)
         self._unready.check(request)
-        if most is not None and len(request.output_token_ids) >= most and (most or request.sampling.empty):
-            raise InvalidRequest(f"all max_tokens ({most}) were generated already", "output_token_ids")
-        for param, ids in (
-            ("prompt", request.prompt_token_ids),
-            ("output_token_ids", request.output_token_ids),
-            ("logit_bias", tuple(request.sampling.logit_bias)),
-            ("stop_token_ids", request.sampling.stop_token_ids),
-            ("allowed_token_ids", request.sampling.allowed_token_ids),
-            ("bad_words_ids", tuple(itertools.chain.from_iterable(request.sampling.bad_words_ids))),
-        ):
-            if ids and (min(ids) < 0 or max(ids) >= vocab):
-                raise InvalidRequest(f"token ids of `{param}` must be between 0 and {vocab - 1}", param)
 
     def overload(self, coming: int = 0) -> Overloaded | None:
         """Why no further request can wait, behind `coming` ones that are to be submitted. Callable from any thread."""
@@ -160,25 +147,29 @@ class Engine:
         When the batch cannot be computed (an expert stayed away past its deadline) each of its requests ends in an
         event that carries the error, and the engine goes on with the others.
         """
+        begun = time.perf_counter()
         refused = self._take_ready()
         batch = self._scheduler.schedule()
         if batch is None:
             return refused
         scheduled = time.perf_counter()
         for seq in batch.sequences:
-            if seq.queue_s is None:
-                seq.queue_s = scheduled - seq.arrived_s
+            if seq.times.queue_s is None:
+                seq.times.queue_s = scheduled - seq.times.arrived_s
+        traced = () if self._tracer is None else self._tracer.begin(batch)
         try:
             logits = self._forward(batch)
         except MoeRayError as error:
             for seq in batch.sequences:
                 self.abort(seq.request.request_id)
             return [*refused, *(TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences)]
+        forwarded = time.perf_counter()
         scored = prompt_logprobs.take(batch, logits)
         sequences, drafts = _rows(batch)
         masks = grammar_masks(batch, self._trunk.config.vocab_size)
         rows = prompt_logprobs.sampled_rows(batch, logits)
         sampled = sample(rows, sequences, self.options.eos_token_ids, drafts, masks)
+        decoded = time.perf_counter()
         self._steps += 1
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.
         newest = sum(seq.num_output > 0 for seq, n in zip(batch.sequences, batch.num_sampled, strict=True) if n)
@@ -186,6 +177,10 @@ class Engine:
         self._prompt_tokens += batch.num_tokens - newest - drafted
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
+        updated = time.perf_counter()
+        self.times.note(batch, (begun, scheduled, forwarded, decoded, updated))
+        if self._tracer is not None:
+            self._tracer.end(batch, traced, begun, updated)
         events, row = refused, 0
         for outcome in outcomes:
             seq, tokens = outcome.seq, outcome.token_ids
@@ -201,7 +196,7 @@ class Engine:
                     finish_reason=outcome.finish_reason,
                     stop_token_id=outcome.stop_token_id,
                     num_cached_tokens=seq.num_cached_prompt,
-                    queue_s=(seq.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
+                    queue_s=(seq.times.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
                     degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
                     routed_experts=routing.tell(seq, batch),
                     prompt_logprobs=told,
@@ -258,9 +253,11 @@ class Engine:
             kv_blocks_free=self._allocator.num_free,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            prefix_query_tokens=self._scheduler.prefix_query_tokens,
             prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
+            drafts=self._scheduler.drafts,
             draft_tokens=self._scheduler.draft_tokens,
             accepted_draft_tokens=self._scheduler.accepted_draft_tokens,
             degraded_tokens=self._degraded_tokens,

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_ray.core import EngineStats, Request, TokenEvent
+from moe_ray.engine.busy_report import BusyReport
 from moe_ray.engine.engine import Engine
+from moe_ray.engine.step_times import StepTimes
 from moe_ray.errors import EngineError, MoeRayError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class EngineLoop:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sink_of: dict[str, Sink] = {}
+        self._report = BusyReport()
         self._condition = threading.Condition()
         self._inbox = _Inbox([], [], [])
         self._closed = False
@@ -73,6 +76,11 @@ class EngineLoop:
             self._inbox.gone.append(sink)
             self._condition.notify()
 
+    @property
+    def times(self) -> StepTimes:
+        """Of the engine's steps."""
+        return self._engine.times
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -91,6 +99,7 @@ class EngineLoop:
         try:
             while self._take_in():
                 self._hand_out(self._engine.step())
+                self._report.look(self._engine.stats)
             self._fail_all(EngineError("the trunk is shutting down"))
         except Exception as error:
             logger.exception("the engine stopped")
@@ -102,7 +111,8 @@ class EngineLoop:
     def _take_in(self) -> bool:
         """Wait for work and take in what was asked; False when closed."""
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or self._engine.has_work or self._has_mail())
+            while not self._condition.wait_for(self._is_asked, self._report.due_in()):
+                self._report.look(self._engine.stats)
             if self._closed:
                 return False  # what came last is told so by _fail_all
             inbox, self._inbox = self._inbox, _Inbox([], [], [])
@@ -119,8 +129,9 @@ class EngineLoop:
             self._sink_of.pop(request_id, None)
         return True
 
-    def _has_mail(self) -> bool:
-        return bool(self._inbox.submits or self._inbox.aborts or self._inbox.gone)
+    def _is_asked(self) -> bool:
+        mail = self._inbox
+        return bool(self._closed or self._engine.has_work or mail.submits or mail.aborts or mail.gone)
 
     def _hand_out(self, events: list[TokenEvent]) -> None:
         by_sink: dict[int, tuple[Sink, list[TokenEvent]]] = {}

@@ -63,8 +63,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._arrivals = 0
         self.preemptions = 0
-        self.prefix_hit_tokens = 0
-        self.draft_tokens = self.accepted_draft_tokens = 0
+        self.prefix_query_tokens = self.prefix_hit_tokens = 0
+        self.drafts = self.draft_tokens = self.accepted_draft_tokens = 0
         speculates = limits.num_speculative_tokens > 0
         self._drafter = Drafter(limits.prompt_lookup_min, limits.prompt_lookup_max, costs) if speculates else None
 
@@ -161,6 +161,7 @@ class Scheduler:
             if reason is not None:
                 break
         new = tuple(seq.token_ids[before:])
+        self.drafts += bool(draft)
         self.draft_tokens += len(draft)
         self.accepted_draft_tokens += min(accepted, len(new))
         self._advance(seq, len(seq.token_ids) - 1)
@@ -249,6 +250,8 @@ class Scheduler:
         seq.block_table, seq.num_computed = cached + blocks, start
         if not seq.num_preemptions:
             seq.num_cached_prompt = min(start, seq.num_prompt)
+        if self.limits.enable_prefix_caching:
+            self.prefix_query_tokens += known
         self.prefix_hit_tokens += start
         return count
 

@@ -18,6 +18,7 @@ from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.gateway.session import Live, Session
 from moe_ray.gateway.trunk_choice import choose, extend_keys
 from moe_ray.gateway.trunk_link import TrunkLink
+from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport.base import LinkOptions
 
@@ -80,6 +81,10 @@ class Sessions:
     def trunks(self) -> list[TrunkInfo]:
         """The linked trunks."""
         return [link.info for link, _ in self._links.values()]
+
+    def told(self) -> list[TrunkTold]:
+        """What each linked trunk last said of itself; no call."""
+        return [TrunkTold(link.info, link.load, link.counters) for link, _ in self._links.values()]
 
     async def ensure_trunk(self, timeout_s: float) -> TrunkInfo:
         """Return the linked trunk that takes the longest sequences, waiting for one. Raises `NotReady`."""

@@ -27,6 +27,8 @@ class TrunkLink:
     def __init__(self, info: TrunkInfo, options: LinkOptions, on_event: Callable[[TokenEvent], None]) -> None:
         self.info = info
         self.view = TrunkView.of(info.block_size, info.kv_cache_tokens)
+        self.load, self.counters = pb.TrunkLoad(), pb.TrunkCounters()
+        """What it last said of itself."""
         self._on_event = on_event
         self._channel = open_aio_channel(info.address, options)
         self.stub = pb_grpc.TrunkStub(self._channel)
@@ -69,7 +71,9 @@ class TrunkLink:
                 for event in message.events:
                     self._on_event(unpack_event(event))
                 if message.HasField("load"):
-                    load = message.load
+                    self.load = load = message.load
+                    if load.HasField("counters"):
+                        self.counters = load.counters
                     held = 1 - load.kv_blocks_free / max(load.kv_blocks_total, 1)
                     self.view.told(load.num_running + load.num_waiting, held, load.draining)
         except grpc.aio.AioRpcError as error:

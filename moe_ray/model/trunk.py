@@ -17,6 +17,7 @@ from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.timings import LayerTimes
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +86,20 @@ class Trunk:
         work = self._compute.begin(batch, cache)
         for layer in range(self.config.num_hidden_layers):
             routed = work.route(layer)
+            begun = time.perf_counter()
             pending = self._experts.submit(layer, routed)
+            sent = time.perf_counter()
             try:
                 if batch.routed is not None:
                     batch.routed[:, layer] = moe.experts_of(routed)
                 yield
                 started = time.perf_counter()
                 gathered = pending.gather()
-                self.waited_s += time.perf_counter() - started
+                ended = time.perf_counter()
+                self.waited_s += ended - started
+                if batch.layer_times is not None:
+                    rows = tuple(routed.on_host().counts)
+                    batch.layer_times.append(LayerTimes(layer, rows, begun, sent, started, ended))
                 work.combine(routed, gathered.rows)
                 if gathered.degraded is not None:
                     batch.degraded.update(gathered.degraded.nonzero().flatten().tolist())

@@ -9,10 +9,13 @@ from typing import Any
 from moe_ray.core import EngineStats, TrunkInfo
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.loop import EngineLoop
+from moe_ray.engine.traced_step import StepTracer
 from moe_ray.experts.client.accounting import Counters
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
+from moe_ray.observe.tracing import Tracing
 from moe_ray.transport.base import LinkOptions
 from moe_ray.trunk.server import TrunkServer
+from moe_ray.trunk.traces import RequestTraces
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +32,28 @@ class TrunkRuntime:
     """Serves one engine to gateways until `close`."""
 
     def __init__(
-        self, engine: Engine, experts: ExpertDispatcher, place: TrunkPlace, links: LinkOptions, *, affinity: bool
+        self,
+        engine: Engine,
+        experts: ExpertDispatcher,
+        place: TrunkPlace,
+        links: LinkOptions,
+        *,
+        affinity: bool,
+        tracing: Tracing | None = None,
     ) -> None:
         """Start the engine's thread and listen. `experts`: those that the engine calls; closed with the runtime.
 
-        `affinity`: gateways may choose this trunk by what its prefix cache holds. Raises `ConfigError` when it cannot
-        listen.
+        `affinity`: gateways may choose this trunk by what its prefix cache holds. `tracing` is closed with the
+        runtime; None: nothing is traced. Raises `ConfigError` when it cannot listen.
         """
+        self._tracing = tracing
+        traces = None if tracing is None else RequestTraces(tracing)
+        if tracing is not None and traces is not None:
+            engine.trace_steps(StepTracer(traces.step, tracing.options.steps_per_request))
         self._experts = experts
         self._kv_cache_bytes = engine.kv_cache_bytes
         self._loop = EngineLoop(engine)
-        self._server = TrunkServer(self._loop, experts.missing, place.host, links)
+        self._server = TrunkServer(self._loop, experts.missing, place.host, links, traces)
         options = engine.options
         self.info = TrunkInfo(
             replica_id=place.replica_id,
@@ -88,3 +102,5 @@ class TrunkRuntime:
         self._server.close()  # first: gateways replay elsewhere what still runs, and see no error
         self._loop.close()
         self._experts.close()
+        if self._tracing is not None:
+            self._tracing.close()

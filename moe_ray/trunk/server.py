@@ -18,6 +18,7 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.grpc_channel import StreamThreads, TokenInterceptor, join_address, listen, server_options
+from moe_ray.trunk.traces import RequestTraces
 from moe_ray.trunk.wire import pack_load, pack_step, unpack_request
 
 logger = logging.getLogger(__name__)
@@ -32,15 +33,22 @@ QUIET_S: Final = 0.5
 class TrunkServer:
     """Serves an engine loop on host:port until `close`."""
 
-    def __init__(self, loop: EngineLoop, missing: Callable[[], list[int]], host: str, options: LinkOptions) -> None:
-        """`missing` tells which experts have no live replica."""
+    def __init__(
+        self,
+        loop: EngineLoop,
+        missing: Callable[[], list[int]],
+        host: str,
+        options: LinkOptions,
+        traces: RequestTraces | None = None,
+    ) -> None:
+        """`missing` tells which experts have no live replica; `traces`: None where nothing is traced."""
         self._server = grpc.server(
             StreamThreads(),
             interceptors=[] if options.token is None else [TokenInterceptor(options.token)],
             options=server_options(options),
             maximum_concurrent_rpcs=MAX_GATEWAYS,
         )
-        self._servicer = _Servicer(loop, missing)
+        self._servicer = _Servicer(loop, missing, traces)
         pb_grpc.add_TrunkServicer_to_server(self._servicer, self._server)
         self.address = join_address(host, listen(self._server, host, 0, options))
         self._server.start()
@@ -67,8 +75,8 @@ class TrunkServer:
 
 
 class _Servicer(pb_grpc.TrunkServicer):
-    def __init__(self, loop: EngineLoop, missing: Callable[[], list[int]]) -> None:
-        self._loop, self._missing = loop, missing
+    def __init__(self, loop: EngineLoop, missing: Callable[[], list[int]], traces: RequestTraces | None = None) -> None:
+        self._loop, self._missing, self._traces = loop, missing, traces
         self._streams: set[queue.SimpleQueue[list[TokenEvent] | None]] = set()
         self._lock = threading.Lock()
         self._draining = False
@@ -102,9 +110,15 @@ class _Servicer(pb_grpc.TrunkServicer):
             self._streams.add(events)
         reader.start()
         step: list[TokenEvent] | None = []
+        counters_at = 0.0
         try:
             while step is not None:
-                yield pack_step(step, pack_load(self._loop.stats(), self._draining))
+                times = None
+                if (now := time.monotonic()) >= counters_at:
+                    times, counters_at = self._loop.times, now + LOAD_EVERY_S
+                if self._traces is not None:
+                    self._traces.note(step)
+                yield pack_step(step, pack_load(self._loop.stats(), self._draining, times))
                 try:
                     step = events.get(timeout=LOAD_EVERY_S)
                 except queue.Empty:
@@ -113,6 +127,8 @@ class _Servicer(pb_grpc.TrunkServicer):
             with self._lock:
                 self._streams.discard(events)
             self._loop.drop(sink)
+            if self._traces is not None:
+                self._traces.drop(sink)
 
     def Info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.TrunkStatus:
         stats, missing = self._loop.stats(), self._missing()
@@ -134,6 +150,8 @@ class _Servicer(pb_grpc.TrunkServicer):
                     self._submit(submit, sink)
                 for request_id in message.abort:
                     self._loop.abort(request_id)
+                if self._traces is not None:
+                    self._traces.end(message.abort)
         except grpc.RpcError:
             pass  # the gateway is gone; `ended` tells the stream so
         finally:
@@ -142,7 +160,10 @@ class _Servicer(pb_grpc.TrunkServicer):
     def _submit(self, message: pb.Submit, sink: Callable[[list[TokenEvent]], None]) -> None:
         """Give a request to the engine. One that cannot be read ends in an error, and the stream goes on."""
         try:
-            self._loop.submit(unpack_request(message), sink)
+            request = unpack_request(message)
+            if self._traces is not None:
+                self._traces.begin(request, sink)
+            self._loop.submit(request, sink)
         except InvalidRequest as error:
             sink([TokenEvent(message.request_id, error=error)])
         except Exception:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, Final, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 
 from moe_ray import errors
 from moe_ray.core import EngineStats, FinishReason, Request, RoutedExperts, SamplingParams, TokenEvent, TokenLogprobs
+from moe_ray.engine.step_times import STAGES, Kind, StepTimes
 from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
+from moe_ray.histogram import Histogram
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.sampling import Grammar, GrammarKind
 
 _FINISH_REASONS: Final = ("stop", "length", "abort")
 _SAMPLING_FIELDS: Final[tuple[FieldDescriptor, ...]] = tuple(pb.SamplingParams.DESCRIPTOR.fields)  # type: ignore[arg-type]
 """Named like those of `SamplingParams`."""
+
+
+COUNTER_FIELDS: Final = tuple(
+    field.name for field in fields(EngineStats) if field.name in pb.TrunkCounters.DESCRIPTOR.fields_by_name
+)
+"""Of `EngineStats`: those that only grow."""
 
 
 def pack_request(request: Request) -> pb.Submit:
@@ -25,6 +34,7 @@ def pack_request(request: Request) -> pb.Submit:
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
         sampling=pb.SamplingParams(**{field.name: _message(request.sampling, field) for field in _SAMPLING_FIELDS}),
+        traceparent=request.traceparent,
     )
 
 
@@ -36,6 +46,7 @@ def unpack_request(message: pb.Submit) -> Request:
         tuple(message.prompt_token_ids),
         SamplingParams(**sampling),
         tuple(message.output_token_ids),
+        message.traceparent,
     )
 
 
@@ -63,15 +74,37 @@ def _value(message: pb.SamplingParams, field: FieldDescriptor) -> Any:
     return tuple(value) if field.is_repeated else value
 
 
-def pack_load(stats: EngineStats, draining: bool) -> pb.TrunkLoad:
-    """How busy a trunk is, and whether it takes nothing new → message."""
+def pack_load(stats: EngineStats, draining: bool, times: StepTimes | None = None) -> pb.TrunkLoad:
+    """How busy a trunk is, and whether it takes nothing new → message; with `times`, all its counters, too."""
     return pb.TrunkLoad(
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
         kv_blocks_total=stats.kv_blocks_total,
         kv_blocks_free=stats.kv_blocks_free,
         draining=draining,
+        counters=None if times is None else pack_counters(stats, times),
     )
+
+
+def pack_counters(stats: EngineStats, times: StepTimes) -> pb.TrunkCounters:
+    """What a trunk did since it was started → message."""
+
+    def of_kind(kind: Kind) -> pb.StepTimes:
+        stages = [_distribution(times.stages[kind, stage]) for stage in STAGES]
+        return pb.StepTimes(steps=_distribution(times.steps[kind]), stages=stages)
+
+    return pb.TrunkCounters(
+        **{name: getattr(stats, name) for name in COUNTER_FIELDS},
+        prefill=of_kind("prefill"),
+        decode=of_kind("decode"),
+        step_tokens=_distribution(times.tokens),
+        step_sequences=_distribution(times.sequences),
+        joined_steps=times.joined,
+    )
+
+
+def _distribution(histogram: Histogram) -> pb.Distribution:
+    return pb.Distribution(counts=histogram.counts, total=histogram.total)
 
 
 def pack_step(events: Iterable[TokenEvent], load: pb.TrunkLoad) -> pb.StepEvents:

@@ -286,8 +286,8 @@ def test_the_gpu_configuration_fits_on_one_card() -> None:
 
 def test_compose_scrapes_and_shows_what_the_container_exports() -> None:
     scrape = yaml.safe_load((CLUSTER / "compose" / "prometheus.yaml").read_text())
-    (job,) = scrape["scrape_configs"]
-    assert job["static_configs"] == [{"targets": ["moe-ray:8080"]}]
+    ray, gateway = (job["static_configs"][0]["targets"] for job in scrape["scrape_configs"])
+    assert (ray, gateway) == (["moe-ray:8080"], ["moe-ray:8000"])
     (base,) = composed("compose")
     assert "--metrics-export-port=8080" in json.dumps(base["services"]["moe-ray"]["command"])
     home = base["services"]["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]

@@ -17,6 +17,7 @@ from cluster_files import CLUSTER, ROOT, module, shell
 
 from moe_ray.core import EngineStats
 from moe_ray.deploy.metrics import ENGINE_GAUGES
+from moe_ray.deploy.vllm_metrics import ENDED_HISTOGRAMS, ENGINE_COUNTERS_OF_VLLM, ENGINE_GAUGES_OF_VLLM, OTHERS
 from moe_ray.experts.client.accounting import Counters
 
 RULES = CLUSTER / "prometheus" / "rules.yaml"
@@ -66,6 +67,9 @@ def exported() -> frozenset[str]:
     names |= {f"moe_ray_pool_{field.name}_total" for field in fields(Counters)}
     names |= {f"moe_ray_trunk_{f.name}_total" for f in fields(EngineStats) if f.name not in ENGINE_GAUGES}
     names |= {f"moe_ray_trunk_{name}" for name, _ in ENGINE_GAUGES.values()}
+    for name, _, _ in ENDED_HISTOGRAMS.values():
+        names |= {f"{name}_bucket", f"{name}_count", f"{name}_sum"}
+    names |= {name for name, _ in (*ENGINE_GAUGES_OF_VLLM.values(), *ENGINE_COUNTERS_OF_VLLM.values())} | {*OTHERS}
     package = Path(ray.__file__).parent
     for source in (package / "serve" / "_private").glob("*.py"):
         for name in re.findall(r'f?"(serve_[\w{}]+)"', source.read_text()):
