@@ -107,4 +107,5 @@ def _card(service: ServedModel) -> dict[str, Any]:
         "root": service.served_name,
         "parent": None,
         "max_model_len": service.max_model_len,
+        "sampling_defaults": service.tokenizer.sampling_defaults,  # ours: what a request leaves out
     }
