@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
         "__init__",
         *("config", "hub", "text", "transport", "experts", "engine", "trunk", "gateway", "api"),
     },
+    "doctor": {*MODEL, "config", "hub", "text", "deploy"},
     "bench": {
         *MODEL,
         "__init__",
@@ -53,7 +54,20 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "commands": {
         *MODEL,
         "__init__",
-        *("config", "hub", "convert", "text", "experts", "engine", "llm", "api", "deploy", "bench", "quality"),
+        *(
+            "config",
+            "hub",
+            "convert",
+            "text",
+            "experts",
+            "engine",
+            "llm",
+            "api",
+            "deploy",
+            "doctor",
+            "bench",
+            "quality",
+        ),
     },
 }
 NEVER = {  # room → packages that must not appear in it
@@ -72,6 +86,7 @@ NEVER = {  # room → packages that must not appear in it
     "llm": {"ray", "grpc", "fastapi"},
     "quality": {"ray", "grpc", "fastapi"},
     "transport": {"fastapi", "transformers"},
+    "doctor": {"fastapi", "grpc", "torch"},
     "bench": {"fastapi"},
     "commands": {"fastapi", "grpc", "torch"},
 }
@@ -89,6 +104,7 @@ VERBS = (  # files of the command line that are loaded to parse any command
         "quality_options",
         "status",
         "scale",
+        "doctor",
     ),
     *("convert", "version"),
     *("bench", "bench_lab"),

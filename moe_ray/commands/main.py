@@ -12,6 +12,7 @@ from moe_ray.commands import bench, bench_lab
 from moe_ray.commands.chat import chat
 from moe_ray.commands.compare import compare
 from moe_ray.commands.convert import quantize, upcycle
+from moe_ray.commands.doctor import doctor
 from moe_ray.commands.generate import generate
 from moe_ray.commands.options import error_console
 from moe_ray.commands.perplexity import perplexity
@@ -23,7 +24,7 @@ from moe_ray.commands.version import version
 from moe_ray.console import accept_every_character
 from moe_ray.errors import MoeRayError
 
-VERBS = (serve, chat, generate, plan, perplexity, compare, status, scale)
+VERBS = (serve, chat, generate, plan, doctor, perplexity, compare, status, scale)
 CONVERSIONS = (upcycle, quantize)
 BENCHES = (
     bench.serve,
