@@ -105,6 +105,8 @@ VERBS = (  # files of the command line that are loaded to parse any command
         "status",
         "scale",
         "doctor",
+        "ps",
+        "support_bundle",
     ),
     *("convert", "version"),
     *("bench", "bench_lab"),

@@ -17,14 +17,16 @@ from moe_ray.commands.generate import generate
 from moe_ray.commands.options import error_console
 from moe_ray.commands.perplexity import perplexity
 from moe_ray.commands.plan import plan
+from moe_ray.commands.ps import ps
 from moe_ray.commands.scale import scale
 from moe_ray.commands.serve import serve
 from moe_ray.commands.status import status
+from moe_ray.commands.support_bundle import support_bundle
 from moe_ray.commands.version import version
 from moe_ray.console import accept_every_character
 from moe_ray.errors import MoeRayError
 
-VERBS = (serve, chat, generate, plan, doctor, perplexity, compare, status, scale)
+VERBS = (serve, chat, generate, plan, doctor, perplexity, compare, status, ps, scale, support_bundle)
 CONVERSIONS = (upcycle, quantize)
 BENCHES = (
     bench.serve,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +45,26 @@ class ClusterState:
 
 def cluster_state(address: str) -> ClusterState:
     """Join the cluster, look, and leave it again; a cluster that this process has joined already stays joined."""
+    (state,) = each_cluster([address])
+    return state
+
+
+def each_cluster(addresses: Sequence[str]) -> Iterator[ClusterState]:
+    """The state of each cluster, yielded while this process is joined to it."""
     joined = ray.is_initialized()
-    dashboard = ""
-    try:
-        if not joined:
-            dashboard = join(address, namespace=NAMESPACE, logging_level=logging.ERROR).dashboard_url or ""
-        return _look(address, dashboard)
-    except (NotReady, RayError, RayServeException) as error:
-        return ClusterState(address, fault=str(error))
-    finally:
-        if not joined:
-            ray.shutdown()
+    for address in addresses:
+        dashboard = ""
+        try:
+            if not joined:
+                dashboard = join(address, namespace=NAMESPACE, logging_level=logging.ERROR).dashboard_url or ""
+            state = _look(address, dashboard)
+        except (NotReady, RayError, RayServeException) as error:
+            state = ClusterState(address, fault=str(error))
+        try:
+            yield state
+        finally:
+            if not joined:
+                ray.shutdown()
 
 
 def _look(address: str, dashboard: str) -> ClusterState:

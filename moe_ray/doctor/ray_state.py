@@ -44,19 +44,16 @@ def ray_facts(subject: Subject) -> RayFacts:
     """Look for clusters and join each that can be reached."""
     import ray
 
-    variable = subject.environ.get(RAY_ADDRESS)
-    asked = variable or subject.address if subject.address == "auto" else subject.address
-    fault = None if asked == "auto" else unreachable(asked, ADDRESS_TIMEOUT_S)
+    addresses, fault = cluster_addresses(subject)
     file = _address_file(subject)
     noted = _noted(file)
-    addresses = local_clusters() if asked == "auto" else [] if fault else [asked]
     clusters = tuple(map(cluster_state, addresses))
     dashboards = [cluster.dashboard for cluster in clusters if cluster.dashboard]
     faults = {dashboard: said for dashboard in dashboards if (said := _dashboard_fault(dashboard))}
     return RayFacts(
         version=ray.__version__,
-        address=asked,
-        variable=variable,
+        address=_asked(subject),
+        variable=subject.environ.get(RAY_ADDRESS),
         fault=fault,
         file=file,
         noted=noted,
@@ -70,9 +67,9 @@ def check_addresses(facts: RayFacts) -> list[Finding]:
     """Addresses that commands follow lead to a cluster."""
     found = []
     if facts.fault is not None:
-        named = f"{RAY_ADDRESS}={facts.address}" if facts.address == facts.variable else facts.address
-        mend = f"unset {RAY_ADDRESS}" if facts.address == facts.variable else "give --address of a cluster that runs"
-        found.append(error("ray address", f"no Ray cluster at {named}: {facts.fault}", mend))
+        meant = facts.address == facts.variable
+        mend = f"unset {RAY_ADDRESS}" if meant else "give --address of a cluster that runs"
+        found.append(error("ray address", facts.fault + (f" (${RAY_ADDRESS})" if meant else ""), mend))
     if facts.noted_fault is not None:
         says = f"{facts.file} names {facts.noted}, where no cluster is any more: {facts.noted_fault}"
         found.append(warning("ray address", says, f"ray stop, or rm {facts.file}"))
@@ -118,6 +115,19 @@ def examine_ray(subject: Subject) -> Sequence[Finding]:
     """Addresses, clusters, servers."""
     facts = ray_facts(subject)
     return [*check_addresses(facts), *check_clusters(facts), *check_servers(facts)]
+
+
+def cluster_addresses(subject: Subject) -> tuple[list[str], str | None]:
+    """Clusters to join: the one that is asked for, else all of this machine; and why there is none at its address."""
+    asked = _asked(subject)
+    if asked == "auto":
+        return local_clusters(), None
+    fault = unreachable(asked, ADDRESS_TIMEOUT_S)
+    return ([], f"no Ray cluster at {asked}: {fault}") if fault else ([asked], None)
+
+
+def _asked(subject: Subject) -> str:
+    return (subject.environ.get(RAY_ADDRESS) or "auto") if subject.address == "auto" else subject.address
 
 
 def _address_file(subject: Subject) -> Path | None:

@@ -287,7 +287,7 @@ def test_the_command_tells_all_faults_at_once(tmp_path: Path) -> None:
     assert errors == {"configuration", "ports", "ray address"}
     assert {"temporary", "home", "proxies"} <= {check for check, each in found.items() if each["level"] == "warning"}
     assert "max_num_seqs" in found["configuration"]["says"]
-    assert f"RAY_ADDRESS={gone}" in found["ray address"]["says"]
+    assert f"no Ray cluster at {gone}: nothing listens there" in found["ray address"]["says"]
     assert found["ray address"]["mend"] == "unset RAY_ADDRESS"
     assert all("\n" not in each["says"] + each["mend"] for each in found.values())
     assert all(each["mend"] for each in found.values() if each["level"] != "ok")

@@ -54,7 +54,8 @@ def test_addresses_of_clusters_that_are_gone() -> None:
         file.write_text(noted)
         variable, left = ray_state.check_addresses(ray_state.ray_facts(subject(RAY_ADDRESS=gone, RAY_TMPDIR=directory)))
     assert variable.level == "error"
-    assert f"RAY_ADDRESS={gone}: nothing listens there" in variable.says
+    assert f"no Ray cluster at {gone}: nothing listens there" in variable.says
+    assert variable.says.endswith("($RAY_ADDRESS)")
     assert variable.mend == "unset RAY_ADDRESS"
     assert left.level == "warning"
     assert f"{file} names {noted}" in left.says
