@@ -107,6 +107,8 @@ VERBS = (  # files of the command line that are loaded to parse any command
         "doctor",
         "ps",
         "support_bundle",
+        "completion",
+        "chat_settings",
     ),
     *("convert", "version"),
     *("bench", "bench_lab"),

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from moe_ray.commands.completion import sampling_settings
 from moe_ray.commands.options import DEFAULT_URL, Url, error_console, output_console
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the model's, or 0.7")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", show_default="512")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any sampling parameter; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any sampling parameter; may be repeated.",
+            autocompletion=sampling_settings,
+        ),
     ] = None,
     api_key: Annotated[
         str | None,

@@ -10,9 +10,9 @@ from typing import Final
 from rich.markup import escape
 from rich.table import Table
 
-from moe_ray.commands.chat_line import paths_from
 from moe_ray.commands.chat_session import ChatSession
 from moe_ray.commands.chat_settings import SETTINGS, parse_assignment
+from moe_ray.commands.completion import paths_from
 from moe_ray.commands.conversation import from_json, to_json
 from moe_ray.errors import ConfigError
 

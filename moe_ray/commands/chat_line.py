@@ -87,17 +87,3 @@ class LineEditor:
         if number == 0:
             self._choices = self._complete(line)
         return self._choices[number] if number < len(self._choices) else None
-
-
-def paths_from(start: str) -> list[str]:
-    """Paths that begin with `start`; directories end in a slash."""
-    parent, name = os.path.split(start)
-    try:
-        entries = sorted(os.scandir(os.path.expanduser(parent) or "."), key=lambda entry: entry.name)
-    except OSError:
-        return []
-    return [
-        os.path.join(parent, entry.name) + ("/" if entry.is_dir() else "")
-        for entry in entries
-        if entry.name.startswith(name) and (name or not entry.name.startswith("."))
-    ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_ray.commands.completion import models
 from moe_ray.commands.options import (
     DEFAULT_PORT,
     MODEL_HELP,
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Annotated[str | None, typer.Option("--model", "-m", help=f"Check it, too. {MODEL_HELP}")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help=f"Check it, too. {MODEL_HELP}", autocompletion=models)
+    ] = None,
     config: ConfigFile = None,
     port: Annotated[int, typer.Option(help="HTTP port of a server.", min=1, max=65535)] = DEFAULT_PORT,
     address: RayAddress = "auto",

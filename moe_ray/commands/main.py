@@ -46,7 +46,6 @@ app = typer.Typer(
     name="moe-ray",
     help="Serve Mixtral-format mixture-of-experts models, pulled apart: one trunk, every expert its own Ray actor.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 convert_app = typer.Typer(help="Make Mixtral-format checkpoints out of other models.", no_args_is_help=True)

@@ -14,9 +14,10 @@ from rich.markdown import Markdown
 from terminal import ESCAPES
 
 from moe_ray.api.openai.parse import parse_chat
-from moe_ray.commands.chat_line import MOST_LINES, History, paths_from
+from moe_ray.commands.chat_line import MOST_LINES, History
 from moe_ray.commands.chat_screen import answer_screen, draws_markdown, settled_length
 from moe_ray.commands.chat_settings import SETTINGS, SamplingSettings, parse_assignment
+from moe_ray.commands.completion import paths_from
 from moe_ray.commands.conversation import Conversation, from_json, to_json
 from moe_ray.errors import ConfigError
 
