@@ -11,7 +11,10 @@ from moe_ray.errors import ConfigError, InvalidRequest
 from moe_ray.sampling import SamplingParams
 
 NOT_SHOWN: Final = frozenset(
-    {"logprobs", "prompt_logprobs", "return_routed_experts", "grammar", "include_stop_str_in_output"}
+    {
+        *("logprobs", "prompt_logprobs", "return_routed_experts", "grammar"),
+        *("include_stop_str_in_output", "bad_words_ids"),
+    }
 )
 """Fields that ask for something beside the answer's text, or that a chat API takes in another form."""
 SETTINGS: Final = tuple(each.name for each in fields(SamplingParams) if each.name not in NOT_SHOWN)
@@ -50,7 +53,7 @@ class SamplingSettings:
         return self.with_values({**chosen, name: _value(text)})
 
     def with_values(self, chosen: Mapping[str, Any]) -> SamplingSettings:
-        """SamplingSettings with exactly these values chosen. Raises `ConfigError` naming one that is not allowed."""
+        """Settings with exactly these values chosen. Raises `ConfigError` naming one that is not allowed."""
         if unknown := sorted(set(chosen) - set(SETTINGS)):
             raise ConfigError(f"no setting {unknown[0]!r}; there are {', '.join(SETTINGS)}")
         try:

@@ -42,7 +42,7 @@ def doctor(
     subject = subject_of(model, config, port, address)
     console = output_console()
     found = []
-    with error_console().status("looking"):
+    with (error_console() if json_output else console).status("looking"):  # one console draws both
         for finding in findings(subject):
             found.append(finding)
             if not json_output:

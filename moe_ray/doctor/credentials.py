@@ -48,8 +48,15 @@ def token_facts(subject: Subject) -> TokenFacts:
         named=bool(named),
         exists=exists,
         readable=exists and file is not None and os.access(file, os.R_OK),
-        open_to_others=exists and file is not None and bool(stat.S_IMODE(file.stat().st_mode) & 0o077),
+        open_to_others=exists and file is not None and open_to_others(file),
     )
+
+
+def open_to_others(file: Path) -> bool:
+    """Whether other users may read or write a file: by its mode, and those of the directories on the way to it."""
+    if not stat.S_IMODE(file.stat().st_mode) & 0o066:
+        return False
+    return all(stat.S_IMODE(parent.stat().st_mode) & 0o011 for parent in file.absolute().parents)
 
 
 def check_tokens(facts: TokenFacts) -> list[Finding]:
@@ -94,7 +101,7 @@ def tls_facts(tls: TlsSection) -> TlsFacts:
     if missing:
         return TlsFacts(missing)
     key = Path(tls.key)
-    opened = bool(stat.S_IMODE(key.stat().st_mode) & 0o077)
+    opened = open_to_others(key)
     try:
         return TlsFacts((), None, key, opened, _expiry(tls))
     except (ssl.SSLError, OSError, ValueError) as failure:

@@ -78,6 +78,8 @@ def check_addresses(facts: RayFacts) -> list[Finding]:
 
 def check_clusters(facts: RayFacts) -> list[Finding]:
     """Clusters can be joined (which demands the same Ray, Python and token), and their nodes live."""
+    if facts.fault is not None:
+        return []  # there is none to look at
     found = []
     for cluster in facts.clusters:
         if cluster.fault is not None:
@@ -96,6 +98,8 @@ def check_clusters(facts: RayFacts) -> list[Finding]:
 
 def check_servers(facts: RayFacts) -> list[Finding]:
     """At most one server, and it is well."""
+    if facts.fault is not None:
+        return []
     running = [(each, name, status) for each in facts.clusters for name, status in (each.applications or {}).items()]
     found = []
     if len({cluster.address for cluster, _, _ in running}) > 1:

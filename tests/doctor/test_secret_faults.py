@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def test_certificates(tmp_path: Path) -> None:
     assert "can be read by others" in tls(good).says
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory on whose way no other one is closed to others, as pytest's are."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert only(credentials.examine_credentials(subject()), "tokens").says == "Ray's is made when a server starts"
@@ -98,5 +107,8 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.chmod(0o644)
     finding = only(credentials.examine_credentials(subject()), "tokens")
     assert (finding.level, finding.mend) == ("warning", f"chmod 600 {file}")
+    tmp_path.chmod(0o700)
+    assert only(credentials.examine_credentials(subject()), "tokens").level == "ok", "nobody else gets there"
+    tmp_path.chmod(0o755)
     file.chmod(0o600)
     assert only(credentials.examine_credentials(subject()), "tokens").level == "ok"
