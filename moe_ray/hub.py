@@ -67,6 +67,11 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     return _download(name, config.model.revision)
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form of a Hugging Face repository, or of a GGUF file in one."""
+    return _REPO_ID.fullmatch(name) is not None
+
+
 def resolve_config(config: Config, progress: Progress | None = None) -> Path:
     """Return where to read the config.json of `config.model.path`: the checkpoint's directory, or that file alone.
 

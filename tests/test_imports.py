@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
         "__init__",
         *("config", "hub", "text", "transport", "experts", "engine", "observe", "trunk", "gateway", "api"),
     },
+    "doctor": {*MODEL, "config", "hub", "text", "deploy"},
     "bench": {
         *MODEL,
         "__init__",
@@ -58,7 +59,20 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "commands": {
         *MODEL,
         "__init__",
-        *("config", "hub", "convert", "text", "experts", "engine", "llm", "api", "deploy", "bench", "quality"),
+        *(
+            "config",
+            "hub",
+            "convert",
+            "text",
+            "experts",
+            "engine",
+            "llm",
+            "api",
+            "deploy",
+            "doctor",
+            "bench",
+            "quality",
+        ),
     },
 }
 NEVER = {  # room → packages that must not appear in it
@@ -78,6 +92,7 @@ NEVER = {  # room → packages that must not appear in it
     "llm": {"ray", "grpc", "fastapi"},
     "quality": {"ray", "grpc", "fastapi"},
     "transport": {"fastapi", "transformers"},
+    "doctor": {"fastapi", "grpc", "torch"},
     "bench": {"fastapi"},
     "commands": {"fastapi", "grpc", "torch"},
 }
@@ -99,6 +114,11 @@ VERBS = (  # files of the command line that are loaded to parse any command
         "quality_options",
         "status",
         "scale",
+        "doctor",
+        "ps",
+        "support_bundle",
+        "completion",
+        "chat_settings",
     ),
     *("convert", "version"),
     *("bench", "bench_lab"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from moe_ray.commands.completion import models
 from moe_ray.commands.options import JsonOutput, error_console
 from moe_ray.console import loading_bars
 from moe_ray.errors import NotReady
@@ -19,9 +20,18 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 _MODEL_HELP = "A directory, a repo id, or `demo`."
-BenchModel = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default="M1")]
-SmallModel = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default="a small random one")]
-WideModel = Annotated[str | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default="a random, wide one")]
+BenchModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=_MODEL_HELP, show_default="M1", autocompletion=models),
+]
+SmallModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=_MODEL_HELP, show_default="a small random one", autocompletion=models),
+]
+WideModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=_MODEL_HELP, show_default="a random, wide one", autocompletion=models),
+]
 Concurrency = Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")]
 Streams = Annotated[int, typer.Option(min=1, help="Requests in flight.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Runs per concurrency, in turn; medians are reported.")]

@@ -2,26 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
-from moe_ray.commands.options import DEFAULT_URL, MaxTokens, Temperature, Url, error_console
+from moe_ray.commands.completion import sampling_settings
+from moe_ray.commands.options import DEFAULT_URL, Url, error_console, output_console
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moe_ray.config import Config
+
+OWN_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def chat(
+    question: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ask this and end; `-` stands for standard input. Without: a conversation."),
+    ] = None,
     url: Url = DEFAULT_URL,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model name.", show_default="the served one")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Temperature = 0.7,
-    max_tokens: MaxTokens = 512,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="OPENAI_API_KEY", help="Where the server asks for one.", show_default=False)
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the model's, or 0.7")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", show_default="512")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any sampling parameter; may be repeated.",
+            autocompletion=sampling_settings,
+        ),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OPENAI_API_KEY",
+            help="Where the server asks for one.",
+            show_default="for a server of this machine: the first of gateway.api_keys",
+        ),
+    ] = None,
+    history: Annotated[bool, typer.Option(help="Keep what is typed, for the next conversation.")] = True,
+    plain: Annotated[bool, typer.Option("--plain", help="Show answers as they are, not as Markdown.")] = False,
 ) -> None:
-    """Talk to a running server in this terminal."""
-    from moe_ray.commands.chat_loop import chat_loop
+    """Talk to a running server in this terminal, or ask it one question."""
+    from moe_ray.commands.chat_loop import ChatOptions, chat_loop
+    from moe_ray.config import load_config
 
-    chat_loop(url, model, system, temperature, max_tokens, error_console(), api_key)
+    config = load_config()
+    text = "\n".join(sys.stdin.read() if part == "-" else part for part in question) if question else None
+    flags = {"temperature": temperature, "max_tokens": max_tokens}
+    options = ChatOptions(
+        url=url,
+        model=model,
+        system=system,
+        settings=[*(settings or []), *(f"{name}={value}" for name, value in flags.items() if value is not None)],
+        api_key=api_key or _own_key(config, url),
+        history=_history(config) if history and sys.stdin.isatty() else None,
+        plain=plain,
+    )
+    if not chat_loop(options, text, output_console(), error_console()):
+        raise typer.Exit(1)
+
+
+def _own_key(config: Config, url: str) -> str | None:
+    """The key of a server of this machine that the environment configures, too; other servers must not see it."""
+    try:
+        own = urlsplit(url).hostname in OWN_HOSTS
+    except ValueError:  # brackets that are no address: told when it is asked
+        own = False
+    return next(iter(config.gateway.api_keys), None) if own else None
+
+
+def _history(config: Config) -> Path | None:
+    """Where typed lines are kept; None where nothing can be written."""
+    from moe_ray.deploy.places import usable_cache
+    from moe_ray.errors import ConfigError
+
+    try:
+        return usable_cache(config.cache_dir) / "chat_history"
+    except ConfigError:
+        return None

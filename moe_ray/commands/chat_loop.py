@@ -2,110 +2,127 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Iterator
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-import httpx
 from rich.console import Console
 
-from moe_ray.api.sse import SseReader
-from moe_ray.errors import MoeRayError, NotReady
+from moe_ray.commands.chat_client import ChatClient, ServedCard
+from moe_ray.commands.chat_commands import END, Leave, completions, run_command
+from moe_ray.commands.chat_line import History, LineEditor
+from moe_ray.commands.chat_screen import draws_markdown
+from moe_ray.commands.chat_session import STOPPED, ChatSession
+from moe_ray.commands.chat_settings import SamplingSettings, parse_assignment
+from moe_ray.commands.conversation import Conversation
 
-HELP = "/help, /reset (forget the conversation), /quit (or Ctrl-D); Ctrl-C stops an answer"
+PROMPT = "> "
+MORE = ". "
 
 
-def chat_loop(
-    url: str,
-    model: str | None,
-    system: str | None,
-    temperature: float,
-    max_tokens: int,
-    console: Console,
-    api_key: str | None = None,
-) -> None:
-    """Read lines, stream answers, until end of input. Raises `NotReady` when no server answers at `url`."""
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=600), trust_env=False) as client:
-        name = model or _served_model(client, url)
-        interactive = sys.stdin.isatty()
-        if interactive:
-            console.print(f"[bold]{name}[/] at {url}. {HELP}")
-        while (line := _read_line(interactive)) is not None:
-            if line in ("/quit", "/exit"):
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What the command line says of a conversation."""
+
+    url: str
+    model: str | None
+    system: str | None
+    settings: Sequence[str]
+    """NAME=VALUE each."""
+    api_key: str | None
+    history: Path | None
+    """Where typed lines are kept; None: nowhere."""
+    plain: bool
+    """Show answers as they come, also in a terminal that could draw Markdown."""
+
+
+def chat_loop(options: ChatOptions, question: str | None, output: Console, messages: Console) -> bool:
+    """Answer one question, or what is typed or piped in until it ends; False where a question had no answer.
+
+    Raises `NotReady` when no server answers, `ConfigError` for a setting that is not allowed.
+    """
+    with ChatClient(options.url, options.api_key) as client:
+        session = ChatSession(
+            client,
+            client.models(),
+            options.model,
+            partial(_settings, options.settings),
+            Conversation(options.system or None),
+            output,
+            messages,
+            draws_markdown(output) and not options.plain,
+        )
+        if question is not None:
+            session.ask(question)
+            if session.last is not None and session.last.finish_reason == STOPPED:
+                raise KeyboardInterrupt
+        elif sys.stdin.isatty():
+            _converse(session, options, messages)
+        else:
+            for line in sys.stdin:
+                if not _take(session, line):
+                    break
+    return not session.failed
+
+
+def _settings(assignments: Sequence[str], card: ServedCard) -> SamplingSettings:
+    settings = SamplingSettings({}, card.sampling_defaults)
+    for assignment in assignments:
+        settings = parse_assignment(assignment, settings)
+    return settings
+
+
+def _converse(session: ChatSession, options: ChatOptions, messages: Console) -> None:
+    """Read from the terminal until Ctrl-D or /exit; Ctrl-C drops the line."""
+    editor = LineEditor(History(options.history) if options.history else None, partial(completions, session))
+    # `input` shows its prompt on standard output; where that is a file, answers go there and nothing else.
+    read = editor.read if sys.stdout.isatty() else partial(_read_silently, editor, messages)
+    session.read_more = partial(_read_more, read, messages)
+    messages.print(f"{session.model} at {session.client.url}", style="bold", markup=False, soft_wrap=True)
+    messages.print("/help lists the commands; Ctrl-D leaves", style="dim")
+    while True:
+        try:
+            messages.print()
+            line = read(PROMPT)
+            if line.strip():
+                editor.remember(line)
+            if not _take(session, line):
                 return
-            if line == "/help":
-                console.print(HELP)
-            elif line == "/reset":
-                messages = list(opening)
-            elif line:
-                messages.append({"role": "user", "content": line})
-                body = {"model": name, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
-                messages.append({"role": "assistant", "content": _answer(client, body, console)})
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            messages.print()
+            return
 
 
-def _answer(client: httpx.Client, body: dict[str, Any], console: Console) -> str:
-    """Stream one answer to standard output and return it; a fault is told, and ends only this answer."""
-    pieces: list[str] = []
-    started, first = time.perf_counter(), None
+def _take(session: ChatSession, line: str) -> bool:
+    """Ask, or do what a command says; False where that is to leave."""
+    if line.startswith("/"):
+        try:
+            run_command(session, line.rstrip())
+        except Leave:
+            return False
+    elif question := line.strip():
+        session.ask(question)
+    return True
+
+
+def _read_silently(editor: LineEditor, messages: Console, prompt: str) -> str:
+    messages.print(prompt, end="")
+    return editor.read("")
+
+
+def _read_more(read: Callable[[str], str], messages: Console) -> list[str]:
+    """Lines up to `END` or Ctrl-D; none where Ctrl-C drops them."""
+    messages.print(f"{END} on a line of its own sends it, Ctrl-C drops it", style="dim")
+    lines: list[str] = []
     try:
-        for piece in _stream(client, body):
-            first = first or time.perf_counter()
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    except (MoeRayError, httpx.HTTPError) as error:
-        console.print(f"[red]error:[/] {error}")
-    print(flush=True)
-    if first is not None and len(pieces) > 1 and console.is_terminal:
-        rate = (len(pieces) - 1) / max(time.perf_counter() - first, 1e-6)
-        console.print(f"[dim]first token {first - started:.2f} s, {rate:.1f} chunks/s[/]")
-    return "".join(pieces)
-
-
-def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
-    with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-        if response.status_code != 200:
-            raise NotReady(_message(response.read(), response.status_code))
-        reader = SseReader()
-        for data in chain.from_iterable(map(reader.feed, response.iter_bytes())):
-            if data == "[DONE]":
-                continue
-            chunk = json.loads(data)
-            if "error" in chunk:
-                raise NotReady(chunk["error"]["message"])
-            for choice in chunk["choices"]:
-                if piece := choice["delta"].get("content"):
-                    yield piece
-
-
-def _served_model(client: httpx.Client, url: str) -> str:
-    try:
-        response = client.get("/v1/models")
-    except httpx.HTTPError as error:
-        raise NotReady(f"no server answers at {url} ({error}); start one with `moe-ray serve`") from None
-    if response.status_code != 200:
-        raise NotReady(f"{url} answers {_message(response.content, response.status_code)}")
-    return str(response.json()["data"][0]["id"])
-
-
-def _message(content: bytes, status: int) -> str:
-    try:
-        return str(json.loads(content)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {status}"
-
-
-def _read_line(interactive: bool) -> str | None:
-    try:
-        return input("\n> " if interactive else "").strip()
+        while (line := read(MORE)).rstrip() != END:
+            lines.append(line)
     except EOFError:
-        return None
+        messages.print()
     except KeyboardInterrupt:
-        return None
+        return []
+    return lines

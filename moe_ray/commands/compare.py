@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_ray.commands.completion import models
 from moe_ray.commands.options import (
     ConfigFile,
     Device,
@@ -32,8 +33,10 @@ _MODEL = "A directory, a Hugging Face repo id, or `demo`"
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=f"{_MODEL}: the reference.")],
-    b: Annotated[str | None, typer.Argument(metavar="B", help=f"{_MODEL}.", show_default="A")] = None,
+    a: Annotated[str, typer.Argument(metavar="A", help=f"{_MODEL}: the reference.", autocompletion=models)],
+    b: Annotated[
+        str | None, typer.Argument(metavar="B", help=f"{_MODEL}.", show_default="A", autocompletion=models)
+    ] = None,
     text: Text = None,
     context: Context = 512,
     stride: Stride = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_ray.commands.completion import models
 from moe_ray.commands.options import MODEL_HELP, error_console
 
 GroupSize = Literal["32", "64", "128"]
@@ -37,7 +38,7 @@ def upcycle(
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=models)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to create.")],
     bits: Annotated[
         float, typer.Option(help="Of the experts' weights: 4 or 8. From 0.25 to 1.6: ternary, of so many bits on disk.")

@@ -9,15 +9,18 @@ from moe_ray.commands.chat import chat
 from moe_ray.commands.command_line import run_command
 from moe_ray.commands.compare import compare
 from moe_ray.commands.convert import quantize, upcycle
+from moe_ray.commands.doctor import doctor
 from moe_ray.commands.generate import generate
 from moe_ray.commands.perplexity import perplexity
 from moe_ray.commands.plan import plan
+from moe_ray.commands.ps import ps
 from moe_ray.commands.scale import scale
 from moe_ray.commands.serve import serve
 from moe_ray.commands.status import status
+from moe_ray.commands.support_bundle import support_bundle
 from moe_ray.commands.version import version
 
-VERBS = (serve, chat, generate, plan, perplexity, compare, status, scale)
+VERBS = (serve, chat, generate, plan, doctor, perplexity, compare, status, ps, scale, support_bundle)
 CONVERSIONS = (upcycle, quantize)
 BENCHES = (
     bench.serve,
@@ -37,7 +40,6 @@ app = typer.Typer(
     name="moe-ray",
     help="Serve Mixtral-format mixture-of-experts models, pulled apart: one trunk, every expert its own Ray actor.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 convert_app = typer.Typer(help="Make Mixtral-format checkpoints out of other models.", no_args_is_help=True)

@@ -10,26 +10,48 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moe_ray.commands.completion import models, one_of
 from moe_ray.errors import ConfigError
 
 DEFAULT_PORT = 8000
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 MODEL_HELP = "A directory, a Hugging Face repo id, or `demo`."
 
-Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, autocompletion=models)]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file with the tree of moe_ray.config.Config; flags win over it.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16.",
+        show_default="auto",
+        autocompletion=one_of("auto", "float32", "bfloat16", "float16"),
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu or cuda.", show_default="auto", autocompletion=one_of("auto", "cpu", "cuda")),
+]
 Kernels = Annotated[
     str | None, typer.Option(help="auto, native, torch, or an instruction set such as avx2.", show_default="auto")
 ]
+_quantizations = one_of("int8", "int4", "nf4")
 Quantize = Annotated[
-    str | None, typer.Option(help="Experts to int8, int4 or nf4 on load.", show_default="as in the checkpoint")
+    str | None,
+    typer.Option(
+        help="Experts to int8, int4 or nf4 on load.",
+        show_default="as in the checkpoint",
+        autocompletion=_quantizations,
+    ),
 ]
 QuantizeTrunk = Annotated[
-    str | None, typer.Option(help="The trunk to int8, int4 or nf4 on load.", show_default="as in the checkpoint")
+    str | None,
+    typer.Option(
+        help="The trunk to int8, int4 or nf4 on load.",
+        show_default="as in the checkpoint",
+        autocompletion=_quantizations,
+    ),
 ]
 KvCacheDtype = Annotated[
     str | None, typer.Option(help="auto, or int8: half of bfloat16's memory for the KV cache.", show_default="auto")
@@ -38,7 +60,14 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration; may be repeated.")
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output.", show_default="the model's")]
-LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        help="debug, info, warning or error.",
+        show_default="info",
+        autocompletion=one_of("debug", "info", "warning", "error"),
+    ),
+]
 LogFormat = Annotated[str | None, typer.Option(help="text, or json: one object a line.", show_default="text")]
 Url = Annotated[str, typer.Option(help="Base URL of a running server.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_ray.commands.completion import models
 from moe_ray.commands.options import (
     ConfigFile,
     Dtype,
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="A directory, a config.json, a Hugging Face repo id, or `demo`."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="A directory, a config.json, a Hugging Face repo id, or `demo`.",
+            autocompletion=models,
+        ),
     ] = "demo",
     config: ConfigFile = None,
     dtype: Dtype = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from moe_ray.commands.completion import models, one_of
 from moe_ray.commands.options import (
     DEFAULT_PORT,
     MODEL_HELP,
@@ -25,13 +26,18 @@ from moe_ray.commands.options import (
 def serve(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help=MODEL_HELP, show_default="demo"),
+        typer.Option("--model", "-m", help=MODEL_HELP, show_default="demo", autocompletion=models),
     ] = None,
     config: ConfigFile = None,
     host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.", min=1, max=65535)] = DEFAULT_PORT,
     transport: Annotated[
-        str | None, typer.Option(help="auto, socket, grpc, ray or local.", show_default="auto")
+        str | None,
+        typer.Option(
+            help="auto, socket, grpc, ray or local.",
+            show_default="auto",
+            autocompletion=one_of("auto", "socket", "grpc", "ray", "local"),
+        ),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,

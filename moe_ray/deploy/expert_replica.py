@@ -53,6 +53,11 @@ class ExpertReplica:
         model = checkpoint.config
         compute = open_compute(model, Wanted.of(config.model, quantize), config.cache_dir, threads)
         reader = ExpertReader(checkpoint, holding.keys, compute, reporter(name), quantize)
+        self._computing = {
+            "device": compute.device,
+            "kernels": compute.backend.kernels or "torch",
+            "format": reader.layout.format,
+        }
         self._weight_loader = WeightLoader(name, reader, model.hidden_size, compute, link_options(config).native_dir)
         self._worker = self._weight_loader.worker
         self._servers = self._listen(config)
@@ -135,6 +140,7 @@ class ExpertReplica:
         return {
             **telemetry.process_status(psutil.Process()),
             **await self.load(),
+            **self._computing,
             "addresses": dict(self._info.addresses),
             "bytes_read": self._weight_loader.bytes_read,
             "bytes_from_peers": self._weight_loader.bytes_from_peers,

@@ -130,6 +130,8 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     faults = [line for line in lines[1:] if _FAULT.match(line)]  # of a traceback, or a log, that Ray quotes
     said = (faults or lines or [""])[-1 if faults else 0]
+    if said.endswith(":") and not faults:  # of two versions that differ: which they are stands in the lines below
+        said = f"{said} {', '.join(lines[1:])}"
     name = type(error).__name__
     return (
         said if said and isinstance(error, (RuntimeError, ValueError, ConfigError)) else f"{name}: {said}".rstrip(": ")

@@ -31,6 +31,8 @@ DEFAULT_TOKEN_FILE: Final = "~/.ray/auth_token"
 USE_TLS: Final = "RAY_USE_TLS"
 TEMP_DIR: Final = "RAY_TMPDIR"
 """Parent of the directory `ray` that sessions are in; default: TMPDIR, else /tmp."""
+CURRENT_CLUSTER: Final = "ray/ray_current_cluster"
+"""Below the temporary directory: the address of the cluster that `ray start` has started or joined last."""
 LONGEST_SOCKET: Final = "ray/session_2026-12-31_23-59-59_123456_4194304/sockets/dash_MetricsHead"
 """The longest path below the temporary directory that Ray binds a Unix socket to."""
 

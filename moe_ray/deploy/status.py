@@ -8,8 +8,9 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.load_overview import busiest, by_replica, overview
@@ -50,9 +51,20 @@ def collect(address: str = "auto", name: str = APP_NAME) -> dict[str, Any]:
 
 
 def print_status(console: Console, snapshot: dict[str, Any]) -> None:
-    """Print a snapshot of `collect` as a table that fits 80 columns."""
+    """Print a snapshot of `collect` as tables that fit 80 columns."""
+    console.print(status_view(snapshot))
+
+
+def status_view(snapshot: dict[str, Any]) -> RenderableType:
+    """A snapshot of `collect`: its actors, and the load of its experts."""
+    return Group(_actors(snapshot), *_load_lines(snapshot["load"]))
+
+
+def _actors(snapshot: dict[str, Any]) -> RenderableType:
     nodes = {actor["node_id"] for deployment in snapshot["deployments"] for actor in deployment["actors"]}
-    console.print(f"application [bold]{snapshot['name']}[/]: {snapshot['application']}, {len(nodes)} node(s)")
+    heading = Text.assemble(
+        "application ", (snapshot["name"], "bold"), f": {snapshot['application']}, {len(nodes)} node(s)"
+    )
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("actor", "state", *(["node"] if len(nodes) > 1 else []), "pid", "memory", "weights", "load"):
         table.add_column(column, justify="right" if column in ("pid", "memory", "weights") else "left")
@@ -72,13 +84,12 @@ def print_status(console: Console, snapshot: dict[str, Any]) -> None:
                 _mib(actor.get("weight_bytes") or actor.get("bytes_read")),
                 _load(actor),
             )
-    console.print(table)
-    _print_load(console, snapshot["load"])
+    return Group(heading, table)
 
 
-def _print_load(console: Console, load: dict[str, Any]) -> None:
+def _load_lines(load: dict[str, Any]) -> list[RenderableType]:
     if not any(expert["replicas"] for expert in load["experts"]):
-        return
+        return []
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"last {load['window_s']:.0f} s")
     for column in ("pid", "busy", "rows/s", "rows/call", "wait ms", "queued rows"):
@@ -93,13 +104,11 @@ def _print_load(console: Console, load: dict[str, Any]) -> None:
             f"{replica['queue_ms']:,.2f}",
             f"{replica['queued_rows']:,}",
         )
-    console.print()
-    console.print(table)
-    if load["max_over_mean"] is None:
-        console.print("imbalance: none, for no rows were computed")
-    else:
+    imbalance = "none, for no rows were computed"
+    if load["max_over_mean"] is not None:
         name = f"Expert{busiest(load['experts'])}"
-        console.print(f"imbalance: {name} computed {load['max_over_mean']:.2f} times the rows of the mean expert")
+        imbalance = f"{name} computed {load['max_over_mean']:.2f} times the rows of the mean expert"
+    return ["", table, f"imbalance: {imbalance}"]
 
 
 def _load(actor: dict[str, Any]) -> str:

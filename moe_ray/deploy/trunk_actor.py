@@ -44,8 +44,10 @@ class TrunkActor:
         limit_torch_threads(config.trunk.threads or 1)
         checkpoint = Checkpoint.open(resolve_model(config))
         made: list[ExpertDispatcher] = []
+        computes: list[Compute] = []
 
         def make_experts(compute: Compute) -> ExpertDispatcher:
+            computes.append(compute)
             if experts:
                 made.append(_remote_experts(config, checkpoint.config, experts))
             else:
@@ -59,6 +61,11 @@ class TrunkActor:
         checkpoint.close()
         node_id = ray.get_runtime_context().get_node_id()
         place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())
+        self._computing = {
+            "device": computes[0].device,
+            "kernels": computes[0].backend.kernels or "torch",
+            "format": config.trunk.quantize or computes[0].dtype,
+        }
         self._bytes_read = checkpoint.bytes_read
         self._drain_s = config.trunk.drain_s
         self._runtime = TrunkRuntime(
@@ -89,8 +96,8 @@ class TrunkActor:
         self._reporter = Reporter(metrics.report, as_vllm.report)
 
     def status(self) -> dict[str, Any]:
-        """Memory and load."""
-        return {"bytes_read": self._bytes_read, **self._runtime.status()}
+        """Memory and load, and what this trunk computes with."""
+        return {"bytes_read": self._bytes_read, **self._computing, **self._runtime.status()}
 
     @property
     def failure(self) -> BaseException | None:

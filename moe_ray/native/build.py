@@ -28,6 +28,10 @@ AVX2: Final = (
 AVX512: Final = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 HERE: Final = Path(__file__).parent
 TIMEOUT_S: Final = 300
+TRIAL_TIMEOUT_S: Final = 30
+_TRIAL: Final = (
+    "#include <thread>\nint main() { return static_cast<int>(std::thread::hardware_concurrency() >> 31); }\n"
+)
 X86_64, ARM64 = "x86_64", "aarch64"
 """As `platform.machine` names them."""
 
@@ -106,7 +110,7 @@ def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
         raise KernelsUnavailable(f"{library.name} exist for Linux on {' or '.join(known)}, {where}")
     if lacking := library.needs - cpu_flags():
         raise KernelsUnavailable(f"this CPU has no {', '.join(sorted(lacking))} instructions")
-    path = cache_dir / "native" / f"{library.name}-{_fingerprint(library)}.so"
+    path = _path(library, cache_dir)
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,18 +156,54 @@ def _fingerprint(library: Library) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(path: Path, library: Library) -> None:
+def is_built(library: Library, cache_dir: Path) -> bool:
+    """Whether a library lies in the cache, built from the sources as they are now."""
+    return _path(library, cache_dir).exists()
+
+
+def find_compiler() -> str:
+    """The path of the C++ compiler. Raises `KernelsUnavailable` where there is none."""
     wanted = os.environ.get("CXX")
     compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelsUnavailable(f"no C++ compiler found (looked for {wanted or ', '.join(COMPILERS)})")
+    return compiler
+
+
+def try_compiler(library: Library) -> str:
+    """Compile a line that needs the standard library with a library's flags; returns the compiler's path.
+
+    Raises `KernelsUnavailable` saying what is lacking.
+    """
+    compiler = find_compiler()
+    command = [compiler, *COMMON, *library.flags, "-x", "c++", "-", "-o", os.devnull]
+    try:
+        done = subprocess.run(
+            command, input=_TRIAL, capture_output=True, text=True, check=False, timeout=TRIAL_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise KernelsUnavailable(f"{compiler} took more than {TRIAL_TIMEOUT_S} s for one line") from None
+    if done.returncode:
+        raise KernelsUnavailable(f"{compiler} cannot compile: {_first_error(done)}")
+    return compiler
+
+
+def _first_error(done: subprocess.CompletedProcess[str]) -> str:
+    return next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+
+
+def _path(library: Library, cache_dir: Path) -> Path:
+    return cache_dir / "native" / f"{library.name}-{_fingerprint(library)}.so"
+
+
+def _compile(path: Path, library: Library) -> None:
+    compiler = find_compiler()
     made = path.with_suffix(f".{os.getpid()}.tmp")
     command = [compiler, *COMMON, *library.flags, "-o", str(made), str(library.directory / library.sources[0])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         if done.returncode:
-            last = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
-            raise KernelsUnavailable(f"{compiler} could not build them: {last}")
+            raise KernelsUnavailable(f"{compiler} could not build them: {_first_error(done)}")
         made.rename(path)
     except subprocess.TimeoutExpired:
         raise KernelsUnavailable(f"{compiler} took more than {TIMEOUT_S} s") from None

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from forked import ForkServer
+from terminal import terminal
 
 BIN = Path(sys.executable).parent
 READY = re.compile(r"ready in [\d.]+ s: (http://\S+)/v1")
@@ -109,7 +111,10 @@ def mixtral_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command() -> None:
     said = moe_ray("--help").stdout
-    for command in ("serve", "chat", "generate", "plan", "status", "scale", "convert", "bench", "version"):
+    for command in (
+        *("serve", "chat", "generate", "plan", "doctor", "perplexity", "compare", "status", "ps", "scale"),
+        *("support-bundle", "convert", "bench", "version"),
+    ):
         assert re.search(rf"\b{command}\b", said)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", moe_ray("version").stdout)
 
@@ -277,6 +282,12 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         assert table.count("1 running") == 10
 
         address = status.split()[1:]
+        processes = json.loads(ok(moe_ray("ps", *address, "--json")))
+        assert [(row["actor"], row["pid"]) for row in processes] == [
+            (name, each[0]["pid"]) for name, each in actors.items()
+        ]
+        watched_in_a_terminal(address)
+        bundle_of_all_that_runs(address)
         assert "no expert 8" in one_line(refused("scale", "0", "8", "--replicas", "2", *address))
         assert "must be 1 to 64" in one_line(refused("scale", "0", "--replicas", "65", *address))
 
@@ -312,6 +323,29 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert psutil.wait_procs(relatives, timeout=5)[1] == []
+
+
+def watched_in_a_terminal(address: list[str]) -> None:
+    with terminal("status", "--watch", "--interval", "0.2", *address, lines=40) as screen:
+        for _ in range(2):  # two looks
+            screen.until(r"\d\d:\d\d:\d\d, q leaves\n.*\napplication moe-ray: RUNNING")
+            screen.until("Expert7")
+        screen.press("q")
+        assert screen.ends() == 0
+        assert "Traceback" not in screen.raw
+
+
+def bundle_of_all_that_runs(address: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "bundle.tar.gz"
+        assert ok(moe_ray("support-bundle", "--output", str(path), *address)).strip() == str(path)
+        with tarfile.open(path) as archive:
+            names = archive.getnames()
+            (status,) = (name for name in names if name.endswith("/status.json"))
+            content = archive.extractfile(status)
+            assert content is not None
+            assert json.load(content)["application"] == "RUNNING"
+    assert any("/serve/" in name and "Expert3" in name for name in names)
 
 
 PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}

@@ -17,4 +17,5 @@ def model_card(service: ServedModel, name: str) -> dict[str, Any]:
         "root": service.served_name,
         "parent": None,
         "max_model_len": service.max_model_len,
+        "sampling_defaults": service.tokenizer.sampling_defaults,  # ours: what a request leaves out
     }

@@ -1,0 +1,111 @@
+"""Checks of the cards of this machine: the driver, and whether torch's build can use them."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from moe_ray.doctor.finding import Finding, Subject, error, ok, warning
+
+DRIVER: Final = Path("/proc/driver/nvidia/version")
+_CHECK: Final = "cards"
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What of NVIDIA's is on this machine, and what torch was built for."""
+
+    devices: int
+    """Cards that this process sees as device files."""
+    driver: str | None
+    """The kernel module's version."""
+    driver_cuda: tuple[int, int] | None
+    """The latest CUDA that the driver's library speaks; None: the library is not there."""
+    torch: str | None
+    """torch's version."""
+    torch_cuda: str | None
+    """CUDA that torch was built for; None: for CPUs only."""
+    visible: str | None
+    """CUDA_VISIBLE_DEVICES."""
+    wanted: bool
+    """The configuration asks for a card."""
+
+
+def card_facts(subject: Subject, devices: Path = Path("/dev")) -> CardFacts:
+    """Look at device files, driver and torch's build; loads no torch."""
+    found = [path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
+    return CardFacts(
+        devices=len(found),
+        driver=driver[1] if driver else None,
+        driver_cuda=_driver_cuda(),
+        torch=_torch_version(),
+        torch_cuda=_torch_cuda(),
+        visible=subject.environ.get("CUDA_VISIBLE_DEVICES"),
+        wanted=subject.config.model.device == "cuda",
+    )
+
+
+def check_cards(facts: CardFacts) -> list[Finding]:
+    """Cards, driver and torch fit together; a machine without cards is fine."""
+    complain = error if facts.wanted else warning
+    if not facts.devices:
+        if facts.wanted:
+            return [error(_CHECK, "none, and model.device is cuda", "set model.device to auto or cpu")]
+        return [ok(_CHECK, "none; CPUs compute")]
+    cards = f"{facts.devices} card(s)"
+    if facts.driver_cuda is None:
+        mend = "install NVIDIA's driver; in a container, start it with the NVIDIA runtime (--gpus all)"
+        return [complain(_CHECK, f"{cards}, but the driver's library libcuda.so.1 is not there", mend)]
+    if facts.torch_cuda is None:
+        mend = f"install torch {(facts.torch or '').split('+')[0]} built for CUDA {facts.driver_cuda[0]}"
+        return [complain(_CHECK, f"{cards}, but torch {facts.torch} is built for CPUs only", mend)]
+    if facts.driver_cuda[0] < int(facts.torch_cuda.split(".")[0]):
+        says = f"{cards}; torch is built for CUDA {facts.torch_cuda}, driver {facts.driver} speaks up to "
+        mend = "update the driver, or install a torch built for an earlier CUDA"
+        return [complain(_CHECK, says + ".".join(map(str, facts.driver_cuda)), mend)]
+    if facts.visible is not None and facts.visible.strip() in ("", "-1"):
+        return [complain(_CHECK, f"{cards}, all hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
+    return [ok(_CHECK, f"{cards}, driver {facts.driver}, torch for CUDA {facts.torch_cuda}")]
+
+
+def examine_cards(subject: Subject) -> Sequence[Finding]:
+    """Cards, driver, torch."""
+    return check_cards(card_facts(subject))
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    number = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _torch_version() -> str | None:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_cuda() -> str | None:
+    """`cuda` of torch/version.py, which is read and not run: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    if file is None or not file.exists():
+        return None
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id == "cuda" and isinstance(node, ast.AnnAssign):
+            return node.value.value if isinstance(node.value, ast.Constant) and node.value.value else None  # type: ignore[return-value]
+    return None
