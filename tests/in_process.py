@@ -17,6 +17,7 @@ import torch
 import uvicorn
 
 from moe_ray.api.http import build_app
+from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import load_config
 from moe_ray.core import TokenEvent, TrunkInfo
@@ -128,6 +129,7 @@ async def served(
     options: HttpOptions | None = None,
     vocab_size: int | None = None,
     aliases: Sequence[str] = (),
+    responses: ResponseStore | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
     tokenizer = Tokenizer(directory)
@@ -137,7 +139,7 @@ async def served(
         return LOAD
 
     async with sessions_over(trunks) as sessions:
-        app = build_app(ServedModel("random", tokenizer, sessions, options, aliases), load)
+        app = build_app(ServedModel("random", tokenizer, sessions, options, aliases, responses), load)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

@@ -110,6 +110,10 @@ FILE_NEVER = {  # files that work without a package their room may have
     "api/openai/parse.py": {"fastapi", "starlette"},
     "api/openai/render.py": {"fastapi", "starlette"},
     "api/openai/schemas.py": {"fastapi", "starlette"},
+    **{
+        f"api/responses/{name}.py": {"fastapi", "starlette"}
+        for name in ("background", "body", "conversation", "memory", "parse", "queries", "render", "schemas")
+    },
     "engine/blocks.py": {"torch"},
     "engine/routed_experts.py": {"torch"},
     "engine/scheduler.py": {"torch"},

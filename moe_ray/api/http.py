@@ -22,6 +22,7 @@ from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
+from moe_ray.api.responses import routes as responses_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
 from moe_ray.errors import MoeRayError, Unauthorized
 
@@ -44,6 +45,7 @@ class Api:
 
 
 APIS: Final = (
+    Api("/v1/responses", responses_routes.add_routes, openai_errors.error_body),
     Api("/v1/messages", anthropic_routes.add_routes, anthropic_errors.error_body, anthropic_routes.VERSION_HEADER),
     Api("/api/", ollama_routes.add_routes, ollama_errors.error_body),
     Api("/", openai_routes.add_routes, openai_errors.error_body),
@@ -88,7 +90,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["Retry-After", DEGRADED_HEADER],
         )

@@ -16,7 +16,9 @@ from moe_ray.api import sse
 from moe_ray.api.generation import ResponseStream, StreamRenderer, collect
 from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.output import JobOutput
+from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.errors import ModelNotFound
+from moe_ray.gateway.session import Session
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from moe_ray.text.tokenizer import Tokenizer
@@ -73,12 +75,17 @@ class ServedModel:
         sessions: Sessions,
         options: HttpOptions | None = None,
         aliases: Sequence[str] = (),
+        responses: ResponseStore | None = None,
     ) -> None:
-        """`aliases` are further names that requests may use; in them `*` stands for anything."""
+        """`aliases` are further names that requests may use; in them `*` stands for anything.
+
+        `responses` keeps what clients of /v1/responses may ask for again; None: nothing is kept.
+        """
         self.served_name = served_name
         self.aliases = tuple(aliases)
         self.tokenizer = tokenizer
         self.options = options or HttpOptions()
+        self.responses = responses
         self.created = int(time.time())
         self._sessions = sessions
 
@@ -135,6 +142,10 @@ class ServedModel:
         """Run `work`, which tokenizes a body of so many bytes: here, or on another thread where it is long."""
         return await asyncio.to_thread(work) if body_bytes > LONG_BODY else work()
 
+    def start(self, job: GenerationJob) -> tuple[JobOutput, Session]:
+        """Begin to generate: what its choices become, and their events. Close the session when its client is gone."""
+        return JobOutput.of(job, self.tokenizer), self._sessions.open(job.requests)
+
     async def respond(
         self,
         job: GenerationJob,
@@ -143,17 +154,17 @@ class ServedModel:
         stream_form: StreamForm = SSE,
     ) -> Response:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
-        output = JobOutput.of(job, self.tokenizer)
+        output, session = self.start(job)
         renderer = make_renderer(output)
-        session = self._sessions.open(job.requests)
         if not job.stream:
             await collect(output, session)
-            return JSONResponse(renderer.whole(), headers={**(extra_headers or {}), **_degraded(output)})
+            return JSONResponse(renderer.whole(), headers={**(extra_headers or {}), **degraded(output)})
         stream = ResponseStream(output, session, renderer, self.options.keep_alive_s, stream_form.keep_alive)
         await stream.open(self.options.headers_within_s)
-        headers = {**(extra_headers or {}), **sse.HEADERS, **_degraded(output)}
+        headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=stream_form.media_type, headers=headers)
 
 
-def _degraded(output: JobOutput) -> dict[str, str]:
+def degraded(output: JobOutput) -> dict[str, str]:
+    """The header that says so where tokens lacked one of their experts."""
     return {DEGRADED_HEADER: str(output.num_degraded)} if output.num_degraded else {}

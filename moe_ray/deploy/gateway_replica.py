@@ -18,6 +18,7 @@ from moe_ray.config import Config
 from moe_ray.deploy.discovery import ask_each, discover_trunks
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.load_overview import overview
+from moe_ray.deploy.stored_responses import response_store
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.hub import resolve_model
 from moe_ray.text.tokenizer import Tokenizer
@@ -29,8 +30,13 @@ class Gateway:
     """One gateway replica."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: Config, trunk: DeploymentHandle, experts: Sequence[DeploymentHandle]
+        self,
+        config: Config,
+        trunk: DeploymentHandle,
+        experts: Sequence[DeploymentHandle],
+        responses: DeploymentHandle | None,
     ) -> None:
+        """`responses`: what keeps them where there are several gateways."""
         telemetry.configure(config.log_level)
         self._sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
         self._sessions.start()
@@ -44,7 +50,9 @@ class Gateway:
             keep_alive_s=http.keep_alive_s,
         )
         tokenizer = Tokenizer(resolve_model(config), http.tool_call_parser)
-        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, config.model.aliases)
+        store = response_store(http, responses)
+        aliases = config.model.aliases
+        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, aliases, store)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""
