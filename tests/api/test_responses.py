@@ -299,7 +299,7 @@ def test_a_server_that_stores_nothing(chatty: Trunk, kernel_model: Path) -> None
 def test_a_response_in_the_background(slow: Trunk, client: openai.AsyncOpenAI, runner: asyncio.Runner) -> None:
     async def ask() -> None:
         whole = await client.responses.create(input="Hello", model="random", **GREEDY)
-        slow.engine.pause_s = 0.1
+        slow.engine.pause_s = 0.5
         started = await client.responses.create(input="Hello", model="random", background=True, **GREEDY)
         assert (started.status, started.output, started.usage) == ("queued", [], None)
         with pytest.raises(openai.BadRequestError, match="still"):
@@ -346,7 +346,7 @@ def test_cancelled_and_deleted_ones_free_the_engine(
     slow: Trunk, client: openai.AsyncOpenAI, runner: asyncio.Runner
 ) -> None:
     async def ask() -> None:
-        slow.engine.pause_s = 0.05
+        slow.engine.pause_s = 0.2
         for end in ("cancel", "delete"):
             before = slow.runtime.stats().generated_tokens
             started = await client.responses.create(input="Hello", model="random", background=True, temperature=0)
@@ -399,7 +399,7 @@ def test_a_failure_is_a_status_or_else_an_event(
 
 def test_a_client_that_leaves_frees_the_engine(slow: Trunk, client: openai.AsyncOpenAI, runner: asyncio.Runner) -> None:
     async def ask() -> None:
-        slow.engine.pause_s = 0.05
+        slow.engine.pause_s = 0.2
         before = slow.runtime.stats().generated_tokens
         stream = await client.responses.create(input="Hello", model="random", stream=True, temperature=0)
         async for event in stream:
