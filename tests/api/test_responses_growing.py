@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from moe_ray.api.failure import Failure
 from moe_ray.api.job import ModelLimits
 from moe_ray.api.output import Delta, JobOutput
 from moe_ray.api.responses.answers import ResponseObject
-from moe_ray.api.responses.parse import parse_request, plan_response
+from moe_ray.api.responses.parse import of_this_api, parse_request, plan_response
 from moe_ray.api.responses.render import GrowingResponse, ResponseEvents
 from moe_ray.core import TokenLogprobs
-from moe_ray.errors import ExpertUnavailable
+from moe_ray.errors import ExpertUnavailable, InvalidRequest
 from moe_ray.text.answers.parts import CallArguments, CallBegun, Part, Text
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -162,6 +163,10 @@ def test_a_failure_midway_keeps_what_there_is(tokenizer: Tokenizer) -> None:
     assert (whole["status"], whole["error"]["code"]) == ("failed", "server_error")
     assert "10.0.0.3" not in whole["error"]["message"]
     assert whole["output"][0]["status"] == "incomplete"
+    body = parse_request(json.dumps({"input": "Hi", "text": {"format": {"type": "json_object"}}}).encode())
+    events = ResponseEvents(growing(tokenizer), partial(of_this_api, body=body))
+    whole = checked(events.failed(InvalidRequest("`grammar` is none", "grammar")) + events.last())[-1]["response"]
+    assert whole["error"] == {"code": "invalid_prompt", "message": "`text.format` is none"}
     response = growing(tokenizer)
     response.fail(Failure(429, "full"))
     assert response.whole()["error"] == {"code": "rate_limit_exceeded", "message": "full"}

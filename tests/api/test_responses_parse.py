@@ -86,6 +86,7 @@ def parsed(**body: Any) -> Any:
         ({"max_tokens": 5}, "max_tokens", "use `max_output_tokens`"),
         ({"response_format": {"type": "text"}}, "response_format", "use `text.format`"),
         ({"logprobs": 5}, "logprobs", "`logprobs` is not supported"),
+        ({"bad_words_ids": [[5]]}, "bad_words_ids", "is not supported"),
         ({"temprature": 1}, "temprature", "Unknown parameter"),
         ({"stream_options": {}}, "stream_options", "only allowed when `stream`"),
         ({"background": True, "store": False}, "background", "needs `store`"),
@@ -285,6 +286,8 @@ def test_sampling_is_the_requests(tokenizer: Tokenizer) -> None:
     sampling = given.job.choices[0].request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed, sampling.stop) == (0, 3, 4, ("x",))
     assert (sampling.logprobs, sampling.max_tokens, given.echo["temperature"]) == (2, 9, 0)
+    forbidding = planned(tokenizer, bad_words=["river"]).job.choices[0].request.sampling
+    assert tokenizer.decode(forbidding.bad_words_ids[0]).strip() == "river"
     plain = planned(tokenizer).job.choices[0].request
     assert plain.sampling.logprobs is None
     assert plain.sampling.max_tokens == 1000 - len(plain.prompt_token_ids)

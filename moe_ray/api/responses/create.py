@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -18,7 +19,7 @@ from moe_ray.api.output import JobOutput
 from moe_ray.api.responses.background import BackgroundResponses, replay, stored_form
 from moe_ray.api.responses.conversation import Item, new_id
 from moe_ray.api.responses.memory import RUNNING, ResponseStore, StoredResponse
-from moe_ray.api.responses.parse import PlannedResponse, parse_request, plan_response
+from moe_ray.api.responses.parse import PlannedResponse, of_this_api, parse_request, plan_response
 from moe_ray.api.responses.render import GrowingResponse, ResponseEvents
 from moe_ray.api.service import HttpOptions, ServedModel, degraded
 from moe_ray.errors import InvalidRequest, NotReady, Overloaded
@@ -60,15 +61,18 @@ async def create(service: ServedModel, background: BackgroundResponses | None, r
     echo = {**planned.echo, "model": service.served_name, "store": store is not None}
     response = GrowingResponse(output, echo, service.tokenizer, "queued" if body.background else "in_progress")
     obfuscate = body.stream_options is not None and body.stream_options.include_obfuscation
-    begun = _Begun(ResponseEvents(response, obfuscate), output, session, sse.dumps(planned.items))
+    events = ResponseEvents(response, partial(of_this_api, body=body), obfuscate)
+    begun = _Begun(events, output, session, sse.dumps(planned.items))
     try:
         if body.background and store is not None and background is not None:
             return await _leave(begun, store, background, body.stream, service.options.keep_alive_s)
         if body.stream:
             return await _stream(begun, store, service.options)
         await collect(output, session, response.take)
-    except BaseException:
+    except BaseException as error:
         session.close()
+        if isinstance(error, InvalidRequest):
+            raise of_this_api(error, body) from None
         raise
     response.end()
     await _keep(begun, store)

@@ -27,6 +27,7 @@ from moe_ray.api.responses.schemas import (
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
+from moe_ray.text.bad_words import bad_words_ids
 from moe_ray.text.tokenizer import Tokenizer
 
 _SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams)) - UNTOLD
@@ -72,6 +73,8 @@ def plan_response(
     """
     items = items_of(body)
     given = {name: value for name, value in (body.model_extra or {}).items() if name in _SAMPLING}
+    if given.get("allowed_token_ids") == []:
+        raise InvalidRequest("`allowed_token_ids` must hold at least one token id", "allowed_token_ids")
     given |= {name: getattr(body, name) for name in ("temperature", "top_p") if getattr(body, name) is not None}
     sampling = SamplingParams(
         **{
@@ -81,6 +84,8 @@ def plan_response(
             "logprobs": body.top_logprobs if LOGPROBS in body.include or body.top_logprobs else None,
         }
     )
+    if sampling.bad_words:
+        sampling = replace(sampling, bad_words_ids=bad_words_ids(sampling.bad_words, tokenizer))
     prompt = _prompt(chat_of(body, [*history, *items]), body, tokenizer, limits)
     job = make_job(job_id, [prompt], sampling, limits, prompt_field="input", stream=True)
     return PlannedResponse(job, request_echo(body, sampling), items)
@@ -90,6 +95,14 @@ def chat_of(body: ResponsesRequest, items: Sequence[Item]) -> ChatInput:
     """The conversation that `items` and the instructions of a body make, with its tools and the form of its answer."""
     tools, choice = _tools(body)
     return ChatInput(messages_of(body.instructions, items), tools, choice, _grammar(body))
+
+
+def of_this_api(error: Exception, body: ResponsesRequest) -> Exception:
+    """An error, by this API's name for what the trunk knows as the grammar."""
+    if not isinstance(error, InvalidRequest) or error.param != "grammar":
+        return error
+    field = "tools" if _grammar(body) is None else "text.format"
+    return InvalidRequest(str(error).replace("`grammar`", f"`{field}`"), field, error.code)
 
 
 def _prompt(chat: ChatInput, body: ResponsesRequest, tokenizer: Tokenizer, limits: ModelLimits) -> Prompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -210,10 +210,15 @@ class GrowingResponse:
 class ResponseEvents:
     """Writes the events of a response, numbered from 0: a `StreamRenderer`, but `last` writes the last one."""
 
-    def __init__(self, response: GrowingResponse, obfuscate: bool = False) -> None:
+    def __init__(
+        self,
+        response: GrowingResponse,
+        told: Callable[[Exception], Exception] = lambda error: error,
+        obfuscate: bool = False,
+    ) -> None:
+        """`told`: an error as clients of this API are told of it."""
         self.response = response
-        self.error: Exception | None = None
-        """What ended the stream."""
+        self._told = told
         self._obfuscate = obfuscate
         self._number = 0
         self._last: Event | None = None
@@ -232,8 +237,7 @@ class ResponseEvents:
 
     def failed(self, error: Exception) -> str:
         """The ends of the items, as far as they came."""
-        self.error = error
-        return self._join(self._keep_last(self.response.fail(failure_of(error))))
+        return self._join(self._keep_last(self.response.fail(failure_of(self._told(error)))))
 
     def closing(self) -> str:
         """Nothing: the last event is no mark."""

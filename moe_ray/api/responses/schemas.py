@@ -290,5 +290,7 @@ UNSUPPORTED: Final = frozenset(
 """Fields of OpenAI's that would change the answer."""
 INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"}
 """Fields of the other endpoints → what they are called here."""
-UNTOLD: Final = frozenset({"max_tokens", "logprobs", "prompt_logprobs", "grammar", "return_routed_experts"})
+UNTOLD: Final = frozenset(
+    {"max_tokens", "logprobs", "prompt_logprobs", "grammar", "bad_words_ids", "return_routed_experts"}
+)
 """Sampling parameters that are asked for by another name here, or whose result a response has no place for."""
