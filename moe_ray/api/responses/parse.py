@@ -94,7 +94,8 @@ def plan_response(
 def chat_of(body: ResponsesRequest, items: Sequence[Item]) -> ChatInput:
     """The conversation that `items` and the instructions of a body make, with its tools and the form of its answer."""
     tools, choice = _tools(body)
-    return ChatInput(messages_of(body.instructions, items), tools, choice, _grammar(body))
+    messages = messages_of(body.instructions, items)
+    return ChatInput(messages, tools, choice, _grammar(body), tool_path="tools[{}]")
 
 
 def of_this_api(error: Exception, body: ResponsesRequest) -> Exception:
