@@ -20,14 +20,18 @@ class KernelsUnavailable(MoeRayError):
 
 
 class InvalidRequest(MoeRayError):
-    """A request breaks a rule of the API (HTTP 400); `param` is the request's field, where one is to blame."""
+    """A request breaks a rule of the API (HTTP 400); `param` is the request's field, where one is to blame.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    `code` is OpenAI's name of the rule, where it has one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
-    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, str | None]]:
-        return type(self), (str(self), self.param)
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, str | None, str | None]]:
+        return type(self), (str(self), self.param, self.code)
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -40,6 +44,12 @@ class RequestTooLarge(MoeRayError):
 
 class ModelNotFound(MoeRayError):
     """The request names a model that is not served here (HTTP 404)."""
+
+
+class ResponseNotFound(MoeRayError):
+    """The request names a stored response that is not, or no longer, there (HTTP 404)."""
+
+    param = "response_id"
 
 
 class Unauthorized(MoeRayError):

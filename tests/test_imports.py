@@ -146,6 +146,10 @@ FILE_NEVER = {  # files that work without a package their room may have
         f"api/tgi/{name}.py": {"fastapi", "starlette"}
         for name in ("constraint", "errors", "limits", "parse", "render", "schemas", "timing")
     },
+    **{
+        f"api/responses/{name}.py": {"fastapi", "starlette"}
+        for name in ("background", "body", "conversation", "memory", "parse", "queries", "render", "schemas")
+    },
     "engine/blocks.py": {"torch"},
     "engine/routed_experts.py": {"torch"},
     "engine/scheduler.py": {"torch"},

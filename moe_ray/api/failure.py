@@ -18,6 +18,7 @@ from moe_ray.errors import (
     NotReady,
     Overloaded,
     RequestTooLarge,
+    ResponseNotFound,
     Unauthorized,
 )
 
@@ -49,7 +50,8 @@ def failure_of(error: BaseException, retry_after_s: int = 1) -> Failure:
         headers["WWW-Authenticate"] = "Bearer"
     if status in (429, 503):
         headers["Retry-After"] = str(retry_after_s)
-    return Failure(status, message, param, _CODES.get(type(error)), headers)
+    code = _CODES.get(type(error)) or (error.code if isinstance(error, InvalidRequest) else None)
+    return Failure(status, message, param, code, headers)
 
 
 _UNREACHABLE: Final = "A part of the model is unreachable."
@@ -60,6 +62,7 @@ _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
     Unauthorized: (401, None),
     ModelNotFound: (404, None),
     RequestTooLarge: (413, None),
+    ResponseNotFound: (404, None),
     Overloaded: (429, None),
     NotReady: (503, None),
     LinkBroken: (503, _UNREACHABLE),

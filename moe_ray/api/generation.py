@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from moe_ray.api import sse
@@ -54,12 +54,21 @@ class StreamRenderer(Protocol):
         ...
 
 
-async def collect(output: JobOutput, source: EventSource) -> None:
-    """Fill `output` until every choice is finished, then end its sequences. Raises what the first one failed with."""
+def _unread(delta: Delta) -> None:
+    """What a step added is in the output."""
+
+
+async def collect(output: JobOutput, source: EventSource, on_delta: Callable[[Delta], object] = _unread) -> None:
+    """Fill `output` until every choice is finished, then end its sequences. Raises what the first one failed with.
+
+    `on_delta` is told each step's.
+    """
     try:
-        output.finish_empty()
+        for delta in output.finish_empty():
+            on_delta(delta)
         while output.num_unfinished:
-            await _step(output, source, None)
+            if (step := await _step(output, source, None)) is not None:
+                on_delta(step)
     finally:
         source.close()
 
@@ -95,7 +104,7 @@ class ResponseStream:
             self._source.close()
             raise
 
-    async def body(self) -> AsyncIterator[str]:
+    async def body(self) -> AsyncGenerator[str, None]:
         """Yield the events. A failure is an event, too, and the closing follows it. Ends the sequences when closed."""
         try:
             yield self._opening or self._keep_alive

@@ -26,6 +26,7 @@ from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
+from moe_ray.api.responses import routes as responses_routes
 from moe_ray.api.service import DEGRADED_HEADER, ServedModel
 from moe_ray.api.tgi import errors as tgi_errors
 from moe_ray.api.tgi import routes as tgi_routes
@@ -56,6 +57,7 @@ class Api:
 
 _TGI_PATHS: Final = frozenset({"/", "/chat_tokenize", "/invocations", "/vertex", "/info"})
 APIS: Final = (
+    Api("responses", "/v1/responses", responses_routes.add_routes, openai_errors.error_body),
     Api(
         "anthropic",
         "/v1/messages",
@@ -109,7 +111,7 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(options.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["Retry-After", DEGRADED_HEADER, REQUEST_ID.decode()],
         )

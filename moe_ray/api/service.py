@@ -17,6 +17,7 @@ from moe_ray.api.generation import EventSource, ResponseStream, StreamRenderer, 
 from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.observation import Observation
 from moe_ray.api.output import JobOutput
+from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.errors import ModelNotFound
 from moe_ray.gateway.sessions import Sessions
@@ -82,13 +83,18 @@ class ServedModel:
         options: HttpOptions | None = None,
         aliases: Sequence[str] = (),
         observation: Observation | None = None,
+        responses: ResponseStore | None = None,
     ) -> None:
-        """`aliases` are further names that requests may use; in them `*` stands for anything."""
+        """`aliases` are further names that requests may use; in them `*` stands for anything.
+
+        `responses` keeps what clients of /v1/responses may ask for again; None: nothing is kept.
+        """
         self.observation = observation or Observation(served_name)
         self.served_name = served_name
         self.aliases = tuple(aliases)
         self.tokenizer = tokenizer
         self.options = options or HttpOptions()
+        self.responses = responses
         self.created = int(time.time())
         self._sessions = sessions
 
@@ -152,9 +158,14 @@ class ServedModel:
 
     async def finish(self, job: GenerationJob) -> JobOutput:
         """Generate all of a job that is not streamed. Raises what it fails with."""
-        output = JobOutput.of(job, self.tokenizer)
-        await collect(output, self._begin(output))
+        output, events = self.start(job)
+        await collect(output, events)
         return output
+
+    def start(self, job: GenerationJob) -> tuple[JobOutput, EventSource]:
+        """Begin to generate: what its choices become, and their events. Close the events when its client is gone."""
+        output = JobOutput.of(job, self.tokenizer)
+        return output, self.observation.open(output, self._sessions.open)
 
     async def respond(
         self,
@@ -167,17 +178,12 @@ class ServedModel:
         if not job.stream:
             output = await self.finish(job)
             return JSONResponse(make_renderer(output).whole(), headers={**(extra_headers or {}), **degraded(output)})
-        output = JobOutput.of(job, self.tokenizer)
+        output, events = self.start(job)
         renderer = make_renderer(output)
-        session = self._begin(output)
-        stream = ResponseStream(output, session, renderer, self.options.keep_alive_s, stream_form.keep_alive)
+        stream = ResponseStream(output, events, renderer, self.options.keep_alive_s, stream_form.keep_alive)
         await stream.open(self.options.headers_within_s)
         headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=stream_form.media_type, headers=headers)
-
-    def _begin(self, output: JobOutput) -> EventSource:
-        """Start generating a job."""
-        return self.observation.open(output, self._sessions.open)
 
 
 def degraded(output: JobOutput) -> dict[str, str]:

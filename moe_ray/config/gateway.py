@@ -27,6 +27,11 @@ class GatewaySection(Section):
     """A stream that has been silent for so long sends a comment."""
     tool_call_parser: Literal["auto", "hermes", "mistral", "llama3_json", "json"] = "auto"
     """How the model writes calls of tools; `auto`: as its chat template teaches, else as JSON that moe_ray asks for."""
+    responses_memory_mib: int = Field(default=64, ge=0)
+    """MiB for the responses that /v1/responses stores: clients ask for them again, and go on from them. The
+    conversation that was longest not used makes room. 0: nothing is stored. Several gateways share one memory."""
+    max_stored_responses: int = Field(default=4096, ge=1)
+    """Most responses in that memory."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)

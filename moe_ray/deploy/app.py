@@ -12,6 +12,7 @@ from moe_ray.config.actors import ActorOptions
 from moe_ray.deploy.expert_replica import ExpertReplica
 from moe_ray.deploy.gateway_replica import Gateway
 from moe_ray.deploy.replica_targets import autoscaling_config, trunk_autoscaling_config
+from moe_ray.deploy.stored_responses import StoredResponses
 from moe_ray.deploy.trunk_replica import TrunkReplica
 from moe_ray.experts.planning.placement import Holding, holdings
 from moe_ray.hub import resolve_model
@@ -62,8 +63,22 @@ def build_app(config: Config, trunks_by_hand: bool = True) -> Application:
             max_ongoing_requests=config.gateway.max_ongoing_requests,
             graceful_shutdown_timeout_s=10,
         )
-        .bind(config, trunk, experts)
+        .bind(config, trunk, experts, shared_responses(config))
     )
+
+
+def shared_responses(config: Config) -> Application | None:
+    """What keeps the responses of several gateways; one gateway keeps its own."""
+    if config.gateway.num_replicas == 1 or not config.gateway.responses_memory_mib:
+        return None
+    deployment = serve.deployment(StoredResponses, name="StoredResponses")
+    return deployment.options(
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=config.gateway.num_replicas * config.gateway.max_ongoing_requests,
+        health_check_period_s=HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=1,
+    ).bind(config)
 
 
 def _trunk_options(config: Config, by_hand: bool) -> dict[str, Any]:

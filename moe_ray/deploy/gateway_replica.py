@@ -23,6 +23,7 @@ from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.load_overview import overview
 from moe_ray.deploy.metrics import Reporter
 from moe_ray.deploy.open_tracing import open_tracing
+from moe_ray.deploy.stored_responses import response_store
 from moe_ray.deploy.vllm_metrics import SequenceMetrics
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.hub import resolve_model
@@ -36,8 +37,13 @@ class Gateway:
     """One gateway replica."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: Config, trunk: DeploymentHandle, experts: Sequence[DeploymentHandle]
+        self,
+        config: Config,
+        trunk: DeploymentHandle,
+        experts: Sequence[DeploymentHandle],
+        responses: DeploymentHandle | None,
     ) -> None:
+        """`responses`: what keeps them where there are several gateways."""
         telemetry.configure(config.log_level, config.log_format)
         self._sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
         self._sessions.start()
@@ -56,10 +62,15 @@ class Gateway:
         self._tracing = open_tracing(config.tracing, "Gateway")
         sequences = SequenceMetrics(config.served_name)
         self._reporter = Reporter(sequences.report)
-        observation = Observation(config.served_name, self._tracing, sequences.take)
-        tokenizer = Tokenizer(directory, http.tool_call_parser)
-        names = config.model.aliases
-        self._service = ServedModel(config.served_name, tokenizer, self._sessions, options, names, observation)
+        self._service = ServedModel(
+            config.served_name,
+            Tokenizer(directory, http.tool_call_parser),
+            self._sessions,
+            options,
+            config.model.aliases,
+            Observation(config.served_name, self._tracing, sequences.take),
+            response_store(http, responses),
+        )
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""
