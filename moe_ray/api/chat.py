@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from moe_ray.api.job import Prompt
+from moe_ray.engine.grammar.schema_rules import unsupported
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
 from moe_ray.text.answers.formats import CallFormat
@@ -96,9 +97,13 @@ def _structure(chat: ChatInput, call_format: CallFormat, tokens: Mapping[str, in
     choice, tools = chat.tool_choice, chat.tools
     if choice.mode in ("required", "named"):
         callable_tools = [tool for tool in tools if choice.mode == "required" or tool.name == choice.name]
-        must = CallShape({tool.name: tool.parameters for tool in callable_tools}, choice.parallel, tokens)
+        # A schema that cannot be held to must not make the request fail, unless that was asked for.
+        held = {
+            tool.name: tool.parameters if tool.strict or unsupported(tool.parameters) is None else ANY_OBJECT
+            for tool in callable_tools
+        }
+        must = CallShape(held, choice.parallel, tokens)
         return call_format.calls(must)
-    # Where the model may choose, a schema that cannot be followed must not make the request fail.
     arguments = {tool.name: tool.parameters if tool.strict else ANY_OBJECT for tool in tools}
     may = CallShape(arguments, choice.parallel, tokens)
     if chat.grammar is not None:

@@ -36,7 +36,7 @@ WEATHER: Any = {
 NOW: Any = {"type": "function", "function": {"name": "now"}}
 BAD_TOOL: Any = {
     "type": "function",
-    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}},
+    "function": {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": {"not": {}}}}},
 }
 ASK: Any = [{"role": "user", "content": "How is the weather?"}]
 

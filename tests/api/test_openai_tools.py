@@ -56,6 +56,10 @@ def test_what_the_engine_is_asked_to_hold_to(tokenizer: Tokenizer) -> None:
         assert json.loads(each.source)["format"]
         assert all(text in each.source for text in in_it)
         assert not any(text in each.source for text in not_in_it)
+    odd = {"type": "function", "function": {"name": "odd", "parameters": {"type": "object", "not": {}}}}
+    loose = grammar(tokenizer, tools=[odd], tool_choice="required")
+    assert loose is not None
+    assert '"not"' not in loose.source  # cannot be held to, and the function is not strict
     schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"const": 5}}}
     assert grammar(tokenizer, response_format=schema) == Grammar("json_schema", '{"const": 5}')
     both = grammar(tokenizer, response_format=schema, tools=[WEATHER])
