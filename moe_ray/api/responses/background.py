@@ -10,12 +10,11 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from moe_ray.api import sse
-from moe_ray.api.generation import ResponseStream
+from moe_ray.api.generation import EventSource, ResponseStream
 from moe_ray.api.output import JobOutput
 from moe_ray.api.responses.memory import RUNNING, ResponseStore, StoredResponse
 from moe_ray.api.responses.render import GrowingResponse, ResponseEvents
 from moe_ray.errors import NotReady, Overloaded
-from moe_ray.gateway.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,9 @@ class BackgroundResponses:
         self._store = store
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, events: ResponseEvents, output: JobOutput, session: Session, items: str, streamed: bool) -> None:
+    def start(
+        self, events: ResponseEvents, output: JobOutput, session: EventSource, items: str, streamed: bool
+    ) -> None:
         """Compute a response that the store knows as begun. `items` is the JSON of its input's."""
         stream = ResponseStream(output, session, events, HEARD_EVERY_S)
         response_id = events.response.response_id
