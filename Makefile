@@ -7,6 +7,7 @@ ARGS   ?=
 FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
 ARM64 := g++-aarch64-linux-gnu qemu-user  # Debian's packages: the kernels run on an emulated arm64, too
+BROWSER := chromium  # Debian's, too: the page is tested in it
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
 .PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv arm64 clean

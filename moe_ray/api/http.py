@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +17,9 @@ from moe_ray import __version__
 from moe_ray.api.failure import Failure, failure_of
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
-from moe_ray.api.service import DEGRADED_HEADER, ServedModel
+from moe_ray.api.page import routes as page_routes
+from moe_ray.api.page.house import House
+from moe_ray.api.service import DEGRADED_HEADER, HttpOptions, ServedModel
 from moe_ray.errors import MoeRayError, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,13 @@ APIS: Final = (Api("/", openai_routes.add_routes, openai_errors.error_body),)
 """The first whose prefix fits says how an error looks; the last fits all."""
 
 
-def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]]) -> fastapi.FastAPI:
-    """The application over one model. `expert_load` answers GET /experts."""
+def build_app(
+    service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]], house: House | None = None
+) -> fastapi.FastAPI:
+    """The application over one model. `expert_load` answers GET /experts, `house` what the page shows beside the chat.
+
+    Without a `house` the page is a chat alone.
+    """
     # The pages at /docs and /redoc would load their scripts from another server.
     app = fastapi.FastAPI(title="moe_ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     options = service.options
@@ -71,7 +78,9 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
 
     for api in APIS:
         api.add_routes(app, service)
-    app.add_middleware(Authorisation, api_keys=options.api_keys, retry_after_s=options.retry_after_s)
+    if options.page:
+        page_routes.add_routes(app, service, house)
+    app.add_middleware(Authorisation, options=options)
     if options.cors_origins:  # outside of authorisation: a browser asks for permission without a key
         app.add_middleware(
             CORSMiddleware,
@@ -85,15 +94,16 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
 
 
 class Authorisation:
-    """Lets pass what shows one of the API keys, and what is on an open path; everything, where there are no keys."""
+    """Lets pass what shows one of the API keys, and what is open to all; everything, where there are no keys."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], retry_after_s: int) -> None:
+    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
         self._app = app
-        self._api_keys = [f"Bearer {key}".encode() for key in api_keys]
-        self._retry_after_s = retry_after_s
+        self._api_keys = [f"Bearer {key}".encode() for key in options.api_keys]
+        self._retry_after_s = options.retry_after_s
+        self._page = options.page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _path(scope) in OPEN_PATHS:
+        if scope["type"] == "lifespan" or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -106,6 +116,10 @@ class Authorisation:
             return
         await self._app(scope, receive, send)
 
+    def _is_open(self, scope: Scope) -> bool:
+        path = _path(scope)
+        return path in OPEN_PATHS or (self._page and page_routes.is_file(scope, path))
+
     def _check(self, shown: bytes | None) -> None:
         """Check an Authorization header in constant time. Raises `Unauthorized`."""
         if not self._api_keys:
@@ -117,15 +131,18 @@ class Authorisation:
 
 
 class TrailingSlash:
-    """Takes the slashes off a path's end: `GET /v1/models/` is `GET /v1/models`."""
+    """Takes the slashes off a path's end: `GET /v1/models/` is `GET /v1/models`. The application's root keeps one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith("/"):
-            path = scope["path"].rstrip("/") or "/"
-            scope = {**scope, "path": path, "raw_path": path.encode()}
+        if scope["type"] == "http":
+            path, root = scope["path"].rstrip("/"), scope.get("root_path", "").rstrip("/")
+            if path == root:
+                path = f"{root}/"
+            if path != scope["path"]:
+                scope = {**scope, "path": path, "raw_path": path.encode()}
         await self._app(scope, receive, send)
 
 

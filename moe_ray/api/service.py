@@ -46,6 +46,8 @@ class HttpOptions:
     cors_origins: Sequence[str] = ()
     headers_within_s: float = 1.0
     keep_alive_s: float = 5.0
+    page: bool = True
+    """Browsers get the page at `/`."""
 
 
 class ServedModel:

@@ -7,6 +7,16 @@ from pydantic import Field, field_validator
 from moe_ray.config.section import Section
 
 
+class PageSection(Section):
+    """The page at `/`: a chat, and the trunks and experts behind it."""
+
+    enabled: bool = True
+    """Browsers get the page at `/`, and its data at `/house`."""
+    control: bool | None = None
+    """The page may set the replicas of experts and kill replicas. Default: only where `moe-ray serve` serves the demo
+    model on a loopback address, on a Ray of its own."""
+
+
 class GatewaySection(Section):
     """The HTTP side."""
 
@@ -26,6 +36,9 @@ class GatewaySection(Section):
     """Origins whose pages may ask, e.g. `https://chat.example.org`, or `*`; none: browsers keep other pages out."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Requests must show one of them as a bearer token; none: every request is served."""
+
+    page: PageSection = PageSection()
+    """The page at `/`."""
 
     @field_validator("api_keys")
     @classmethod

@@ -16,10 +16,13 @@ from moe_ray.api.http import build_app
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import Config
 from moe_ray.deploy.discovery import ask_each, discover_trunks
+from moe_ray.deploy.house_view import ModelFacts
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.load_overview import overview
+from moe_ray.deploy.served_house import ServedHouse
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.hub import resolve_model
+from moe_ray.model.model_config import ModelConfig
 from moe_ray.text.tokenizer import Tokenizer
 
 
@@ -42,12 +45,21 @@ class Gateway:
             cors_origins=http.cors_origins,
             headers_within_s=http.headers_within_s,
             keep_alive_s=http.keep_alive_s,
+            page=http.page.enabled,
         )
-        self._service = ServedModel(config.served_name, Tokenizer(resolve_model(config)), self._sessions, options)
+        directory = resolve_model(config)
+        self._service = ServedModel(config.served_name, Tokenizer(directory), self._sessions, options)
+        model = ModelConfig.load(directory)
+        facts = ModelFacts(
+            config.served_name, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
+        )
+        application = serve.get_replica_context().app_name
+        may_change = bool(http.page.control)
+        self._house = ServedHouse(application, facts, trunk, experts, self._service.missing, may_change)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""
-        return build_app(self._service, self._expert_load)
+        return build_app(self._service, self._expert_load, self._house)
 
     async def status(self) -> dict[str, Any]:
         """Place and memory of this process; asked over Serve, not HTTP."""

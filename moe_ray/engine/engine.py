@@ -68,6 +68,15 @@ class Engine:
         return bool(self._live)
 
     @property
+    def device(self) -> str:
+        return str(self._trunk.device)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """What the trunk's matrices are held as, in words."""
+        return self._trunk.held
+
+    @property
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes
 

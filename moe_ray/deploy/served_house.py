@@ -1,0 +1,81 @@
+"""The house behind a gateway in Ray Serve: asked, scaled and, where the operator lets the page, killed in part."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+from ray.serve.handle import DeploymentHandle
+
+from moe_ray.deploy.discovery import ask_each
+from moe_ray.deploy.house_view import ModelFacts, deployed, house_view
+from moe_ray.deploy.ray_internals import kill_replica, serve_details
+from moe_ray.deploy.replica_numbers import change
+from moe_ray.errors import ConfigError, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 2.0
+"""How long replicas are waited for: the page shows one that does not answer as away."""
+
+
+class ServedHouse:
+    """Trunk and experts of one Serve application. Runs on the gateway's loop; what waits for Serve has a thread."""
+
+    def __init__(
+        self,
+        application: str,
+        facts: ModelFacts,
+        trunk: DeploymentHandle,
+        experts: Sequence[DeploymentHandle],
+        missing: Callable[[], Awaitable[list[str] | None]],
+        control: bool,
+    ) -> None:
+        """`missing`: the parts of the model that are not up, as `GET /health` tells them."""
+        self.control = control
+        self._application, self._facts = application, facts
+        self._trunk, self._experts, self._missing = trunk, list(experts), missing
+
+    async def look(self) -> dict[str, Any]:
+        """Everything of this moment."""
+        details, (trunks, *answers), missing = await asyncio.gather(
+            asyncio.to_thread(serve_details),
+            ask_each([self._trunk, *self._experts], "load", TIMEOUT_S),
+            self._missing(),
+        )
+        names = [handle.deployment_name for handle in self._experts]
+        view = house_view(
+            self._facts,
+            deployed(self._application, details),
+            trunks,
+            dict(zip(names, answers, strict=True)),
+            missing or [],
+        )
+        return {**view, "control": self.control}
+
+    async def scale(self, expert: int, replicas: int | None) -> None:
+        """Set the replicas of an expert. Does not wait for them. Raises `InvalidRequest`."""
+        details = await asyncio.to_thread(serve_details)
+        deployments = details.get("applications", {}).get(self._application, {}).get("deployments", {})
+        try:
+            await asyncio.to_thread(change, [expert], replicas, self._application, deployments)
+        except ConfigError as error:
+            raise InvalidRequest(str(error), "expert" if "no expert" in str(error) else "replicas") from None
+        logger.warning(
+            "the page set the replicas of expert %d: %s", expert, "by policy" if replicas is None else replicas
+        )
+
+    async def kill(self, replica_id: str) -> None:
+        """Kill a replica of the trunk or of an expert. Raises `InvalidRequest` for any other id."""
+        details = await asyncio.to_thread(serve_details)
+        known = deployed(self._application, details)
+        names = {"Trunk", *(handle.deployment_name for handle in self._experts)}
+        if not any(replica_id in known[name].states for name in names & known.keys()):
+            raise InvalidRequest("no such replica of the trunk or of an expert", "replica_id")
+        logger.warning("the page kills %s", replica_id)
+        try:
+            await asyncio.to_thread(kill_replica, replica_id)
+        except ValueError:
+            raise InvalidRequest("this replica is gone already", "replica_id") from None
