@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from moe_ray.api.http import build_app
+from moe_ray.api.page.house import House
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import load_config
 from moe_ray.core import TokenEvent, TrunkInfo
@@ -95,7 +96,11 @@ async def sessions_over(trunks: Sequence[TrunkInfo]) -> AsyncIterator[Sessions]:
 
 @contextlib.asynccontextmanager
 async def served(
-    directory: Path, trunks: Sequence[TrunkInfo], options: HttpOptions | None = None, vocab_size: int | None = None
+    directory: Path,
+    trunks: Sequence[TrunkInfo],
+    options: HttpOptions | None = None,
+    vocab_size: int | None = None,
+    house: House | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
     tokenizer = Tokenizer(directory)
@@ -105,7 +110,7 @@ async def served(
         return LOAD
 
     async with sessions_over(trunks) as sessions:
-        app = build_app(ServedModel("random", tokenizer, sessions, options), load)
+        app = build_app(ServedModel("random", tokenizer, sessions, options), load, house)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

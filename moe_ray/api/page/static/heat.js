@@ -18,7 +18,7 @@ export class Heat {
     this._at = 0;
     canvas.addEventListener("pointermove", (event) => this._point(event));
     canvas.addEventListener("pointerleave", () => told(""));
-    new ResizeObserver(() => this.draw()).observe(canvas.parentElement);
+    new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
   shape(layers, experts) {

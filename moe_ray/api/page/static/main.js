@@ -1,6 +1,6 @@
 // The page: its parts, and how they are connected.
 
-import { onOtherTab } from "./chats.js";
+import { newChat, onOtherTab } from "./chats.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { byId, icon, say } from "./dom.js";
@@ -11,7 +11,6 @@ import { openKey, openSettings } from "./settings_dialog.js";
 import { Sidebar } from "./sidebar.js";
 import { startTheme } from "./theme.js";
 import { names } from "./words.js";
-import { newChat } from "./chats.js";
 
 const HOUSE_CLOSED = "moe-ray.house-closed";
 const HEALTH_MS = { ready: 10_000, waiting: 1000, down: 3000 };
