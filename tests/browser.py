@@ -75,7 +75,7 @@ def call(page: Page, file: str, expression: str, *arguments: Any) -> Any:
     the arguments.
     """
     script = (
-        f"async (a) => {{ const m = await import(new URL('page/{file}', document.baseURI)); return {expression}; }}"
+        f"async (a) => {{ const m = await import(new URL('page/{file}', document.baseURI)); return ({expression}); }}"
     )
     return page.evaluate(script, list(arguments))
 

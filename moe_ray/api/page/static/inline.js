@@ -35,10 +35,14 @@ export function inline(text) {
       at += 1;
       continue;
     }
+    at += mark.length;
+    if (typeof mark.node === "string") {
+      plain += mark.node;
+      continue;
+    }
     if (plain) nodes.push(plain);
     plain = "";
     nodes.push(mark.node);
-    at += mark.length;
   }
   if (plain) nodes.push(plain);
   return nodes;

@@ -117,11 +117,12 @@ const all = (lines, depth) => blocks(lines.join("\n")).map((block) => element(bl
 function list(lines, depth) {
   const ordered = isOrdered(lines[0]);
   const start = Number.parseInt(ITEM.exec(lines[0])[2], 10);
+  const indent = ITEM.exec(lines[0])[1].length; // further in: a list inside of an item
   const items = [];
   let fenced = null;
   for (const line of lines) {
     const found = fenced ? null : ITEM.exec(line);
-    if (found) items.push([line.slice(found[0].length)]);
+    if (found && found[1].length <= indent + 1) items.push([line.slice(found[0].length)]);
     else items.at(-1).push(line.replace(/^ {1,4}/, ""));
     const inner = FENCE.exec(line.trimStart());
     if (fenced ? closes(line.trimStart(), fenced) : inner) fenced = fenced ? null : inner[1];
