@@ -25,8 +25,10 @@ def open_browser() -> Iterator[Browser]:
     options = ["--no-sandbox"] if os.getuid() == 0 else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 @contextlib.contextmanager
@@ -51,8 +53,10 @@ def open_page(browser: Browser, url: str, storage: dict[str, str] | None = None,
     page.on("console", lambda said: faults.append(said.text) if "Security Policy" in said.text else None)
     page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
     page.goto(url)
-    yield page
-    inside.close()
+    try:
+        yield page
+    finally:
+        inside.close()
     assert not faults
     assert asked - {""} == {urlsplit(url).netloc}, "a request went to another server"
 
@@ -62,12 +66,16 @@ def wait_ready(page: Page) -> None:
     page.wait_for_selector("#health[data-state=ready]", state="attached")
 
 
+ENDED = ".answer .foot:not([hidden])"
+"""The foot of an answer that has ended, well or not."""
+
+
 def ask(page: Page, text: str) -> None:
     """Send a message and wait until its answer has ended."""
+    before = page.locator(ENDED).count()
     page.fill("#prompt", text)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#stop", state="visible")
-    page.wait_for_selector("#stop", state="hidden")
+    page.wait_for_selector(f"{ENDED} >> nth={before}")
 
 
 def call(page: Page, file: str, expression: str, *arguments: Any) -> Any:

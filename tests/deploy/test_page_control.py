@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from browser import needs_browser, open_browser, open_page, wait_ready
+from browser import ENDED, needs_browser, open_browser, open_page, wait_ready
 from playwright.sync_api import Page
 from served import Served, by_hand, eventually, statuses
 from served import wait_ready as wait_served
@@ -45,7 +45,7 @@ def test_an_answer_goes_on_after_its_busiest_expert_was_killed(page: Page, serve
     page.wait_for_selector(".answer .prose p", state="attached")
     page.get_by_role("button", name="Kill the busiest expert").click()
     page.wait_for_selector(".events >> text=killed by you")
-    page.wait_for_selector("#stop", state="hidden")
+    page.wait_for_selector(ENDED)
     assert page.locator(".fault:visible").count() == 0
     stored = "Object.entries(localStorage).filter(([k]) => k.startsWith('moe-ray.chat.')).map(([, v]) => v)"
     (chat,) = map(json.loads, page.evaluate(stored))

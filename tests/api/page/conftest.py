@@ -11,6 +11,8 @@ from house_in_process import HouseInProcess, page_server
 from in_process import Trunk
 from playwright.sync_api import Browser
 
+from moe_ray.api.service import HttpOptions
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -33,7 +35,9 @@ def house(kernel_model: Path, trunk: Trunk) -> HouseInProcess:
 
 @pytest.fixture(scope="module")
 def url(kernel_model: Path, trunk: Trunk, house: HouseInProcess) -> Iterator[str]:
-    with page_server(kernel_model, trunk, house=house) as served:
+    # What fails before the first token is an HTTP status here, however slow the machine is.
+    options = HttpOptions(headers_within_s=30)
+    with page_server(kernel_model, trunk, options, house) as served:
         yield served
 
 

@@ -17,7 +17,7 @@ function field(label, help, input, full = false) {
 
 function show(title, body, done, submit) {
   const dialog = el("dialog", { "aria-labelledby": "dialog-title" });
-  const form = el("form", { method: "dialog", class: "dialog-form" });
+  const form = el("form", { method: "dialog", class: "dialog-form", novalidate: true });
   const close = el("button", { type: "button", class: "icon-button", "aria-label": "Close", onclick: () => dialog.close() }, icon("close"));
   form.append(
     el("div", { class: "dialog-head" }, el("h2", { id: "dialog-title", textContent: title }), close),
