@@ -20,15 +20,20 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(page: Page, where: str) -> None:
+def grave(page: Page) -> list[str]:
+    """What axe-core calls serious or critical, a line or more each."""
     found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
-    grave = [
+    return [
         f"{each['id']} ({each['impact']}): {each['help']}\n  "
         + "\n  ".join(node["html"][:160] for node in each["nodes"][:4])
         for each in found
         if each["impact"] in ("serious", "critical")
     ]
-    assert not grave, f"{where}:\n" + "\n".join(grave)
+
+
+def check(page: Page, where: str) -> None:
+    found = grave(page)
+    assert not found, f"{where}:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -46,3 +51,12 @@ def test_nothing_serious(browser: Browser, url: str, look: str) -> None:
             page.click("#tab-chat")
         page.click("#open-settings")
         check(page, "settings")
+
+
+def test_what_is_bad_would_be_found(browser: Browser, url: str) -> None:
+    with open_page(browser, url, bypass_csp=True) as page:
+        wait_ready(page)
+        page.evaluate(
+            "document.querySelector('#main').append(document.createElement('img'), document.createElement('input'))"
+        )
+        assert {each.split()[0] for each in grave(page)} == {"image-alt", "label"}
