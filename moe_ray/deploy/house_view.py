@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moe_ray.deploy.load_overview import overview
+from moe_ray.deploy.ray_internals import replica_name
 from moe_ray.experts.planning.placement import experts_in, rank
 
 _STATES: Final = {
@@ -45,7 +46,7 @@ def deployed(application: str, details: Mapping[str, Any]) -> dict[str, Deployed
         name: Deployed(
             state["target_num_replicas"],
             {
-                f"{application}#{name}#{each['replica_id']}": _STATES.get(_word(each["state"]), "starting")
+                replica_name(application, name, each["replica_id"]): _STATES.get(_word(each["state"]), "starting")
                 for each in state["replicas"]
             },
         )

@@ -54,15 +54,18 @@ def test_replicas_and_their_states() -> None:
         ),
     )
     answers = {
-        "Expert0": [answer("app#Expert0#a", (0,), 10), answer("app#Expert0#d", (0,), 2, loaded=1)],
+        "Expert0": [
+            answer("SERVE_REPLICA::app#Expert0#a", (0,), 10),
+            answer("SERVE_REPLICA::app#Expert0#d", (0,), 2, loaded=1),
+        ],
         "Expert1": [],
     }
-    view = house_view(FACTS, known, [trunk("app#Trunk#t")], answers, ["Expert1"])
+    view = house_view(FACTS, known, [trunk("SERVE_REPLICA::app#Trunk#t")], answers, ["Expert1"])
     assert view["missing"] == ["Expert1"]
     assert (view["layers"], view["num_experts"], view["top_k"]) == (2, 2, 1)
     first, second = view["trunks"]
     assert (first["state"], first["kv_use"], first["running"], first["missing"]) == ("running", 0.25, 1, ["Expert1"])
-    assert second == {"replica_id": "app#Trunk#u", "state": "starting"}
+    assert second == {"replica_id": "SERVE_REPLICA::app#Trunk#u", "state": "starting"}
     busy, gone = view["experts"]
     states = {replica["replica_id"][-1]: replica["state"] for replica in busy["replicas"]}
     assert states == {"a": "running", "b": "starting", "c": "away", "d": "stopping"}
@@ -77,7 +80,7 @@ def test_a_replica_that_loads_says_how_far() -> None:
         FACTS,
         deployed("app", details(Expert0=[("a", "RUNNING")])),
         [],
-        {"Expert0": [answer("app#Expert0#a", (0,), 1, loaded=1)]},
+        {"Expert0": [answer("SERVE_REPLICA::app#Expert0#a", (0,), 1, loaded=1)]},
         [],
     )
     (replica,) = view["experts"][0]["replicas"]
@@ -96,8 +99,8 @@ def test_groups_and_spares_are_listed_under_each_of_their_experts() -> None:
         },
     )
     answers = {
-        "Experts0-1": [answer("app#Experts0-1#a", (0, 1), 10)],
-        "Spare0": [answer("app#Spare0#s", (1,), 5)],
+        "Experts0-1": [answer("SERVE_REPLICA::app#Experts0-1#a", (0, 1), 10)],
+        "Spare0": [answer("SERVE_REPLICA::app#Spare0#s", (1,), 5)],
     }
     view = house_view(FACTS, known, [], answers, [])
     assert [len(expert["replicas"]) for expert in view["experts"]] == [1, 2]

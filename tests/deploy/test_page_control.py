@@ -77,6 +77,6 @@ def test_what_cannot_be_is_told(served_demo: Served) -> None:
 
     assert status("scale", {"expert": 8, "replicas": 2}) == (400, "expert")
     assert status("scale", {"expert": 0, "replicas": 1000}) == (400, "replicas")
-    assert status("kill", {"replica_id": "demo#Expert0#none"}) == (400, "replica_id")
+    assert status("kill", {"replica_id": "SERVE_REPLICA::demo#Expert0#none"}) == (400, "replica_id")
     gateway = httpx.get(f"{served_demo.url}/house", timeout=30, trust_env=False).json()["trunks"][0]["replica_id"]
     assert status("kill", {"replica_id": gateway.replace("#Trunk#", "#Gateway#")}) == (400, "replica_id")
