@@ -10,6 +10,11 @@ from moe_ray.deploy.load_overview import overview
 FACTS = ModelFacts("mixture", layers=2, experts=2, top_k=1)
 
 
+def full(name: str) -> str:
+    """The id of a replica, as Serve writes it."""
+    return f"SERVE_REPLICA::app#{name}"
+
+
 def answer(replica_id: str, experts: tuple[int, ...], rows: int, loaded: int = 2, pid: int = 7) -> dict[str, Any]:
     """What a replica answers to `load`."""
     load = {
@@ -19,7 +24,7 @@ def answer(replica_id: str, experts: tuple[int, ...], rows: int, loaded: int = 2
         "queue_ms": 0.25,
         "rows_per_layer": dict.fromkeys(experts, (rows, 2 * rows)),
     }
-    place = {"replica_id": replica_id, "node_id": "node-with-a-long-id", "pid": pid}
+    place = {"replica_id": full(replica_id), "node_id": "node-with-a-long-id", "pid": pid}
     held = {"weight_bytes": 1000, "queued_rows": 3, "device": "cpu", "format": "int8", "loaded_keys": loaded, "keys": 2}
     return {**place, **held, "load": load}
 
@@ -33,7 +38,7 @@ def trunk(replica_id: str) -> dict[str, Any]:
         "device": "cpu",
         "format": "bfloat16",
     }
-    return {"replica_id": replica_id, "node_id": "node-with-a-long-id", "pid": 5, **counts, **limits}
+    return {"replica_id": full(replica_id), "node_id": "node-with-a-long-id", "pid": 5, **counts, **limits}
 
 
 def details(**states: list[tuple[str, str]]) -> dict[str, Any]:
@@ -55,17 +60,17 @@ def test_replicas_and_their_states() -> None:
     )
     answers = {
         "Expert0": [
-            answer("SERVE_REPLICA::app#Expert0#a", (0,), 10),
-            answer("SERVE_REPLICA::app#Expert0#d", (0,), 2, loaded=1),
+            answer("Expert0#a", (0,), 10),
+            answer("Expert0#d", (0,), 2, loaded=1),
         ],
         "Expert1": [],
     }
-    view = house_view(FACTS, known, [trunk("SERVE_REPLICA::app#Trunk#t")], answers, ["Expert1"])
+    view = house_view(FACTS, known, [trunk("Trunk#t")], answers, ["Expert1"])
     assert view["missing"] == ["Expert1"]
     assert (view["layers"], view["num_experts"], view["top_k"]) == (2, 2, 1)
     first, second = view["trunks"]
     assert (first["state"], first["kv_use"], first["running"], first["missing"]) == ("running", 0.25, 1, ["Expert1"])
-    assert second == {"replica_id": "SERVE_REPLICA::app#Trunk#u", "state": "starting"}
+    assert second == {"replica_id": full("Trunk#u"), "state": "starting"}
     busy, gone = view["experts"]
     states = {replica["replica_id"][-1]: replica["state"] for replica in busy["replicas"]}
     assert states == {"a": "running", "b": "starting", "c": "away", "d": "stopping"}
@@ -80,7 +85,7 @@ def test_a_replica_that_loads_says_how_far() -> None:
         FACTS,
         deployed("app", details(Expert0=[("a", "RUNNING")])),
         [],
-        {"Expert0": [answer("SERVE_REPLICA::app#Expert0#a", (0,), 1, loaded=1)]},
+        {"Expert0": [answer("Expert0#a", (0,), 1, loaded=1)]},
         [],
     )
     (replica,) = view["experts"][0]["replicas"]
@@ -99,8 +104,8 @@ def test_groups_and_spares_are_listed_under_each_of_their_experts() -> None:
         },
     )
     answers = {
-        "Experts0-1": [answer("SERVE_REPLICA::app#Experts0-1#a", (0, 1), 10)],
-        "Spare0": [answer("SERVE_REPLICA::app#Spare0#s", (1,), 5)],
+        "Experts0-1": [answer("Experts0-1#a", (0, 1), 10)],
+        "Spare0": [answer("Spare0#s", (1,), 5)],
     }
     view = house_view(FACTS, known, [], answers, [])
     assert [len(expert["replicas"]) for expert in view["experts"]] == [1, 2]
