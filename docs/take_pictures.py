@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 FOLDER = Path(__file__).with_name("pictures")
-COLOURS = 160
+COLOURS = 256
 QUESTION = "What are three good habits for learning a language? Answer with a short list."
 SETTINGS = {"routing": True, "values": {"temperature": 0, "max_tokens": 200}}
 DESK = {"viewport": {"width": 1380, "height": 860}, "device_scale_factor": 1.5}
@@ -48,7 +48,8 @@ def keep(page: Page, name: str) -> None:
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{name}.png"
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+    few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # small dots keep theirs
+    few.save(file, optimize=True)
     print(f"{file}: {file.stat().st_size // 1000} kB")
 
 

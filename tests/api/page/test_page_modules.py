@@ -305,6 +305,12 @@ def test_what_happened_between_two_looks(page: Page) -> None:
     ]
     assert told(up, house(["Expert3"])) == ["Expert3: a replica died (process 7)", "Missing: Expert3"]
     assert told(house(["Expert3"]), up) == ["Expert3: a replica serves (process 7)", "Everything is up"]
+    assert told(up, house([], c="starting")) == [
+        "Expert3: a replica died (process 7)",
+        "Expert3: a replica starts (process 7)",
+    ]
+    killed = call(page, "happenings.js", "m.differences(a[0], a[1], new Set(['a']))", up, house([]))
+    assert killed == [], "who killed it was told"
     assert told(house([], a="running", b="stopping"), up) == ["Expert3: a replica is gone (process 7)"]
 
 

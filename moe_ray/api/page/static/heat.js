@@ -108,7 +108,7 @@ export class Heat {
         if (this._glow[i] > 0.02) {
           pen.globalAlpha = this._glow[i];
           pen.fillStyle = style.getPropertyValue("--mark");
-          fill(pen, box, round);
+          fill(pen, inner(box), round);
         }
       }
     }
@@ -153,6 +153,11 @@ function fill(pen, [x, y, wide, high], round) {
   pen.beginPath();
   pen.roundRect(x, y, Math.max(wide, 0.5), Math.max(high, 0.5), round);
   pen.fill();
+}
+
+// The middle of a cell: a flash leaves its colour to be seen.
+function inner([x, y, wide, high]) {
+  return [x + 0.22 * wide, y + 0.22 * high, 0.56 * wide, 0.56 * high];
 }
 
 function rgb(pen, colour) {

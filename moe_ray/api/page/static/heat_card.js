@@ -93,7 +93,7 @@ export class HeatCard {
   }
 
   _showToken(routing, token, chosen) {
-    const name = el("span", { class: "token-name", textContent: shown(routing.tokens[token].text).replaceAll("\n", "") });
+    const name = el("span", { class: "token-name", textContent: shown(routing.tokens[token].text) });
     const where = `token ${count(token + 1)} of the answer, position ${count(routing.promptTokens + token)}`;
     const head = el("div", { class: "card-head" }, el("h3", { textContent: "Experts of this token" }), name);
     const rows = chosen?.map((experts, layer) =>

@@ -18,7 +18,7 @@ export class House {
     this._seen = seen;
     this.heat = new HeatCard();
     this._trunks = new TrunksCard();
-    this._experts = new ExpertsCard({ scale: (expert, replicas) => this._scale(expert, replicas), kill: (expert, replica) => this._kill(`Expert ${expert}`, replica) });
+    this._experts = new ExpertsCard({ scale: (expert, replicas) => this._scale(expert, replicas), kill: (expert, replica) => this._kill(`Expert${expert}`, replica) });
     this._events = new HappeningsCard();
     this._sub = el("p");
     this._demo = this._demoCard();
@@ -78,15 +78,15 @@ export class House {
   _killBusiest() {
     const alive = (expert) => expert.replicas.find((replica) => replica.state === "running");
     const [expert] = this._house.experts.filter(alive).sort((a, b) => b.rows_per_s - a.rows_per_s);
-    if (expert) this._kill(`Expert ${expert.expert}`, alive(expert));
+    if (expert) this._kill(`Expert${expert.expert}`, alive(expert));
   }
 
   async _kill(name, replica) {
-    await this._change("house/kill", { replica_id: replica.replica_id }, () => this._events.add("bad", `${name}: process ${replica.pid} killed by you`));
+    await this._change("house/kill", { replica_id: replica.replica_id }, () => this._events.killed(name, replica));
   }
 
   async _scale(expert, replicas) {
-    await this._change("house/scale", { expert, replicas }, () => this._events.add("warn", `Expert ${expert}: ${plural(replicas, "replica")} asked for`));
+    await this._change("house/scale", { expert, replicas }, () => this._events.add("warn", `Expert${expert}: ${plural(replicas, "replica")} asked for`));
   }
 
   async _change(path, body, done) {

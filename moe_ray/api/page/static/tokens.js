@@ -2,10 +2,9 @@
 
 import { el } from "./dom.js";
 
-// How a token is shown: spaces and line ends stay, what has no character of its own gets a sign.
+// How a token is shown: what has no character of its own gets a sign.
 export function shown(text) {
-  if (text === "") return "·";
-  return text.replaceAll("\n", "↵\n");
+  return text === "" ? "·" : text.replaceAll("\n", "↵");
 }
 
 export class TokenView {
@@ -22,7 +21,8 @@ export class TokenView {
         onclick: () => this._pick(index),
       }),
     );
-    const list = el("div", { class: "tokens", role: "group", "aria-label": "Tokens of the answer" }, this._buttons);
+    const lines = this._buttons.map((button, index) => [button, routing.tokens[index].text.includes("\n") ? el("br") : null]);
+    const list = el("div", { class: "tokens", role: "group", "aria-label": "Tokens of the answer" }, lines.flat());
     list.addEventListener("keydown", (event) => this._key(event));
     this.box = el("div", {}, el("p", { class: "hint", textContent: "Pick a token, or walk with the arrow keys: the house shows where it went." }), list);
     this._at = 0;

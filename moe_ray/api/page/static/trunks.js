@@ -41,7 +41,7 @@ export class TrunksCard {
     const box = el("div", { class: "trunk" }, state, pairs, meter);
     meter.style.marginTop = "11px";
     const show = (trunk) => {
-      state.dataset.state = trunk.state;
+      state.dataset.state = trunk.missing?.length ? "loading" : trunk.state;
       say(word, trunk.missing?.length ? `waits for ${names(trunk.missing)}` : trunk.state);
       if (trunk.device === undefined) return;
       const told = [count(trunk.running), count(trunk.waiting), percent(trunk.kv_use), count(trunk.generated_tokens), count(trunk.max_model_len), `${trunk.pid}`];
