@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from moe_ray.deploy.discovery import ask_each
 from moe_ray.deploy.house_view import ModelFacts, deployed, house_view
 from moe_ray.deploy.ray_internals import kill_replica, serve_details
 from moe_ray.deploy.replica_numbers import change
-from moe_ray.errors import ConfigError, InvalidRequest
+from moe_ray.errors import ConfigError, InvalidRequest, NotReady
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ class ServedHouse:
         self._trunk, self._experts, self._missing = trunk, list(experts), missing
 
     async def look(self) -> dict[str, Any]:
-        """Everything of this moment."""
+        """Everything of this moment. Raises `NotReady` while Serve's controller is away."""
         details, (trunks, *answers), missing = await asyncio.gather(
-            asyncio.to_thread(serve_details),
+            self._details(),
             ask_each([self._trunk, *self._experts], "load", TIMEOUT_S),
             self._missing(),
         )
@@ -57,7 +59,7 @@ class ServedHouse:
 
     async def scale(self, expert: int, replicas: int | None) -> None:
         """Set the replicas of an expert. Does not wait for them. Raises `InvalidRequest`."""
-        details = await asyncio.to_thread(serve_details)
+        details = await self._details()
         deployments = details.get("applications", {}).get(self._application, {}).get("deployments", {})
         try:
             await asyncio.to_thread(change, [expert], replicas, self._application, deployments)
@@ -69,7 +71,7 @@ class ServedHouse:
 
     async def kill(self, replica_id: str) -> None:
         """Kill a replica of the trunk or of an expert. Raises `InvalidRequest` for any other id."""
-        details = await asyncio.to_thread(serve_details)
+        details = await self._details()
         known = deployed(self._application, details)
         names = {"Trunk", *(handle.deployment_name for handle in self._experts)}
         if not any(replica_id in known[name].states for name in names & known.keys()):
@@ -79,3 +81,10 @@ class ServedHouse:
             await asyncio.to_thread(kill_replica, replica_id)
         except ValueError:
             raise InvalidRequest("this replica is gone already", "replica_id") from None
+
+    async def _details(self) -> Mapping[str, Any]:
+        """What Serve says of all applications. Raises `NotReady` while its controller is away."""
+        try:
+            return await asyncio.to_thread(serve_details)
+        except (RayError, RayServeException) as error:
+            raise NotReady("Serve's controller does not answer") from error

@@ -14,7 +14,7 @@ export function newMessage(role, content, more = {}) {
   return { id: crypto.randomUUID?.() ?? randomId(), role, content, ...more };
 }
 
-// randomUUID exists only in secure contexts: not at http://some-host.
+// randomUUID exists only in secure contexts: not where the server is asked for by name, without TLS.
 function randomId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
