@@ -17,11 +17,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 FOLDER = Path(__file__).with_name("pictures")
-COLOURS = 256
 QUESTION = "What are three good habits for learning a language? Answer with a short list."
 SETTINGS = {"routing": True, "values": {"temperature": 0, "max_tokens": 200}}
-DESK = {"viewport": {"width": 1380, "height": 860}, "device_scale_factor": 1.5}
-PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True}
+DESK = {"viewport": {"width": 1380, "height": 860}, "device_scale_factor": 1.3}
+PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 1.3, "is_mobile": True, "has_touch": True}
 
 
 def opened(browser: Browser, url: str, **look: Any) -> Page:
@@ -44,12 +43,10 @@ def ask(page: Page, text: str) -> None:
 
 
 def keep(page: Page, name: str) -> None:
-    """Write what can be seen as docs/pictures/NAME.png, in few colours."""
-    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    """Write what can be seen as docs/pictures/NAME.png."""
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{name}.png"
-    few = picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # small dots keep theirs
-    few.save(file, optimize=True)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(file, optimize=True)
     print(f"{file}: {file.stat().st_size // 1000} kB")
 
 
@@ -63,7 +60,6 @@ def main(url: str) -> None:
         page.fill("#prompt", QUESTION)
         page.keyboard.press("Enter")
         page.wait_for_selector(".answer:nth-last-child(1) .prose li:nth-child(2)", state="attached")
-        page.wait_for_timeout(300)
         keep(page, "chat")
         page.wait_for_selector("#stop", state="hidden")
         page.click("#theme")
