@@ -42,11 +42,20 @@ def ask(page: Page, text: str) -> None:
     page.wait_for_selector("#stop", state="hidden")
 
 
+def few_colours(picture: Image.Image) -> Image.Image:
+    """The picture in 256 colours: those of large areas, and those of small dots, too."""
+    areas = picture.quantize(192, Image.Quantize.MEDIANCUT, kmeans=4).getpalette() or []
+    dots = picture.quantize(64, Image.Quantize.MAXCOVERAGE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*areas[: 3 * 192], *dots[: 3 * 64]])
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
 def keep(page: Page, name: str) -> None:
     """Write what can be seen as docs/pictures/NAME.png."""
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{name}.png"
-    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(file, optimize=True)
+    few_colours(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size // 1000} kB")
 
 

@@ -4,6 +4,7 @@ import { Routing } from "./routing.js";
 import { chatChunks } from "./server.js";
 
 const STALL_MS = 1500;
+const SHORTEST_S = 0.1; // tokens that came all at once say nothing about their rate
 
 export class Turn {
   // `on`: {text(turn), routed(turn, count), stalled(turn, yes)}, called as things come.
@@ -71,6 +72,6 @@ export class Turn {
     this.facts.tokens ??= this._chunks; // no usage came: the stream was cut
     this.facts.firstMs = this._firstAt - this._started;
     const seconds = (this._lastAt - this._firstAt) / 1000;
-    if (this.facts.tokens > 1 && seconds > 0) this.facts.perSecond = (this.facts.tokens - 1) / seconds;
+    if (this.facts.tokens > 1 && seconds > SHORTEST_S) this.facts.perSecond = (this.facts.tokens - 1) / seconds;
   }
 }
