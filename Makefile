@@ -8,9 +8,10 @@ FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
 CLIENTS := text-generation==0.7.0  # TGI's own; it asks for an older huggingface_hub, and runs with ours
 ARM64 := g++-aarch64-linux-gnu qemu-user  # Debian's packages: the kernels run on an emulated arm64, too
+BROWSER := chromium  # Debian's, too: the page is tested in it
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
-.PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv arm64 clean
+.PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv arm64 browser clean
 
 serve: venv  ## serve the demo model at http://127.0.0.1:8000 (ARGS="--port 9000" passes flags on)
 	$(BIN)/moe-ray serve $(ARGS)
@@ -21,13 +22,13 @@ chat: venv  ## chat with the running server in this terminal
 .NOTPARALLEL:
 test: test-fast test-slow  ## the whole test suite, what fails soon first (ARGS="tests/engine" passes arguments to pytest)
 
-test-fast: venv  ## all that is proven without Ray: three minutes on two cores
+test-fast: venv browser  ## all that is proven without Ray: three minutes on two cores
 	$(FAST) $(ARGS) $(NONE_IS_FINE)
 
 test-fast-torch: venv  ## the same as on a CPU that moe_ray has no kernels for: torch computes
 	$(FAST) --plain-cpu $(ARGS) $(NONE_IS_FINE)
 
-test-slow: venv arm64  ## Ray, servers, processes that are killed, parity with transformers through all of it
+test-slow: venv arm64 browser  ## Ray, servers, processes that are killed, parity with transformers through all of it
 	$(BIN)/pytest -m slow $(ARGS) $(NONE_IS_FINE)
 
 check: venv  ## formatting, lint and types
@@ -59,6 +60,10 @@ $(VENV)/.installed: pyproject.toml
 arm64:  # as root on Debian; else the tests that need it are skipped
 	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || { apt-get -qq update && apt-get -qq install -y $(ARM64); } \
 	  || echo "without $(ARM64) the kernels are not run on arm64"
+
+browser:  # as root on Debian; else the tests that need it are skipped
+	@command -v $(BROWSER) > /dev/null || { apt-get -qq update && apt-get -qq install -y $(BROWSER); } \
+	  || echo "without $(BROWSER) the page is not tested"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -56,6 +56,10 @@ class Unauthorized(MoeRayError):
     """A request without one of the server's API keys."""
 
 
+class Forbidden(MoeRayError):
+    """A request that may change the server and does not come from its own page (HTTP 403)."""
+
+
 class Overloaded(MoeRayError):
     """A bounded queue is full (HTTP 429 with Retry-After)."""
 

@@ -181,7 +181,11 @@ def served_demo(demo_model: Path, http_port: int) -> Iterator[Served]:
     """The demo model in float32 (so that tokens can be compared exactly), every carrier open."""
     from ray import serve
 
-    yield deploy("demo", http_port, {"model": {"path": str(demo_model), "served_name": "demo", "dtype": "float32"}})
+    flags = {
+        "model": {"path": str(demo_model), "served_name": "demo", "dtype": "float32"},
+        "gateway": {"page": {"control": True}},
+    }
+    yield deploy("demo", http_port, flags)
     serve.delete("demo")
 
 

@@ -20,6 +20,7 @@ import uvicorn
 
 from moe_ray.api.http import build_app
 from moe_ray.api.observation import Observation
+from moe_ray.api.page.house import House
 from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import load_config
@@ -146,6 +147,7 @@ async def served(
     aliases: Sequence[str] = (),
     tracing: Tracing | None = None,
     responses: ResponseStore | None = None,
+    house: House | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway over `trunks`. `vocab_size`: what the gateway takes for the vocabulary."""
     tokenizer = copy.copy(tokenizer_of(directory))
@@ -157,7 +159,7 @@ async def served(
     async with sessions_over(trunks) as sessions:
         observation = Observation("random", tracing)
         model = ServedModel("random", tokenizer, sessions, options, aliases, observation, responses)
-        app = build_app(model, load)
+        app = build_app(model, load, house)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

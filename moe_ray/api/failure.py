@@ -9,6 +9,7 @@ from typing import Final
 
 from moe_ray.errors import (
     ContextLengthExceeded,
+    Forbidden,
     IncompleteGeneration,
     InvalidRequest,
     LinkBroken,
@@ -60,6 +61,7 @@ _UNFORESEEN: Final[tuple[int, str | None]] = (500, "The server failed to process
 _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
     InvalidRequest: (400, None),
     Unauthorized: (401, None),
+    Forbidden: (403, None),
     ModelNotFound: (404, None),
     RequestTooLarge: (413, None),
     ResponseNotFound: (404, None),

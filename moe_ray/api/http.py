@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -26,8 +26,10 @@ from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
+from moe_ray.api.page import routes as page_routes
+from moe_ray.api.page.house import House
 from moe_ray.api.responses import routes as responses_routes
-from moe_ray.api.service import DEGRADED_HEADER, ServedModel
+from moe_ray.api.service import DEGRADED_HEADER, HttpOptions, ServedModel
 from moe_ray.api.tgi import errors as tgi_errors
 from moe_ray.api.tgi import routes as tgi_routes
 from moe_ray.errors import MoeRayError, Unauthorized
@@ -72,8 +74,13 @@ APIS: Final = (
 """The first that fits says how an error looks; the last fits all."""
 
 
-def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]]) -> fastapi.FastAPI:
-    """The application over one model. `expert_load` answers GET /experts."""
+def build_app(
+    service: ServedModel, expert_load: Callable[[], Awaitable[dict[str, Any]]], house: House | None = None
+) -> fastapi.FastAPI:
+    """The application over one model. `expert_load` answers GET /experts, `house` what the page shows beside the chat.
+
+    Without a `house` the page is a chat alone.
+    """
     # The pages at /docs and /redoc would load their scripts from another server.
     app = fastapi.FastAPI(title="moe_ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     options = service.options
@@ -106,7 +113,9 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
         api.add_routes(app, service)
     shared_paths.add_routes(app, service)
     shared_paths.add_root(app, service)
-    app.add_middleware(Authorisation, api_keys=options.api_keys, retry_after_s=options.retry_after_s)
+    if options.page:
+        page_routes.add_routes(app, service, house)
+    app.add_middleware(Authorisation, options=options)
     if options.cors_origins:  # outside of authorisation: a browser asks for permission without a key
         app.add_middleware(
             CORSMiddleware,
@@ -127,15 +136,16 @@ def build_app(service: ServedModel, expert_load: Callable[[], Awaitable[dict[str
 
 
 class Authorisation:
-    """Lets pass what shows one of the API keys, and what is on an open path; everything, where there are no keys."""
+    """Lets pass what shows one of the API keys, and what is open to all; everything, where there are no keys."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], retry_after_s: int) -> None:
+    def __init__(self, app: ASGIApp, options: HttpOptions) -> None:
         self._app = app
-        self._api_keys = [key.encode() for key in api_keys]
-        self._retry_after_s = retry_after_s
+        self._api_keys = [key.encode() for key in options.api_keys]
+        self._retry_after_s = options.retry_after_s
+        self._page = options.page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _path(scope) in OPEN_PATHS:
+        if scope["type"] == "lifespan" or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -147,6 +157,10 @@ class Authorisation:
             await _error_response(scope, error, self._retry_after_s)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = _path(scope)
+        return path in OPEN_PATHS or (self._page and page_routes.is_file(scope, path))
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
         """Check a request's headers in constant time. Raises `Unauthorized`."""

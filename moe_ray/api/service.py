@@ -70,6 +70,8 @@ class HttpOptions:
     tgi: TgiLimits = field(default_factory=TgiLimits)
     tells_request_id: bool = True
     """False where a proxy before us puts the request's id into responses."""
+    page: bool = True
+    """Browsers get the page at `/`."""
 
 
 class ServedModel:

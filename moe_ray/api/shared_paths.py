@@ -19,6 +19,7 @@ from moe_ray.api.openai.routes import answer_chat, answer_completion, answer_tok
 from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
 from moe_ray.api.openai.tokenize import TokenizeRequest, TokenizeResponse
 from moe_ray.api.openapi import events_of, json_body
+from moe_ray.api.page import routes as page
 from moe_ray.api.service import ServedModel
 from moe_ray.api.tgi import routes as tgi
 from moe_ray.api.tgi.schemas import TgiCompatBody, TgiErrorBody, TgiGenerateBody, TgiStreamEvent, TgiTokens
@@ -82,11 +83,13 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
 
 
 def add_root(app: FastAPI, service: ServedModel) -> None:
-    """Add `GET /` for programs. A page for browsers at `/` is added before it."""
+    """Add `GET /`: the page for browsers, where there is one, and for programs what TGI answers there."""
 
     @app.get("/", responses={503: {"description": "A part of the model is missing"}})
-    async def root() -> Response:
-        """As /health."""
+    async def root(request: Request) -> Response:
+        """The page, for a client that accepts text/html; as /health for others."""
+        if service.options.page and page.wants_page(request):
+            return page.page(request)
         return await service.health()
 
 

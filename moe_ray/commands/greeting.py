@@ -20,7 +20,7 @@ def greet(config: Config, url: str, ray_address: str, dashboard: str, console: C
     console.print(f"\n[bold green]ready[/] in {timeline.total:.1f} s: [bold]{url}/v1[/]   (Ctrl-C stops it)")
     console.print(f"  {timeline}\n", style="dim", highlight=False, soft_wrap=True)
     console.print(f"  {curl_command(config, url)}\n", soft_wrap=True, markup=False)
-    for what, command in other_commands(url, ray_address, dashboard):
+    for what, command in other_commands(url, ray_address, dashboard, config.gateway.page.enabled):
         console.print(f"  {what:<8}{command}", markup=False, soft_wrap=True)
     console.print()
 
@@ -35,9 +35,10 @@ def curl_command(config: Config, url: str) -> str:
     return " ".join([*words, f"{url}/v1/chat/completions", *headers, "-d", shlex.quote(json.dumps(body))])
 
 
-def other_commands(url: str, ray_address: str, dashboard: str) -> list[tuple[str, str]]:
-    """(what, command) of each further command to try."""
+def other_commands(url: str, ray_address: str, dashboard: str, page: bool = False) -> list[tuple[str, str]]:
+    """(what, command) of each further command to try, or where the page is, if there is one."""
     commands = [
+        *([("page", f"{url}/  (in a browser)")] if page else []),
         ("chat", "moe-ray chat" + ("" if url == DEFAULT_URL else f" --url {url}")),
         ("status", f"moe-ray status --address {ray_address}"),
     ]

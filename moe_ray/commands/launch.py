@@ -22,6 +22,7 @@ from rich.console import Console
 
 from moe_ray.commands.cache import with_usable_cache
 from moe_ray.commands.greeting import greet
+from moe_ray.commands.page_control import with_page_control
 from moe_ray.commands.placement import on_cluster_cards
 from moe_ray.commands.plan_report import print_plan
 from moe_ray.commands.planned import Planned, planned
@@ -81,6 +82,7 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     timeline.mark("model")
     if options.address is None:
         options = replace(options, host=listen_address(options.host, options.port))
+    config = with_page_control(config, options.host, own_ray=options.address is None)
     # Both, and by name: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -83,6 +83,12 @@ def serve(
             help="wait; fail: 503 at once; renormalise: go on with the other experts, and say so.", show_default="wait"
         ),
     ] = None,
+    page_control: Annotated[
+        bool | None,
+        typer.Option(
+            help="The page at / may scale experts and kill replicas.", show_default="for the demo model on loopback"
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here"),
@@ -127,7 +133,7 @@ def serve(
         },
         "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss, "quantize": quantize},
         "trunk": {"quantize": quantize_trunk},
-        "gateway": {"tool_call_parser": tool_call_parser},
+        "gateway": {"tool_call_parser": tool_call_parser, "page": {"control": page_control}},
         "transport": transport,
         "log_level": log_level,
         "log_format": log_format,

@@ -10,6 +10,16 @@ from moe_ray.config.section import Section
 from moe_ray.config.tgi import TgiSection
 
 
+class PageSection(Section):
+    """The page at `/`: a chat, and the trunks and experts behind it."""
+
+    enabled: bool = True
+    """Browsers get the page at `/`, and its data at `/house`."""
+    control: bool | None = None
+    """The page may set the replicas of experts and kill replicas. Default: only where `moe-ray serve` serves the demo
+    model on a loopback address, on a Ray of its own."""
+
+
 class GatewaySection(Section):
     """The HTTP side."""
 
@@ -38,6 +48,9 @@ class GatewaySection(Section):
     """Requests must show one of them, as a bearer token or in `x-api-key`; none: every request is served."""
     tgi: TgiSection = TgiSection()
     """What requests to TGI's routes may ask for."""
+
+    page: PageSection = PageSection()
+    """The page at `/`."""
 
     @field_validator("api_keys")
     @classmethod

@@ -130,13 +130,15 @@ def discover_trunks(handle: DeploymentHandle) -> Callable[[], Any]:
     return ask
 
 
-async def ask_each(handles: Sequence[DeploymentHandle], method: str) -> list[list[dict[str, Any]]]:
+async def ask_each(
+    handles: Sequence[DeploymentHandle], method: str, timeout_s: float = BROADCAST_TIMEOUT_S
+) -> list[list[dict[str, Any]]]:
     """Return what the replicas of each deployment answer to `method`; none for one that does not answer in time."""
 
     async def ask(handle: DeploymentHandle) -> list[dict[str, Any]]:
         try:
             response = handle.broadcast(method)
-            results = await response.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+            results = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         except _AWAY:
             return []
         return [result for result in results if isinstance(result, dict)]

@@ -72,6 +72,8 @@ class ExpertReplica:
             dtype=compute.dtype,
             addresses={carrier: server.address for carrier, server in self._servers.items()},
         )
+        self._device = compute.device
+        self._format = compute.dtype if reader.layout.format == "float" else reader.layout.format
         logger.info(
             "%s: serves its first layer after %.1f s, %s on %s, weights held as %s, listening on %s",
             name,
@@ -132,6 +134,10 @@ class ExpertReplica:
             "busy_s": stats.busy_s,
             "queue_s": stats.queue_s,
             "queued_rows": stats.queued_rows,
+            "device": self._device,
+            "format": self._format,
+            "loaded_keys": len(self._worker.keys),
+            "keys": self._weight_loader.num_keys,
             "load": asdict(self._sampler.window(WINDOW_S)),
         }
 
@@ -144,8 +150,6 @@ class ExpertReplica:
             "addresses": dict(self._info.addresses),
             "bytes_read": self._weight_loader.bytes_read,
             "bytes_from_peers": self._weight_loader.bytes_from_peers,
-            "loaded_keys": len(self._worker.keys),
-            "keys": self._weight_loader.num_keys,
         }
 
     def check_health(self) -> None:

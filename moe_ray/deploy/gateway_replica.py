@@ -19,14 +19,17 @@ from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.config import Config
 from moe_ray.deploy.discovery import ask_each, discover_trunks
+from moe_ray.deploy.house_view import ModelFacts
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.load_overview import overview
 from moe_ray.deploy.metrics import Reporter
 from moe_ray.deploy.open_tracing import open_tracing
+from moe_ray.deploy.served_house import ServedHouse
 from moe_ray.deploy.stored_responses import response_store
 from moe_ray.deploy.vllm_metrics import SequenceMetrics
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.hub import resolve_model
+from moe_ray.model.model_config import ModelConfig
 from moe_ray.observe.tracing import Tracing
 from moe_ray.text.tokenizer import Tokenizer
 
@@ -57,6 +60,7 @@ class Gateway:
             headers_within_s=http.headers_within_s,
             keep_alive_s=http.keep_alive_s,
             tgi=_tgi_limits(config, directory),
+            page=http.page.enabled,
             tells_request_id=False,  # Serve's proxy does
         )
         self._tracing = open_tracing(config.tracing, "Gateway")
@@ -71,10 +75,17 @@ class Gateway:
             Observation(config.served_name, self._tracing, sequences.take),
             response_store(http, responses),
         )
+        model = ModelConfig.load(directory)
+        facts = ModelFacts(
+            config.served_name, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
+        )
+        application = serve.get_replica_context().app_name
+        may_change = bool(http.page.control)
+        self._house = ServedHouse(application, facts, trunk, experts, self._service.missing, may_change)
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""
-        return build_app(self._service, self._expert_load)
+        return build_app(self._service, self._expert_load, self._house)
 
     async def status(self) -> dict[str, Any]:
         """Place and memory of this process; asked over Serve, not HTTP."""

@@ -96,6 +96,21 @@ def routed_replicas(handle: DeploymentHandle) -> dict[str, Mapping[str, Any]] | 
     return {replica_id.unique_id: getattr(replica, "replica_metadata", {}) for replica_id, replica in found}
 
 
+def replica_name(application: str, deployment: str, unique_id: str) -> str:
+    """The full id of a Serve replica, which is its actor's name, too."""
+    return f"SERVE_REPLICA::{application}#{deployment}#{unique_id}"
+
+
+def kill_replica(replica_id: str) -> None:
+    """End the process of a Serve replica, by its full id, at once. Raises `ValueError`: there is no such one.
+
+    Serve learns of it by its health checks, as of any other death.
+    """
+    import ray
+
+    ray.kill(ray.get_actor(replica_id, namespace="serve"), no_restart=True)
+
+
 def key_value_store() -> Any:
     """The client of the key-value store of the cluster's head: internal_kv_put, _multi_get, _del."""
     from ray.experimental.internal_kv import internal_kv_get_gcs_client

@@ -14,15 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.peers import find_peers
 from moe_ray.deploy.ray_internals import serve_details
-from moe_ray.deploy.replica_targets import POLICY, TRUNK, TRUNK_POLICY, set_replicas
+from moe_ray.deploy.replica_numbers import change
+from moe_ray.deploy.replica_targets import TRUNK
 from moe_ray.deploy.servers import find_application, nothing_runs
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.planning.placement import experts_in
 
 TIMEOUT_S: Final = 600.0
 """How long replicas may take to start: a cluster may have to start machines."""
-TRUNK_NAME: Final = "Trunk"
-"""Of its deployment."""
 ASK_TIMEOUT_S: Final = 5.0
 SETTLED_S: Final = 2.0
 """Serve reads the numbers set by hand every half second; until then nothing may have changed yet."""
@@ -54,18 +53,12 @@ def scale(
     """
     if not ray.is_initialized():
         find_application(address, application)
-    deployments = _deployments(application, address)
-    names = {expert: _holder(expert, deployments) for expert in sorted(u for u in set(units) if isinstance(u, int))}
-    for expert, name in names.items():
-        if len(experts_in(name)) > 1:
+    names = change(units, replicas, application, _deployments(application, address))
+    for expert in sorted(unit for unit in set(units) if isinstance(unit, int)):
+        shared = [name for name in names if expert in experts_in(name) and len(experts_in(name)) > 1]
+        for name in shared:
             console.print(f"{name} holds expert {expert}")
-    held: dict[str, int | str] = {name: experts_in(name)[0] for name in names.values()}
-    if TRUNK in units:
-        held[TRUNK_NAME] = TRUNK
-    for name in held:
-        _check(name, replicas, deployments)
-    set_replicas(application, list(held.values()), replicas)
-    _wait(list(held), replicas, console, application, timeout_s)
+    _wait(names, replicas, console, application, timeout_s)
 
 
 def _deployments(application: str, address: str) -> Mapping[str, Any]:
@@ -74,29 +67,6 @@ def _deployments(application: str, address: str) -> Mapping[str, Any]:
     if details is not None:
         return details["deployments"]
     raise NotReady(nothing_runs(address, application))
-
-
-def _holder(expert: int, deployments: Mapping[str, Any]) -> str:
-    """The name of the deployment that holds `expert`. Raises `ConfigError`."""
-    known = {number: name for name in deployments for number in experts_in(name)}
-    if not known:
-        raise ConfigError(
-            "the experts of this application run inside its trunk (`transport: local`) and have no replicas"
-        )
-    if expert not in known:
-        raise ConfigError(f"no expert {expert}: this model has {min(known)} to {max(known)}")
-    return known[expert]
-
-
-def _check(name: str, replicas: int | None, deployments: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless the deployment may run `replicas`."""
-    policy, section = (TRUNK_POLICY, "trunk") if name == TRUNK_NAME else (POLICY, "experts")
-    scaling = deployments[name]["deployment_config"]["autoscaling_config"]
-    if scaling is None or scaling["policy"]["policy_function"] != policy:
-        raise ConfigError(f"the Serve config file of this application sets the replicas of {name}: change it there")
-    least, most = max(1, scaling["min_replicas"] or 1), scaling["max_replicas"]
-    if replicas is not None and not least <= replicas <= most:
-        raise ConfigError(f"--replicas {replicas}: must be {least} to {most} (`{section}.max_replicas_by_hand`)")
 
 
 def _wait(names: Sequence[str], replicas: int | None, console: Console, application: str, timeout_s: float) -> None:

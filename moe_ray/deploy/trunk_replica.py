@@ -32,11 +32,15 @@ class TrunkReplica:
         """Who this trunk is and where it listens."""
         return self._engine.info
 
+    async def load(self) -> dict[str, Any]:
+        """Place of this process and its load; cheap enough to be polled."""
+        info = self._engine.info
+        place = {"replica_id": info.replica_id, "node_id": info.node_id, "pid": info.pid}
+        return {**place, **self._engine.status()}
+
     async def status(self) -> dict[str, Any]:
         """Place, memory and load of this process."""
-        info = self._engine.info
-        place = {"replica_id": info.replica_id, "node_id": info.node_id}
-        return {**telemetry.process_status(psutil.Process()), **place, **self._engine.status()}
+        return {**telemetry.process_status(psutil.Process()), **await self.load()}
 
     def check_health(self) -> None:
         """Raise when the engine has stopped, so that Serve replaces this replica."""

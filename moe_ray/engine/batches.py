@@ -60,3 +60,16 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
         routed=None if batch.routed is None else batch.routed[low:high],  # a view: what a part fills, the whole has
         layer_times=batch.layer_times,  # one list for all parts
     )
+
+
+def sampled_sequences(batch: Batch) -> tuple[list[Sequence], list[list[int]]]:
+    """The sequence of each row of a batch's logits, and the drafts that lie before it (no list at all if none do)."""
+    if max(batch.num_sampled) <= 1:
+        return [seq for seq, count in zip(batch.sequences, batch.num_sampled, strict=True) if count], []
+    sequences: list[Sequence] = []
+    drafts: list[list[int]] = []
+    for i, (seq, count) in enumerate(zip(batch.sequences, batch.num_sampled, strict=True)):
+        draft = batch.drafts(i)
+        sequences += [seq] * count
+        drafts += [draft[:n] for n in range(count)]
+    return sequences, drafts

@@ -13,7 +13,7 @@ from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent, Toke
 from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.admission import check_request
-from moe_ray.engine.batches import split_batch
+from moe_ray.engine.batches import sampled_sequences, split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.grammar.grammars import Grammars
@@ -80,6 +80,15 @@ class Engine:
     def has_work(self) -> bool:
         """A step has something to do; not while all that is live waits for its grammar."""
         return len(self._live) > len(self._unready) or self._unready.some_ready
+
+    @property
+    def device(self) -> str:
+        return str(self._trunk.device)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """What the trunk's matrices are held as, in words."""
+        return self._trunk.held
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -165,7 +174,7 @@ class Engine:
             return [*refused, *(TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences)]
         forwarded = time.perf_counter()
         scored = prompt_logprobs.take(batch, logits)
-        sequences, drafts = _rows(batch)
+        sequences, drafts = sampled_sequences(batch)
         masks = grammar_masks(batch, self._trunk.config.vocab_size)
         rows = prompt_logprobs.sampled_rows(batch, logits)
         sampled = sample(rows, sequences, self.options.eos_token_ids, drafts, masks)
@@ -278,19 +287,6 @@ def _why_stuck(seq: Sequence) -> MoeRayError:
     if seq.constraint is not None and seq.constraint.failure is not None:
         return seq.constraint.failure
     return InvalidRequest("`grammar` and the other parameters of the request leave no token to go on with", "grammar")
-
-
-def _rows(batch: Batch) -> tuple[list[Sequence], list[list[int]]]:
-    """The sequence of each row of a batch's logits, and the drafts that lie before it (no list at all if none do)."""
-    if max(batch.num_sampled) <= 1:
-        return [seq for seq, count in zip(batch.sequences, batch.num_sampled, strict=True) if count], []
-    sequences: list[Sequence] = []
-    drafts: list[list[int]] = []
-    for i, (seq, count) in enumerate(zip(batch.sequences, batch.num_sampled, strict=True)):
-        draft = batch.drafts(i)
-        sequences += [seq] * count
-        drafts += [draft[:n] for n in range(count)]
-    return sequences, drafts
 
 
 @contextlib.contextmanager

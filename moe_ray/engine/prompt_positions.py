@@ -18,3 +18,8 @@ def wants_logits(seq: Sequence) -> bool:
 def num_wanted(seq: Sequence, start: int, end: int) -> int:
     """How many positions at the end of [start, end) must give logits, so that no prompt token is left out."""
     return max(end - max(start, seq.num_scored), 0) if wants_logits(seq) else 0
+
+
+def chunk_size(seq: Sequence, left: int, budget: int) -> int:
+    """How many of the tokens that are left to compute of a sequence a step takes."""
+    return min(left, budget, MOST_AT_ONCE) if wants_logits(seq) else min(left, budget)

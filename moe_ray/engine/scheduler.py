@@ -10,7 +10,7 @@ from moe_ray.core import Batch, FinishReason, Sequence, Status
 from moe_ray.engine.batches import make_batch
 from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
 from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, StepCosts, num_accepted
-from moe_ray.engine.prompt_positions import MOST_AT_ONCE, wants_logits
+from moe_ray.engine.prompt_positions import chunk_size, wants_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Scheduler:
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 continue
-            count = _chunk(seq, len(seq.token_ids) - seq.num_computed, budget)
+            count = chunk_size(seq, len(seq.token_ids) - seq.num_computed, budget)
             if count and self._reserve(seq, count):
                 chosen.append((seq, count))
                 budget -= count
@@ -244,7 +244,7 @@ class Scheduler:
         if -(-known // size) - len(cached) > self.allocator.num_free:
             self.allocator.release(cached)
             return 0
-        count = _chunk(seq, known - start, budget)
+        count = chunk_size(seq, known - start, budget)
         blocks = self.allocator.allocate(-(-(start + count) // size) - len(cached))
         assert blocks is not None
         seq.block_table, seq.num_computed = cached + blocks, start
@@ -295,8 +295,3 @@ class Scheduler:
 def _turn(seq: Sequence) -> tuple[int, int]:
     """What comes first is computed first."""
     return seq.request.sampling.priority, seq.arrival
-
-
-def _chunk(seq: Sequence, left: int, budget: int) -> int:
-    """How many of the tokens that are left to compute of a sequence a step takes."""
-    return min(left, budget, MOST_AT_ONCE) if wants_logits(seq) else min(left, budget)

@@ -47,11 +47,14 @@ class Trunk:
         """Time that passes have waited for their experts, in all."""
         self.own_threads = compute.backend.trunk == "native"
         """Whether the kernels bring threads of their own, beside torch's."""
+        self.held: tuple[str, ...] = (compute.dtype,)
+        """What the matrices are held as, in words."""
         self._compute: TrunkCompute
         if compute.backend.trunk == "native":
             assert compute.kernels is not None, "a native backend is opened with its kernels"
             native = NativeTrunk(weights, max_model_len, compute.kernels, compute.dtype, quantize)
-            logger.info("Trunk: weights held as %s", ", ".join(native.held))
+            self.held = tuple(native.held)
+            logger.info("Trunk: weights held as %s", ", ".join(self.held))
             self._compute = native
         elif quantize is not None:
             raise ConfigError(f"trunk.quantize is {quantize!r}, but torch computes the trunk of this process")

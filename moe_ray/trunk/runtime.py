@@ -52,6 +52,7 @@ class TrunkRuntime:
             engine.trace_steps(StepTracer(traces.step, tracing.options.steps_per_request))
         self._experts = experts
         self._kv_cache_bytes = engine.kv_cache_bytes
+        self._device, self._format = engine.device, ", ".join(engine.held)
         self._loop = EngineLoop(engine)
         self._server = TrunkServer(self._loop, experts.missing, place.host, links, traces)
         options = engine.options
@@ -87,6 +88,8 @@ class TrunkRuntime:
         """Load, and the links to experts."""
         return {
             "addresses": {"grpc": self.info.address},
+            "device": self._device,
+            "format": self._format,
             "kv_cache_bytes": self._kv_cache_bytes,
             "kv_cache_tokens": self.info.kv_cache_tokens,
             "max_model_len": self.info.max_model_len,

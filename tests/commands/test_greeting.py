@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import shlex
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from moe_ray.commands.greeting import curl_command, greet, other_commands
+from moe_ray.commands.page_control import with_page_control
 from moe_ray.commands.timeline import Timeline
 from moe_ray.config import load_config
 
@@ -44,3 +46,22 @@ def test_keys_are_not_printed() -> None:
     greet(config, "http://127.0.0.1:8000", "x:1", "", Console(file=out, width=80), timeline)
     assert "secret-key" not in out.getvalue()
     assert '"Authorization: Bearer $OPENAI_API_KEY"' in out.getvalue()
+    assert "page    http://127.0.0.1:8000/ " in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "host", "own_ray", "control"),
+    [
+        ({}, "127.0.0.1", True, True),
+        ({}, "::1", True, True),
+        ({}, "0.0.0.0", True, False),
+        ({}, "127.0.0.1", False, False),
+        ({"model": {"path": "/some/model"}}, "127.0.0.1", True, False),
+        ({"gateway": {"page": {"control": False}}}, "127.0.0.1", True, False),
+        ({"model": {"path": "/some/model"}, "gateway": {"page": {"control": True}}}, "0.0.0.0", False, True),
+    ],
+)
+def test_what_the_page_may_change(flags: dict[str, Any], host: str, own_ray: bool, control: bool) -> None:
+    config = with_page_control(load_config(flags), host, own_ray)
+    assert config.gateway.page.control is control
+    assert config.gateway.page.enabled

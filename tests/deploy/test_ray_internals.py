@@ -83,6 +83,15 @@ def test_serve_tells_its_details() -> None:
     assert hasattr(ServeControllerClient, "get_serve_details"), "Serve's client has no get_serve_details any more"
 
 
+def test_replicas_are_killed_by_these_names() -> None:
+    from ray.serve._private.common import DeploymentID, ReplicaID
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    replica = ReplicaID("abc", DeploymentID("Expert3", "app"))
+    assert SERVE_NAMESPACE == "serve"
+    assert replica.to_full_id_str() == ray_internals.replica_name("app", "Expert3", "abc")
+
+
 def test_routers_know_their_replicas() -> None:
     from ray.serve._private.request_router.request_router import RequestRouter
     from ray.serve._private.router import AsyncioRouter

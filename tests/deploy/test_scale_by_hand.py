@@ -47,7 +47,7 @@ def test_one_two_one_under_a_stream(served_random: Served) -> None:
 def test_what_cannot_be_asked_for(served_random: Served) -> None:
     with pytest.raises(ConfigError, match="no expert 8: this model has 0 to 7"):
         by_hand(served_random, [0, 8], 2)
-    with pytest.raises(ConfigError, match=r"--replicas 65: must be 1 to 64 .*max_replicas_by_hand"):
+    with pytest.raises(ConfigError, match=r"65 replicas: must be 1 to 64 .*max_replicas_by_hand"):
         by_hand(served_random, [0], 65)
     with pytest.raises(NotReady, match="runs no application 'elsewhere'"):
         scale([0], 2, Console(file=io.StringIO()), application="elsewhere")

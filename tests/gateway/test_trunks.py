@@ -221,7 +221,7 @@ def pids_of_experts(served: Served) -> dict[str, set[int]]:
 
 
 def test_what_cannot_be_asked_for(two: Served) -> None:
-    with pytest.raises(ConfigError, match=r"--replicas 17: must be 1 to 16 \(`trunk.max_replicas_by_hand`\)"):
+    with pytest.raises(ConfigError, match=r"17 replicas: must be 1 to 16 \(`trunk.max_replicas_by_hand`\)"):
         by_hand(two, [TRUNK], 17)
     with pytest.raises(ConfigError, match="no expert 8"):
         by_hand(two, [TRUNK, 8], 1)

@@ -10,6 +10,7 @@ from moe_ray.api.failure import Failure
 _KINDS: Final[dict[int, tuple[str, str | None]]] = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
+    403: ("permission_error", None),
     404: ("invalid_request_error", None),
     405: ("invalid_request_error", None),
     413: ("invalid_request_error", None),
