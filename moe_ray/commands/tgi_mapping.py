@@ -37,6 +37,8 @@ KEYS: Final[dict[str, str]] = {
     "disable_grammar_support": "gateway.tgi.grammars",
     "payload_limit": "gateway.tgi.payload_limit_bytes",
     "graceful_termination_timeout": "trunk.drain_s",
+    "json_output": "log_format: json",
+    "otlp_endpoint": "tracing.otlp_endpoint",
 }
 """Arguments that count → what they become."""
 NOTES: Final[dict[str, str]] = {
@@ -50,9 +52,7 @@ NOTES: Final[dict[str, str]] = {
     "master_port": "actors find each other through Ray",
     "disable_custom_kernels": "the environment variable MOE_RAY_MODEL__KERNELS=torch does that",
     "cuda_memory_fraction": "engine.kv_cache_gib says how much memory the KV cache takes",
-    "json_output": "log lines are text",
-    "otlp_endpoint": "no traces are sent",
-    "otlp_service_name": "no traces are sent",
+    "otlp_service_name": "spans name the part of the model that they are of",
     "watermark_gamma": "there are no watermarks; requests for one are refused",
     "watermark_delta": "there are no watermarks; requests for one are refused",
     "env": "moe-ray version tells the versions",
@@ -125,6 +125,8 @@ def mapped(arguments: TgiArguments, environ: Mapping[str, str]) -> Mapped:
             "kv_cache_dtype": _kv_cache_dtype(arguments),
             **_speculation(arguments),
         },
+        "log_format": "json" if arguments.json_output else None,
+        "tracing": {"otlp_endpoint": arguments.otlp_endpoint},
         "trunk": {"quantize": on_load, "drain_s": arguments.graceful_termination_timeout},
         "experts": {"quantize": on_load},
         "gateway": {

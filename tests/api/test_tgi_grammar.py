@@ -59,6 +59,16 @@ def test_the_hubs_client_asks_for_a_grammar(text_url: str) -> None:
     assert "".join(hub.text_generation("Is it?", max_new_tokens=20, grammar=grammar, stream=True)).startswith(text)  # type: ignore[arg-type]
 
 
+def test_the_hubs_client_chats_in_a_form(text_url: str) -> None:
+    hub = InferenceClient(base_url=text_url, token="none", timeout=60)
+    form: Any = {"type": "json_object", "value": SCHEMA}
+    said = hub.chat_completion([{"role": "user", "content": "Open it"}], response_format=form, max_tokens=60, seed=2)
+    assert set(json.loads(said.choices[0].message.content or "")) == {"open", "level"}
+    form = {"type": "regex", "value": "(yes|no)"}
+    said = hub.chat_completion([{"role": "user", "content": "Is it?"}], response_format=form, max_tokens=60)
+    assert said.choices[0].message.content in ("yes", "no")
+
+
 @pytest.mark.parametrize(
     "grammar",
     [

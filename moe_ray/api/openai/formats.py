@@ -29,15 +29,18 @@ class JsonSchemaBody(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's field, with vLLM's further type."""
+    """OpenAI's field, with vLLM's further type, and TGI's forms: a type and a `value`."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag", "json", "regex"]
     json_schema: JsonSchemaBody | None = None
+    value: dict[str, Any] | str | None = None
 
     def grammar(self) -> Grammar | None:
         """What it asks for; None for any text."""
+        if self.value is not None or self.type in ("json", "regex"):
+            return self._of_value()
         match self.type:
             case "text":
                 return None
@@ -55,6 +58,17 @@ class ResponseFormat(BaseModel):
             where = "response_format.json_schema.schema"
             raise InvalidRequest(f"`{where}` is required", where)
         return Grammar("json_schema", json.dumps(self.json_schema.schema_, ensure_ascii=False))
+
+    def _of_value(self) -> Grammar:
+        """As Hugging Face's clients ask a TGI server."""
+        where = "response_format.value"
+        if self.type == "regex":
+            if not isinstance(self.value, str):
+                raise InvalidRequest(f"`{where}` must be a regular expression with the type regex", where)
+            return Grammar("regex", self.value)
+        if self.type not in ("json", "json_object", "json_schema") or not isinstance(self.value, dict):
+            raise InvalidRequest(f"`{where}` must be a JSON schema, with the type json, or be left out", where)
+        return Grammar("json_schema", json.dumps(self.value, ensure_ascii=False))
 
 
 class StructuredOutputs(BaseModel):
