@@ -177,11 +177,12 @@ class ServedModel:
         stream_form: StreamForm = SSE,
     ) -> Response:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
+        output = JobOutput.of(job, self.tokenizer)
+        renderer = make_renderer(output)  # first: some tell how long it took from now on
+        events = self.observation.open(output, self._sessions.open)
         if not job.stream:
-            output = await self.finish(job)
-            return JSONResponse(make_renderer(output).whole(), headers={**(extra_headers or {}), **degraded(output)})
-        output, events = self.start(job)
-        renderer = make_renderer(output)
+            await collect(output, events)
+            return JSONResponse(renderer.whole(), headers={**(extra_headers or {}), **degraded(output)})
         stream = ResponseStream(output, events, renderer, self.options.keep_alive_s, stream_form.keep_alive)
         await stream.open(self.options.headers_within_s)
         headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}

@@ -17,7 +17,7 @@ POINTER_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class CheckpointState:
     """A model's files on this machine."""
 
     name: str
@@ -36,7 +36,7 @@ class ModelFacts:
     available: int = 0
 
 
-def model_facts(subject: Subject) -> ModelFacts:
+def model_facts(subject: Subject) -> CheckpointState:
     """Find the model without downloading it, read every header and the tokenizer."""
     from moe_ray.hub import resolve_model
 
@@ -45,16 +45,16 @@ def model_facts(subject: Subject) -> ModelFacts:
     try:
         away = _away(name, config.model.revision)
         if away is not None:
-            return ModelFacts(name, None, away)
+            return CheckpointState(name, None, away)
         # A repository may be here in part: what lacks must not be fetched now.
         directory = _cached(name, config.model.revision) or resolve_model(config)
     except MoeRayError as failure:
         mend = "give --model a directory, a GGUF file, a Hugging Face repository or `demo`"
-        return ModelFacts(name, None, error("model", str(failure), mend))
+        return CheckpointState(name, None, error("model", str(failure), mend))
     pointers = pointers_in(directory)
     missing = missing_shards(directory)
     if pointers or missing:
-        return ModelFacts(name, directory, pointers=pointers, missing=missing)
+        return CheckpointState(name, directory, pointers=pointers, missing=missing)
     needed: int | None = None
     weights_fault, tokenizer_fault, has_template = None, None, False
     try:
@@ -66,7 +66,9 @@ def model_facts(subject: Subject) -> ModelFacts:
     except MoeRayError as failure:
         tokenizer_fault = str(failure)
     available = available_memory()
-    return ModelFacts(name, directory, None, (), (), weights_fault, tokenizer_fault, has_template, needed, available)
+    return CheckpointState(
+        name, directory, None, (), (), weights_fault, tokenizer_fault, has_template, needed, available
+    )
 
 
 def pointers_in(directory: Path) -> tuple[str, ...]:
@@ -84,7 +86,7 @@ def missing_shards(directory: Path) -> tuple[str, ...]:
     return tuple(name for name in weight_files(directory) if not (directory / name).exists())
 
 
-def check_files(facts: ModelFacts) -> list[Finding]:
+def check_files(facts: CheckpointState) -> list[Finding]:
     """The checkpoint is here, whole, and of a kind that is read."""
     if facts.away is not None:
         return [facts.away]
@@ -99,7 +101,7 @@ def check_files(facts: ModelFacts) -> list[Finding]:
     return [ok("model", f"{facts.name} in {facts.directory}: every tensor is there")]
 
 
-def check_tokenizer(facts: ModelFacts) -> list[Finding]:
+def check_tokenizer(facts: CheckpointState) -> list[Finding]:
     """Text becomes tokens, and conversations become text."""
     if facts.directory is None or facts.pointers or facts.missing:
         return []
@@ -111,7 +113,7 @@ def check_tokenizer(facts: ModelFacts) -> list[Finding]:
     return [ok("tokenizer", "with a chat template")]
 
 
-def check_fit(facts: ModelFacts) -> list[Finding]:
+def check_fit(facts: CheckpointState) -> list[Finding]:
     """All actors fit into the memory of this machine."""
     if facts.needed is None:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -42,8 +43,6 @@ class RayFacts:
 
 def ray_facts(subject: Subject) -> RayFacts:
     """Look for clusters and join each that can be reached."""
-    import ray
-
     addresses, fault = cluster_addresses(subject)
     file = _address_file(subject)
     noted = _noted(file)
@@ -51,7 +50,7 @@ def ray_facts(subject: Subject) -> RayFacts:
     dashboards = [cluster.dashboard for cluster in clusters if cluster.dashboard]
     faults = {dashboard: said for dashboard in dashboards if (said := _dashboard_fault(dashboard))}
     return RayFacts(
-        version=ray.__version__,
+        version=metadata.version("ray"),
         address=_asked(subject),
         variable=subject.environ.get(RAY_ADDRESS),
         fault=fault,

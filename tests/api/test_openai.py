@@ -260,6 +260,8 @@ def test_every_error_has_a_status() -> None:
         errors.ContextLengthExceeded: 400,
         errors.Unauthorized: 401,
         errors.ModelNotFound: 404,
+        errors.Forbidden: 403,
+        errors.ResponseNotFound: 404,
         errors.RequestTooLarge: 413,
         errors.Overloaded: 429,
         errors.NotReady: 503,

@@ -145,7 +145,7 @@ def test_help_and_version_start_nothing(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_has_no_meaning_is_said_in_a_line() -> None:
-    what = told("--cuda-graphs 0 --usage-stats off --json-output")
+    what = told("--cuda-graphs 0 --usage-stats off --otlp-service-name router")
     assert len(what.notes) == 3
     assert all(note.startswith("--") and "has no meaning here" in note for note in what.notes)
 

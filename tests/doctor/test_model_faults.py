@@ -76,7 +76,7 @@ def test_tokenizers(model: Path) -> None:
 
 
 def test_a_model_that_is_too_large_or_nowhere() -> None:
-    facts = checkpoints.ModelFacts("x", Path("/x"), needed=90 * 2**30, available=16 * 2**30)
+    facts = checkpoints.CheckpointState("x", Path("/x"), needed=90 * 2**30, available=16 * 2**30)
     (finding,) = checkpoints.check_fit(facts)
     assert finding.says.startswith("90.0 GiB needed with a small KV cache, 16.0 GiB free")
     assert checkpoints.check_fit(replace(facts, available=95 * 2**30))[0].level == "ok"

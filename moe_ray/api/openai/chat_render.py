@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_ray.api.openai.render import Likely, OpenAIRenderer, Told, finite
-from moe_ray.api.openai.schemas import Body, ChatOptions
+from moe_ray.api.openai.schemas import Body, ChatFields
 from moe_ray.api.output import ChoiceOutput, Delta
 from moe_ray.api.sse import dumps
 from moe_ray.text.answers.parts import CallArguments, CallBegun, Part, Text, ToolCall
@@ -25,7 +25,7 @@ class ChatRenderer(OpenAIRenderer):
     @classmethod
     def for_body(cls, body: Body) -> type[OpenAIRenderer]:
         """A request that gives `functions`, the old form of `tools`, is answered in the old form."""
-        return FunctionRenderer if isinstance(body, ChatOptions) and body.functions else cls
+        return FunctionRenderer if isinstance(body, ChatFields) and body.functions else cls
 
     def _message(self, text: str, choice: ChoiceOutput) -> dict[str, Any]:
         answer = choice.answer

@@ -15,7 +15,7 @@ from moe_ray.api.openai.schemas import (
     UNSUPPORTED,
     BatchChatRequest,
     Body,
-    ChatOptions,
+    ChatFields,
     ChatRequest,
     CompletionRequest,
     StreamOptions,
@@ -127,7 +127,7 @@ def _given(body: Body) -> dict[str, Any]:
     return {**given, "max_tokens": most}
 
 
-def _top_logprobs(body: ChatOptions) -> int | None:
+def _top_logprobs(body: ChatFields) -> int | None:
     if body.logprobs and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
         raise InvalidRequest(f"`top_logprobs` must be between 0 and {MAX_LOGPROBS}", "top_logprobs")
     return body.top_logprobs if body.logprobs else None
@@ -167,7 +167,7 @@ def _refuse_unsupported(request: Body) -> None:
     for name, neutral in UNSUPPORTED.items():
         if name in extra and extra[name] not in neutral:
             raise InvalidRequest(f"`{name}` is not supported", name)
-    if isinstance(request, ChatOptions):
+    if isinstance(request, ChatFields):
         for name, harmless in (("echo", False), ("best_of", request.n)):
             if extra.get(name, harmless) != harmless:
                 raise InvalidRequest(f"`{name}` is not supported for chat completions", name)

@@ -75,7 +75,7 @@ class ChatMessage(BaseModel):
 Conversation = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
-class ChatOptions(GenerationRequest):
+class ChatFields(GenerationRequest):
     """What the two chat endpoints have in common."""
 
     add_generation_prompt: bool = True
@@ -95,7 +95,7 @@ class ChatOptions(GenerationRequest):
     top_logprobs: int = 0
 
 
-class ChatRequest(ChatOptions):
+class ChatRequest(ChatFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Conversation
@@ -106,7 +106,7 @@ class ChatRequest(ChatOptions):
         return [self.messages]
 
 
-class BatchChatRequest(ChatOptions):
+class BatchChatRequest(ChatFields):
     """Body of POST /v1/chat/completions/batch: choices of each conversation, in their order."""
 
     messages: Annotated[list[Conversation], Field(min_length=1, max_length=MAX_CHOICES)]
