@@ -31,6 +31,8 @@ def prometheus(served_random: Served, tmp_path_factory: pytest.TempPathFactory) 
         },
         {
             "job_name": "moe-ray",
+            "scrape_interval": "5s",  # Ray takes a second and more to tell its metrics on two cores
+            "scrape_timeout": "5s",
             "static_configs": [{"targets": [f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"]}],
         },
     ]

@@ -94,7 +94,7 @@ def test_hostile_sources_end_in_time(rig: Rig, name: str) -> None:
 
 def slow() -> Grammar:
     """Takes more than what is given."""
-    names = [f"{i:x}{i * 7919:o}" for i in range(1500)]
+    names = [f"{i:x}{i * 7919:o}" for i in range(4000)]
     return schema({"type": "object", "properties": {name: {"type": "string", "maxLength": 150} for name in names}})
 
 
