@@ -54,6 +54,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on -e ".[dev]"
 	$(BIN)/pip install --no-deps --no-build-isolation $(REFERENCES) || echo "$(REFERENCES): tests that read as they do are skipped"
+	$(BIN)/pip install -e ".[clients]" || echo "without the extra clients, tests with those programs are skipped"
 	$(BIN)/pip install --no-deps $(CLIENTS) || echo "$(CLIENTS): tests with it are skipped"
 	@touch $@
 
