@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from in_process import Trunk
-from in_thread import served_at
+from in_process import Trunk, served_beside
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +66,5 @@ def text_trunk(kernel_model: Path) -> Iterator[Trunk]:
 @pytest.fixture(scope="session")
 def text_url(text_trunk: Trunk, kernel_model: Path) -> Iterator[str]:
     """Where a gateway over it listens, on a thread of its own."""
-    with served_at(kernel_model, [text_trunk.info]) as url:
+    with served_beside(kernel_model, [text_trunk.info]) as url:
         yield url

@@ -10,8 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from in_process import Trunk
-from in_thread import served_at
+from in_process import Trunk, served_beside
 
 from moe_ray.api.failure import failure_of
 from moe_ray.api.service import HttpOptions
@@ -221,7 +220,7 @@ def test_the_end_token_is_told_and_not_in_the_text(http: httpx.Client, kernel_mo
     (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[3]["id"]}))
     trunk = Trunk(ending)
     try:
-        with served_at(ending, [trunk.info]) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        with served_beside(ending, [trunk.info]) as url, httpx.Client(base_url=url, trust_env=False) as client:
             whole = ask(client, details=True)
             last = stream(client, details=True)[-1]
     finally:
@@ -261,7 +260,7 @@ def test_what_fails_in_a_stream_is_an_event(text_trunk: Trunk, kernel_model: Pat
     options = HttpOptions(headers_within_s=0.05, keep_alive_s=0.05)
     text_trunk.engine.pause_s, text_trunk.engine.error = 0.3, ExpertUnavailable("expert 3 at 10.0.0.3:4711")
     try:
-        with served_at(kernel_model, [text_trunk.info], options) as url:
+        with served_beside(kernel_model, [text_trunk.info], options=options) as url:
             body = {"inputs": INPUT, "parameters": {"max_new_tokens": 2}}
             failed = httpx.post(f"{url}/generate_stream", json=body, trust_env=False)
             whole = httpx.post(f"{url}/generate", json=body, trust_env=False)
@@ -404,7 +403,7 @@ def test_null_is_as_good_as_nothing(http: httpx.Client) -> None:
 def test_limits_are_the_operators(text_trunk: Trunk, kernel_model: Path) -> None:
     limits = TgiLimits(max_best_of=1, max_input_tokens=3, payload_limit_bytes=200, grammars=False, model_id="a/b")
     options = HttpOptions(api_keys=("key",), tgi=limits)
-    with served_at(kernel_model, [text_trunk.info], options) as url:
+    with served_beside(kernel_model, [text_trunk.info], options=options) as url:
         keyed = httpx.Client(base_url=url, trust_env=False, headers={"Authorization": "Bearer key"})
         with keyed as http, httpx.Client(base_url=url, trust_env=False) as keyless:
 
