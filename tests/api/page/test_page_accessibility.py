@@ -10,7 +10,7 @@ from axe_playwright_python.sync_playwright import Axe
 from browser import ask, needs_browser, open_page, wait_ready
 from playwright.sync_api import Browser, Page
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]  # seconds of a core each
 
 SETTINGS = {"moe-ray.settings": json.dumps({"routing": True, "values": {"temperature": 0, "max_tokens": 12}})}
 LOOKS: dict[str, dict[str, Any]] = {

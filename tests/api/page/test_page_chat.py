@@ -21,7 +21,7 @@ from served import eventually
 from moe_ray.api.service import HttpOptions
 from moe_ray.errors import ExpertUnavailable
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]  # seconds of a core each
 
 VALUES = {"temperature": 0, "max_tokens": 12}
 ROUTED = {"system": "", "stop": "", "routing": True, "values": VALUES}
