@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,26 +81,6 @@ def tgi() -> Iterator[str]:
             yield f"histogram_quantile({quantile}, sum by (le) (rate({of}[10m])))"
         yield f"sum(increase({of}[5m])) by (le)"
     yield from TGI_SUMS
-
-
-def of_ray() -> Iterator[str]:
-    """The queries of the dashboard for language models that the installed Ray has."""
-    from ray.dashboard.modules.metrics.dashboards.serve_llm_dashboard_panels import serve_llm_dashboard_config
-
-    for row in serve_llm_dashboard_config.rows:
-        for panel in row.panels:
-            for target in panel.targets:
-                if not OF_OTHER_PARTS.search(target.expr):
-                    yield target.expr.format(global_filters="")
-
-
-def ours() -> Iterator[str]:
-    """The queries of the dashboards in cluster/grafana."""
-    for path in sorted((CLUSTER / "grafana").glob("*.json")):
-        for panel in json.loads(path.read_text())["panels"]:
-            for target in panel.get("targets", ()):
-                if not ONLY_WHEN_IT_HAPPENS.search(target["expr"]):
-                    yield target["expr"]
 
 
 def filled_in(query: str, application: str) -> str:

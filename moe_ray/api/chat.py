@@ -74,7 +74,7 @@ def chat_prompt(chat: ChatInput, tokenizer: Tokenizer) -> Prompt:
         call_format.reader,
         frozenset(tool.name for tool in tools),
         tokenizer.special_tokens,
-        choice.parallel,
+        choice.several,
         exact=choice.mode == "auto" and chat.grammar is None and _is_strict(tools),
     )
     return Prompt(ids, grammar=_grammar(chat, call_format, tokenizer.special_tokens), make_reader=make_reader)
@@ -102,10 +102,10 @@ def _structure(chat: ChatInput, call_format: CallFormat, tokens: Mapping[str, in
             tool.name: tool.parameters if tool.strict or unsupported(tool.parameters) is None else ANY_OBJECT
             for tool in callable_tools
         }
-        must = CallShape(held, choice.parallel, tokens)
+        must = CallShape(held, choice.several, tokens)
         return call_format.calls(must)
     arguments = {tool.name: tool.parameters if tool.strict else ANY_OBJECT for tool in tools}
-    may = CallShape(arguments, choice.parallel, tokens)
+    may = CallShape(arguments, choice.several, tokens)
     if chat.grammar is not None:
         return either([structure_of(chat.grammar), call_format.calls(may)])
     return call_format.text_with_calls(may) if call_format.has_marker or _is_strict(tools) else None

@@ -25,11 +25,11 @@ SESSIONS: Final = 2
 
 def session_logs(directories: Iterable[Path]) -> list[Path]:
     """The log directories of the latest sessions of Rays below these temporary directories, newest first."""
-    found: dict[Path, float] = {}
+    found: dict[Path, str] = {}
     for directory in directories:
         sessions = [path for path in (directory / "ray").glob("session_2*") if (path / "logs").is_dir()]
-        sessions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        found |= {path / "logs": path.stat().st_mtime for path in sessions[:SESSIONS]}
+        sessions.sort(key=lambda path: path.name, reverse=True)  # the name begins with the time of its start
+        found |= {path / "logs": path.name for path in sessions[:SESSIONS]}
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 

@@ -434,7 +434,7 @@ def small_model(demo_model: Path, tmp_path: Path) -> Path:
 EVENTS = {  # counters of what did not happen here, and GPUs
     *(f"pool_{name}_total" for name in ("splits", "retries", "hedges", "hedge_wins", "cancelled", "quarantines")),
     *(f"trunk_{name}_total" for name in ("preemptions", "degraded_tokens", "prefix_hit_tokens")),
-    *(f"trunk_{name}_total" for name in ("draft_tokens", "accepted_draft_tokens")),
+    *(f"trunk_{name}_total" for name in ("drafts", "draft_tokens", "accepted_draft_tokens")),
 }
 MAY_LACK = {f"ray_moe_ray_{name}" for name in EVENTS} | {
     "ray_node_gpus_utilization",

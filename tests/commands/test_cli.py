@@ -328,7 +328,7 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
 def watched_in_a_terminal(address: list[str]) -> None:
     with terminal("status", "--watch", "--interval", "0.2", *address, lines=40) as screen:
         for _ in range(2):  # two looks
-            screen.until(r"\d\d:\d\d:\d\d, q leaves\n.*\napplication moe-ray: RUNNING")
+            screen.until(r"\d\d:\d\d:\d\d, q leaves\s*\napplication moe-ray: RUNNING")
             screen.until("Expert7")
         screen.press("q")
         assert screen.ends() == 0

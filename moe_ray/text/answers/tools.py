@@ -46,7 +46,12 @@ class ToolChoice:
     """"none", "auto", "required"; or "named": `name` must be called."""
     name: str = ""
     parallel: bool = True
-    """More than one call in an answer."""
+    """More than one call in an answer; of a named tool there is one."""
+
+    @property
+    def several(self) -> bool:
+        """Whether an answer may hold more than one call."""
+        return self.parallel and self.mode != "named"
 
 
 AUTO: Final = ToolChoice()
