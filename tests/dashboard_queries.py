@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
-
-CLUSTER: Final = Path(__file__).parents[1] / "cluster"
 
 # examples/observability/prometheus_grafana/grafana.json of vLLM
 VLLM_QUANTILES: Final = ("e2e_request_latency_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds")
@@ -42,14 +39,6 @@ TGI_SUMS: Final = (
     '(histogram_quantile(0.5, sum by (le) (rate(tgi_request_queue_duration_bucket{container="$service"}[10m])))'
     " * 1000) > 0",
 )
-
-OF_OTHER_PARTS: Final = re.compile(r"nixl|kv_offload|external_prefix|num_requests_swapped|inference_failure")
-"""What vLLM has and we do not: transfers between engines, offloaded caches, a swap."""
-ONLY_WHEN_IT_HAPPENS: Final = re.compile(
-    r"gpus_utilization|gram_used|degraded|preemptions|draft|splits|hedge|cancelled|retries|quarantines|http_error"
-    r"|offset 15m"
-)
-"""Ray does not export a counter that is still 0, nor a card where there is none; and nothing is 15 minutes old."""
 
 
 def vllm() -> Iterator[str]:
