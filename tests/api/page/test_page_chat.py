@@ -229,7 +229,7 @@ def test_keys_are_asked_for_and_stay_in_the_tab(browser: Browser, kernel_model: 
     house = HouseInProcess(kernel_model, trunk)
     with (
         page_server(kernel_model, trunk, HttpOptions(api_keys=("the-key",)), house) as url,
-        open_page(browser, url) as page,
+        open_page(browser, url, stored(ROUTED)) as page,
     ):
         page.wait_for_selector("dialog[open]")
         page.get_by_role("textbox", name="API key").fill("wrong")
