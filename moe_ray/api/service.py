@@ -167,7 +167,7 @@ class ServedModel:
     def start(self, job: GenerationJob) -> tuple[JobOutput, EventSource]:
         """Begin to generate: what its choices become, and their events. Close the events when its client is gone."""
         output = JobOutput.of(job, self.tokenizer)
-        return output, self.observation.open(output, self._sessions.open)
+        return output, self._events_of(output)
 
     async def respond(
         self,
@@ -179,7 +179,7 @@ class ServedModel:
         """Generate and answer, whole or streamed. Raises what the job fails with before its response has begun."""
         output = JobOutput.of(job, self.tokenizer)
         renderer = make_renderer(output)  # first: some tell how long it took from now on
-        events = self.observation.open(output, self._sessions.open)
+        events = self._events_of(output)
         if not job.stream:
             await collect(output, events)
             return JSONResponse(renderer.whole(), headers={**(extra_headers or {}), **degraded(output)})
@@ -187,6 +187,9 @@ class ServedModel:
         await stream.open(self.options.headers_within_s)
         headers = {**(extra_headers or {}), **sse.HEADERS, **degraded(output)}
         return StreamingResponse(stream.body(), media_type=stream_form.media_type, headers=headers)
+
+    def _events_of(self, output: JobOutput) -> EventSource:
+        return self.observation.open(output, self._sessions.open)
 
 
 def degraded(output: JobOutput) -> dict[str, str]:

@@ -24,10 +24,10 @@ def mask_tokens(row: torch.Tensor, params: SamplingParams, output: Sequence[int]
         values = row[kept]
         row.fill_(-torch.inf)
         row[kept] = values
-    forbidden = list(_forbidden(params.bad_words_ids, output))
-    if forbidden and not set(params.allowed_token_ids) - set(forbidden) and params.allowed_token_ids:
+    forbidden = _forbidden(params.bad_words_ids, output)
+    if params.allowed_token_ids and forbidden.issuperset(params.allowed_token_ids):
         return
-    row[torch.tensor(forbidden, dtype=torch.long, device=row.device)] = -torch.inf
+    row[torch.tensor(list(forbidden), dtype=torch.long, device=row.device)] = -torch.inf
 
 
 def _forbidden(words: Sequence[tuple[int, ...]], output: Sequence[int]) -> set[int]:
