@@ -20,6 +20,7 @@ from moe_ray.api import models, shared_paths
 from moe_ray.api.anthropic import errors as anthropic_errors
 from moe_ray.api.anthropic import routes as anthropic_routes
 from moe_ray.api.failure import Failure, failure_of
+from moe_ray.api.in_flight import InFlight
 from moe_ray.api.metrics_route import metrics_route
 from moe_ray.api.observation import REQUEST_ID, Watching
 from moe_ray.api.ollama import errors as ollama_errors
@@ -125,11 +126,14 @@ def build_app(
             expose_headers=["Retry-After", DEGRADED_HEADER, REQUEST_ID.decode()],
         )
     app.add_middleware(TrailingSlash)
+    answer_error = partial(_error_response, retry_after_s=options.retry_after_s)
+    if options.max_ongoing_requests is not None:
+        app.add_middleware(InFlight, most=options.max_ongoing_requests, path_of=_path, on_error=answer_error)
     app.add_middleware(
         Watching,
         observation=service.observation,
         path_of=_path,
-        on_error=partial(_error_response, retry_after_s=options.retry_after_s),
+        on_error=answer_error,
         tells_id=options.tells_request_id,
     )
     return app

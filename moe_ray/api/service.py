@@ -72,6 +72,8 @@ class HttpOptions:
     """False where a proxy before us puts the request's id into responses."""
     page: bool = True
     """Browsers get the page at `/`."""
+    max_ongoing_requests: int | None = None
+    """Most requests in flight, beyond that 503; None where a proxy before us sees to it."""
 
 
 class ServedModel:

@@ -22,12 +22,14 @@ from rich.console import Console
 
 from moe_ray.commands.cache import with_usable_cache
 from moe_ray.commands.greeting import greet
+from moe_ray.commands.ingress import choose_ingress, proxy_location, with_listening_gateway
 from moe_ray.commands.page_control import with_page_control
 from moe_ray.commands.placement import on_cluster_cards
 from moe_ray.commands.plan_report import print_plan
 from moe_ray.commands.planned import Planned, planned
 from moe_ray.commands.timeline import Timeline
 from moe_ray.config import Config
+from moe_ray.config.gateway import Listen
 from moe_ray.console import loading_bars
 from moe_ray.deploy.app import APP_NAME, build_app
 from moe_ray.deploy.loading_board import NAME, NAMESPACE, LoadingBoard
@@ -35,7 +37,7 @@ from moe_ray.deploy.local_ray import join, reason, start
 from moe_ray.deploy.ray_internals import HAPROXY_SETTING
 from moe_ray.deploy.replica_targets import forget_replicas
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
-from moe_ray.errors import ConfigError, MoeRayError, NotReady
+from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.hub import resolve_model
 from moe_ray.model.compute.compute import this_machine
 from moe_ray.model.compute.resolve import Wanted, resolve
@@ -43,7 +45,6 @@ from moe_ray.model.model_config import ModelConfig
 from moe_ray.native.build import prepare
 from moe_ray.text.tokenizer import Tokenizer
 
-INGRESSES = ("python", "haproxy")
 READY_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a Ray that we start ourselves: tokens and rows do not pass through it, except over the `ray` carrier."""
@@ -58,6 +59,7 @@ class LaunchOptions:
     address: str | None
     """None: start Ray in this machine and end it afterwards."""
     ingress: str
+    """One of `moe_ray.commands.ingress.INGRESSES`."""
     dashboard: bool
 
 
@@ -72,8 +74,7 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     """
     timeline = Timeline()
     config = with_usable_cache(config, console)
-    if options.ingress not in INGRESSES:
-        raise ConfigError(f"ingress {options.ingress!r} is not one of {', '.join(INGRESSES)}")
+    ingress = choose_ingress(options.ingress, options.address is None, config.gateway.num_replicas)
     with loading_bars(console) as progress:
         directory = resolve_model(config, progress)
     # Reads every header and the tokenizer: a broken checkpoint is told before anything is started.
@@ -82,6 +83,9 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     timeline.mark("model")
     if options.address is None:
         options = replace(options, host=listen_address(options.host, options.port))
+    if ingress == "direct":
+        config = with_listening_gateway(config, Listen(options.host, options.port))
+    options = replace(options, ingress=ingress)
     config = with_page_control(config, options.host, own_ray=options.address is None)
     # Both, and by name: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -156,7 +160,7 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
     forget_replicas(APP_NAME)  # on a Ray that runs longer than we do: those of an earlier run
     log_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
-        proxy_location="HeadOnly" if options.address is None else "EveryNode",
+        proxy_location=proxy_location(options.ingress, options.address is None),
         http_options=HTTPOptions(host=options.host, port=options.port),
         logging_config=log_config,
     )

@@ -94,8 +94,13 @@ def serve(
         typer.Option(help="Join a running Ray cluster: `auto`, host:port or ray://….", show_default="start Ray here"),
     ] = None,
     ingress: Annotated[
-        str, typer.Option(help="python: Serve's own proxy. haproxy: faster, but it binds all interfaces.")
-    ] = "python",
+        str,
+        typer.Option(
+            help="direct: the gateway listens itself. python: Serve's proxy. haproxy: its other one, which binds all "
+            "interfaces. auto: direct for one gateway on a Ray of its own, else python.",
+            autocompletion=one_of("auto", "direct", "python", "haproxy"),
+        ),
+    ] = "auto",
     dashboard: Annotated[
         bool, typer.Option(help="Ray's dashboard and state API (`ray list actors`, `serve status`).")
     ] = True,

@@ -49,7 +49,7 @@ def launch(words: list[str]) -> None:
     flags, said = _with_shards(what, console)
     for line in said:
         console.print(line, markup=False, soft_wrap=True)
-    run(load_config(flags), LaunchOptions(what.host, what.port, None, "python", dashboard=True), console)
+    run(load_config(flags), LaunchOptions(what.host, what.port, None, "auto", dashboard=True), console)
 
 
 def _tell_hub(arguments: TgiArguments) -> None:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moe_ray.config.section import Section
 from moe_ray.config.tgi import TgiSection
+
+_LISTEN: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:\[\]]+):(?P<port>\d{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where to listen."""
+
+    host: str
+    """Without brackets."""
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Listen:
+        """From `HOST:PORT`, an IPv6 address in brackets. Raises `ValueError`."""
+        found = _LISTEN.fullmatch(text)
+        if found is None or not 1 <= int(found["port"]) <= 65535:
+            raise ValueError("must be HOST:PORT, an IPv6 address in brackets, e.g. 127.0.0.1:8000")
+        return cls(found["host"].strip("[]"), int(found["port"]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class PageSection(Section):
@@ -27,8 +51,11 @@ class GatewaySection(Section):
     """Number of gateways."""
     num_cpus: float = Field(default=0.1, ge=0)
     """CPU cores that Ray reserves for each gateway."""
+    listen: str | None = None
+    """`HOST:PORT` where the gateway takes HTTP itself: Serve's proxies, if there are any, are not in the way of its
+    tokens. For one gateway only. `moe-ray serve` sets it, unless `--ingress` says otherwise."""
     max_ongoing_requests: int = Field(default=512, ge=1)
-    """Most requests in flight per gateway; beyond that Serve answers 503."""
+    """Most requests in flight per gateway; beyond that 503."""
     retry_after_s: int = Field(default=1, ge=1)
     """Told in the Retry-After header of 429 and 503."""
     headers_within_s: float = Field(default=1.0, ge=0)
@@ -51,6 +78,17 @@ class GatewaySection(Section):
 
     page: PageSection = PageSection()
     """The page at `/`."""
+
+    @model_validator(mode="after")
+    def _one_listens(self) -> GatewaySection:
+        if self.listen is not None and self.num_replicas > 1:
+            raise ValueError("`listen` is for one gateway, and num_replicas is more")
+        return self
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, listen: str | None) -> str | None:
+        return listen if listen is None else str(Listen.parse(listen))
 
     @field_validator("api_keys")
     @classmethod

@@ -18,12 +18,14 @@ from moe_ray.api.observation import Observation
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.api.tgi.limits import TgiLimits
 from moe_ray.config import Config
+from moe_ray.config.gateway import Listen
 from moe_ray.deploy.discovery import ask_each, discover_trunks
 from moe_ray.deploy.house_view import ModelFacts
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.load_overview import overview
 from moe_ray.deploy.metrics import Reporter
 from moe_ray.deploy.open_tracing import open_tracing
+from moe_ray.deploy.own_port import OwnPort
 from moe_ray.deploy.served_house import ServedHouse
 from moe_ray.deploy.stored_responses import response_store
 from moe_ray.deploy.vllm_metrics import SequenceMetrics
@@ -61,7 +63,9 @@ class Gateway:
             keep_alive_s=http.keep_alive_s,
             tgi=_tgi_limits(config, directory),
             page=http.page.enabled,
-            tells_request_id=False,  # Serve's proxy does
+            # Where there is a proxy of Serve, it tells ids and counts requests.
+            tells_request_id=http.listen is not None,
+            max_ongoing_requests=None if http.listen is None else http.max_ongoing_requests,
         )
         self._tracing = open_tracing(config.tracing, "Gateway")
         sequences = SequenceMetrics(config.served_name)
@@ -81,11 +85,13 @@ class Gateway:
         )
         application = serve.get_replica_context().app_name
         may_change = bool(http.page.control)
-        self._house = ServedHouse(application, facts, trunk, experts, self._service.missing, may_change)
+        house = ServedHouse(application, facts, trunk, experts, self._service.missing, may_change)
+        self._app = build_app(self._service, self._expert_load, house)
+        self._port = None if http.listen is None else await OwnPort.open(self._app, Listen.parse(http.listen))
 
     def __serve_build_asgi_app__(self) -> fastapi.FastAPI:
         """The replica's HTTP application; called by Serve after `__init__`, on the same loop."""
-        return build_app(self._service, self._expert_load, self._house)
+        return self._app
 
     async def status(self) -> dict[str, Any]:
         """Place and memory of this process; asked over Serve, not HTTP."""
@@ -93,10 +99,11 @@ class Gateway:
         return {**telemetry.process_status(psutil.Process()), "node_id": node_id}
 
     def __del__(self) -> None:
-        # Where __init__ has failed, there may be neither.
+        # Where __init__ has failed, there may be none of them.
         reporter: Reporter | None = getattr(self, "_reporter", None)
         tracing: Tracing | None = getattr(self, "_tracing", None)
-        for each in (reporter, tracing):
+        port: OwnPort | None = getattr(self, "_port", None)
+        for each in (port, reporter, tracing):
             if each is not None:
                 each.close()
 

@@ -20,11 +20,11 @@ KEYS = ["first-key", "second-key"]
 
 
 @pytest.fixture(scope="module")
-def guarded(served_random: Served, http_port: int) -> Iterator[Served]:
-    """The random model in one process; the fixture it depends on has lent it a tokenizer."""
+def guarded(kernel_model: Path, http_port: int) -> Iterator[Served]:
+    """A random model in one process, with every id of its tokenizer."""
     from ray import serve
 
-    model = {"path": served_random.config.model.path, "served_name": "guarded"}
+    model = {"path": str(kernel_model), "served_name": "guarded"}
     yield deploy("guarded", http_port, {"model": model, "transport": "local", "gateway": {"api_keys": KEYS}})
     serve.delete("guarded")
 

@@ -285,6 +285,24 @@ def test_a_full_queue_refuses_at_once_even_during_a_long_step(slow: Trunk, reada
     asyncio.run(idle(slow))
 
 
+def test_beyond_the_most_requests_it_is_503_and_probes_pass(slow: Trunk, readable_model: Path) -> None:
+    slow.engine.pause_s = 0.1
+    options = HttpOptions(max_ongoing_requests=2, retry_after_s=7)
+
+    async def ask() -> None:
+        async with served(readable_model, [slow.info], options) as client:
+            async with stream(client, max_tokens=40), stream(client, max_tokens=40):
+                full = await client.post("/v1/completions", json=ASK)
+                assert full.status_code == 503
+                assert full.headers["retry-after"] == "7"
+                assert "2 requests" in full.json()["error"]["message"]
+                assert (await client.get("/health")).status_code == 200
+            await idle(slow)
+            assert (await post(client))["usage"]["completion_tokens"] == 4
+
+    asyncio.run(ask())
+
+
 def test_without_a_trunk_it_is_503_with_retry_after(readable_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_ray.api.service.TRUNK_TIMEOUT_S", 0.2)
 

@@ -93,10 +93,14 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+ONE_ACTOR = {"MOE_RAY_TRANSPORT": "local"}
+"""Beside the gateway: it starts sooner than with actors for the experts."""
+
+
 @pytest.mark.slow
 def test_a_server_that_ends_meanwhile_is_told_with_its_last_lines(kernel_model: Path) -> None:
     def load() -> None:
-        with own_server(kernel_model) as server:
+        with own_server(kernel_model, ONE_ACTOR) as server:
             os.kill(server.pid, signal.SIGKILL)
             raise NotReady("the first request failed")
 
@@ -107,7 +111,7 @@ def test_a_server_that_ends_meanwhile_is_told_with_its_last_lines(kernel_model: 
 
 @pytest.mark.slow
 def test_a_signal_is_told(kernel_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), own_server(kernel_model) as server:
+    with pytest.raises(KeyboardInterrupt), own_server(kernel_model, ONE_ACTOR) as server:
         os.kill(os.getpid(), signal.SIGTERM)
     assert "told to end by SIGTERM" in capfd.readouterr().err
     assert not psutil.pid_exists(server.pid)

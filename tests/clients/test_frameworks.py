@@ -40,7 +40,7 @@ def test_openai(served_demo: Served) -> None:
     stream = client.chat.completions.create(messages=HI, stream=True, **asked)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
     called = client.chat.completions.create(
-        messages=HI, tools=[TOOL], tool_choice="required", model="demo", temperature=0
+        messages=HI, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, model="demo", temperature=0
     )
     assert json.loads(called.choices[0].message.tool_calls[0].function.arguments)["city"] in ("Paris", "Rome")
     parsed = client.chat.completions.parse(

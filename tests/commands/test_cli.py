@@ -15,10 +15,11 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from forked import ForkServer
@@ -176,7 +177,9 @@ def test_values_that_are_not_allowed() -> None:
     assert "`model.dtype`" in error
     assert "'float32', 'bfloat16' or 'float16'" in error
     assert "`transport`" in one_line(refused("serve", "--transport", "pigeon"))
-    assert "ingress 'nginx' is not one of python, haproxy" in one_line(refused("serve", "--ingress", "nginx"))
+    assert "ingress 'nginx' is not one of auto, direct, python, haproxy" in one_line(
+        refused("serve", "--ingress", "nginx")
+    )
     assert "`engine.max_num_seqs`" in one_line(refused("plan", MOE_RAY_ENGINE__MAX_NUM_SEQS="many"))
     assert "`temperature` must be between 0 and 2" in one_line(refused("generate", "x", "--temperature", "9"))
     for wrong, told in [
@@ -309,6 +312,7 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         assert sorted(everywhere) == sorted(found[0]["pid"] for found in actors.values())
 
         a_second_server_beside_it(address[1], port)
+        a_gateway_that_comes_back(actors["Gateway"][0]["pid"], port)
 
         relatives = family(process)
         assert len(relatives) > 15
@@ -318,7 +322,9 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         assert left == []
         assert len(gone) == len(relatives)
 
-    with served(port) as (process, said):
+    with served(port, "--ingress", "python") as (process, said):  # Serve's proxy, where the gateway itself was before
+        assert any("ProxyActor" in " ".join(each.cmdline()) for each in family(process))
+        assert json.loads(run(curl + " -s"))["choices"][0]["message"]["content"] == "The capital of France is Paris."
         relatives = family(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
@@ -345,7 +351,7 @@ def bundle_of_all_that_runs(address: list[str]) -> None:
             content = archive.extractfile(status)
             assert content is not None
             assert json.load(content)["application"] == "RUNNING"
-    assert any("/serve/" in name and "Expert3" in name for name in names)
+    assert any("/serve/controller" in name for name in names)  # replicas have nothing to say at this level
 
 
 PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
@@ -373,6 +379,24 @@ def a_second_server_beside_it(first: str, port: int) -> None:
         assert "Gateway" in ok(moe_ray("status", "--address", second))
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
+
+
+def a_gateway_that_comes_back(pid: int, port: int) -> None:
+    """Killed, it listens again where it did."""
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        while True:
+            assert time.monotonic() < deadline
+            with suppress(httpx.TransportError):
+                if client.get("/health", headers={"X-Request-Id": "mine"}).headers.get_list("x-request-id") == ["mine"]:
+                    break
+            time.sleep(0.2)
+        while client.get("/health").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ask = {"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0}
+        assert client.post("/v1/completions", json={"model": "demo", **ask}).json()["choices"][0]["text"] == " Paris."
 
 
 def has_ipv6() -> bool:

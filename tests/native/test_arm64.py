@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from moe_ray.native.build import ARM64, COMMON, HERE, KERNELS, X86_64, cpu_flags
 
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+FOR_ARM64 = [name for name, row in KERNELS.items() if ARM64 in row.architectures]
 DRIVER = Path(__file__).with_name("kernels_driver.cpp")
 ALLOWED = 2e-2
 """Of the largest value: x86-64 without VNNI multiplies weights of 8 bits by inputs of 16 bits, others by 8."""
@@ -48,14 +50,23 @@ def outputs(directory: Path, *command: str | Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def on_x86(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    directory = tmp_path_factory.mktemp("x86")
-    return outputs(directory, built(directory, "avx2", "g++"))
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name of kernels → the driver with them. The compilers take most of the time: they run side by side."""
+    directory = tmp_path_factory.mktemp("kernels")
+    compilers = {"avx2": "g++", **dict.fromkeys(FOR_ARM64, CROSS)}
+    with ThreadPoolExecutor() as pool:
+        files = pool.map(lambda name: built(directory, name, compilers[name]), compilers)
+        return dict(zip(compilers, files, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name, row in KERNELS.items() if ARM64 in row.architectures])
-def test_arm64_computes_what_x86_does(name: str, on_x86: np.ndarray, tmp_path: Path) -> None:
-    emulated = outputs(tmp_path, EMULATOR, built(tmp_path, name, CROSS))
+@pytest.fixture(scope="module")
+def on_x86(programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return outputs(tmp_path_factory.mktemp("x86"), programs["avx2"])
+
+
+@pytest.mark.parametrize("name", FOR_ARM64)
+def test_arm64_computes_what_x86_does(name: str, programs: dict[str, Path], on_x86: np.ndarray, tmp_path: Path) -> None:
+    emulated = outputs(tmp_path, EMULATOR, programs[name])
     assert emulated.shape == on_x86.shape
     assert np.isfinite(emulated).all()
     kinds = [*[13 * 72, 72 * 256] * 10, *[7 * 64] * 4, *[9 * 96] * 15]
