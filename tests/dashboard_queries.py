@@ -48,6 +48,7 @@ TGI_SUMS: Final = (
 
 OF_OTHER_PARTS: Final = re.compile(r"nixl|kv_offload|external_prefix|num_requests_swapped")
 """What vLLM has and we do not: transfers between engines, offloaded caches, a swap."""
+OF_SERVE: Final = "ray_serve_deployment_request_counter_total"
 OF_CARDS: Final = re.compile(r"gpus_utilization|gram_used")
 THRESHOLD: Final = re.compile(r"\s*(?:(?:[<>]=?|==) [\d.]+|or on \(\) vector\(0\))")
 
@@ -90,9 +91,12 @@ def of_ray() -> Iterator[str]:
     for row in serve_llm_dashboard_config.rows:
         for panel in row.panels:
             for target in panel.targets:
-                if not OF_OTHER_PARTS.search(target.expr):
-                    # A whole day in steps of a minute would have to have one behind it.
-                    yield target.expr.format(global_filters="").replace("[24h:1m]", "[1m:1s]")
+                if OF_OTHER_PARTS.search(target.expr):
+                    continue
+                # Serve's own series have a model's name in Ray's LLM server only: as with "All" chosen.
+                query = target.expr.replace(f'{OF_SERVE}{{{{model_name=~"$vllm_model_name", ', f"{OF_SERVE}{{{{")
+                # A whole day in steps of a minute would have to have one behind it.
+                yield query.format(global_filters="").replace("[24h:1m]", "[1m:1s]")
 
 
 def ours() -> Iterator[str]:

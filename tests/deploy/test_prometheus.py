@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 from dashboard_queries import alerts, filled_in, of_ray, ours, without_thresholds
@@ -12,11 +11,12 @@ from debian_prometheus import answer, running_prometheus
 from served import Served, eventually
 
 from moe_ray.core import EngineStats
-from moe_ray.deploy.metrics import TrunkMetrics
-from moe_ray.deploy.vllm_metrics import EngineMetrics
+from moe_ray.deploy.metrics import ENGINE_GAUGES, TrunkMetrics
 from moe_ray.experts.client.accounting import Counters
 
-BODY: dict[str, Any] = {"prompt": list(range(5, 105)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+RARE: Final = EngineStats(preemptions=1, drafts=1, draft_tokens=1, accepted_draft_tokens=1, degraded_tokens=1)
+RARE_CALLS: Final = Counters(splits=1, retries=1, hedges=1, hedge_wins=1, cancelled=1, quarantines=1)
+BODY: Final[dict[str, Any]] = {"prompt": list(range(5, 105)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 
 
 def refuse_and_answer(served: Served) -> None:
@@ -28,17 +28,16 @@ def refuse_and_answer(served: Served) -> None:
 
 
 def tell_what_is_rare() -> None:
-    """Ray exports no counter that is still 0: have each be 1 once, as of a trunk beside those that serve."""
-    stats = EngineStats(**{field.name: 1 for field in fields(EngineStats)})
-    TrunkMetrics("beside", lambda: stats, Counters(**{field.name: 1 for field in fields(Counters)})).report()
-    EngineMetrics("beside", lambda: stats).report()
+    """Ray exports no counter that is still 0: what does not happen here has been told once, of another trunk."""
+    TrunkMetrics("beside", lambda: RARE, RARE_CALLS).report()
 
 
 def questions(application: str) -> set[str]:
     """All queries, without their thresholds; for what does not happen here they ask for its like that does."""
     for_like = {'error_code=~"5.."': 'error_code="400"', 'error_code="429"': 'error_code="400"'}
     for_like['finished_reason="error"'] = 'finished_reason="length"'
-    asked = set()
+    # The trunk beside has gauges, too.
+    asked = {f'ray_moe_ray_trunk_{name}{{trunk!="beside"}}' for name, _ in ENGINE_GAUGES.values()}
     for query in (*ours(), *alerts(), *of_ray()):
         for here, there in for_like.items():
             query = query.replace(here, there)
@@ -55,7 +54,12 @@ def test_every_query_and_every_alert_finds_series(served_demo: Served, tmp_path:
     assert len(asked) > 100
     target = f"127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}"
     # Ray takes a second and more of a core to tell its metrics.
-    job = {"job_name": "ray", "scrape_interval": "5s", "scrape_timeout": "5s", "static_configs": [{"targets": [target]}]}
+    job = {
+        "job_name": "ray",
+        "scrape_interval": "5s",
+        "scrape_timeout": "5s",
+        "static_configs": [{"targets": [target]}],
+    }
     with running_prometheus(tmp_path, [job]) as prometheus:
         unanswered = set(asked)
 
