@@ -7,7 +7,9 @@ ARGS   ?=
 FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
 CLIENTS := text-generation==0.7.0  # TGI's own; it asks for an older huggingface_hub, and runs with ours
+GUIDELLM := guidellm==0.8.1  # wants older versions of packages that we have: in an environment of its own over ours
 ARM64 := g++-aarch64-linux-gnu qemu-user  # Debian's packages: the kernels run on an emulated arm64, too
+PACKAGES := import site; print(site.getsitepackages()[0])
 BROWSER := chromium  # Debian's, too: the page is tested in it
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
@@ -56,6 +58,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --no-deps --no-build-isolation $(REFERENCES) || echo "$(REFERENCES): tests that read as they do are skipped"
 	$(BIN)/pip install -e ".[clients]" || echo "without the extra clients, tests with those programs are skipped"
 	$(BIN)/pip install --no-deps $(CLIENTS) || echo "$(CLIENTS): tests with it are skipped"
+	{ $(PYTHON) -m venv $(VENV)/guidellm \
+	  && $(BIN)/python -c "$(PACKAGES)" > $$($(VENV)/guidellm/bin/python -c "$(PACKAGES)")/ours.pth \
+	  && $(VENV)/guidellm/bin/pip install $(GUIDELLM); } || echo "$(GUIDELLM): tests with it are skipped"
 	@touch $@
 
 arm64:  # as root on Debian; else the tests that need it are skipped

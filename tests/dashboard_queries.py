@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
+
+import yaml
+
+CLUSTER: Final = Path(__file__).parents[1] / "cluster"
 
 # examples/observability/prometheus_grafana/grafana.json of vLLM
 VLLM_QUANTILES: Final = ("e2e_request_latency_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds")
@@ -40,6 +46,12 @@ TGI_SUMS: Final = (
     " * 1000) > 0",
 )
 
+OF_OTHER_PARTS: Final = re.compile(r"nixl|kv_offload|external_prefix|num_requests_swapped")
+"""What vLLM has and we do not: transfers between engines, offloaded caches, a swap."""
+OF_SERVE: Final = "ray_serve_deployment_request_counter_total"
+OF_CARDS: Final = re.compile(r"gpus_utilization|gram_used")
+THRESHOLD: Final = re.compile(r"\s*(?:(?:[<>]=?|==) [\d.]+|or on \(\) vector\(0\))")
+
 
 def vllm() -> Iterator[str]:
     """The queries of vLLM's own dashboard."""
@@ -70,6 +82,42 @@ def tgi() -> Iterator[str]:
             yield f"histogram_quantile({quantile}, sum by (le) (rate({of}[10m])))"
         yield f"sum(increase({of}[5m])) by (le)"
     yield from TGI_SUMS
+
+
+def of_ray() -> Iterator[str]:
+    """The queries of the dashboard for language models that the installed Ray has."""
+    from ray.dashboard.modules.metrics.dashboards.serve_llm_dashboard_panels import serve_llm_dashboard_config
+
+    for row in serve_llm_dashboard_config.rows:
+        for panel in row.panels:
+            for target in panel.targets:
+                if OF_OTHER_PARTS.search(target.expr):
+                    continue
+                # Serve's own series have a model's name in Ray's LLM server only: as with "All" chosen.
+                query = target.expr.replace(f'{OF_SERVE}{{{{model_name=~"$vllm_model_name", ', f"{OF_SERVE}{{{{")
+                # A whole day in steps of a minute would have to have one behind it.
+                yield query.format(global_filters="").replace("[24h:1m]", "[1m:1s]")
+
+
+def ours() -> Iterator[str]:
+    """The queries of the dashboards in cluster/grafana, but for those of cards."""
+    for path in sorted((CLUSTER / "grafana").glob("*.json")):
+        for panel in json.loads(path.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                if not OF_CARDS.search(target["expr"]):
+                    yield target["expr"]
+
+
+def alerts() -> Iterator[str]:
+    """The expressions of the alerts in cluster/prometheus."""
+    for group in yaml.safe_load((CLUSTER / "prometheus" / "rules.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule["expr"]
+
+
+def without_thresholds(query: str) -> str:
+    """What a query compares with numbers, whatever it is now."""
+    return THRESHOLD.sub("", query)
 
 
 def filled_in(query: str, application: str) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 
 import pytest
 from helm_rendering import CHART, Manifest, Rendered, bounds, profile, render
+from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
 from moe_ray.config import Config, load_config
+from moe_ray.config.gateway import PageSection
+from moe_ray.config.tracing import TracingSection
 from moe_ray.deploy.replica_targets import autoscaling_config, trunk_autoscaling_config
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.placement import holdings
@@ -157,12 +161,47 @@ def test_actors_go_to_the_groups_of_their_role() -> None:
     assert config_of(single).trunk.labels == {"moe-ray/role": "any"}
 
 
+WITH_OTHER_VALUES = {"cache_dir", "cluster_token", "tls", "gateway.api_keys"}
+"""Keys of moe_ray that the chart sets itself: its volumes and secrets."""
+
+
+def keys(section: type[BaseModel], before: str = "") -> Iterator[str]:
+    """Every key of a section and of those in it, as `gateway.tgi.max_best_of`."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+def test_every_key_of_moe_ray_is_a_value() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    for key in sorted({*keys(Config)} - WITH_OTHER_VALUES):
+        part = schema
+        for name in key.split("."):
+            first, *others = name.split("_")
+            known = part["properties"]
+            part = known.get(first + "".join(other.capitalize() for other in others))
+            assert part is not None, f"{key} is not in values.schema.json"
+
+
 def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
     """The profile sets every key of these sections. What values do not say is left out: defaults are moe_ray's."""
     values, schema = profile("everything"), json.loads((CHART / "values.schema.json").read_text())
-    for section in ("engine", "trunk", "experts", "gateway"):
+    for section in ("engine", "trunk", "experts", "gateway", "tracing"):
         assert set(schema["properties"][section]["properties"]) == set(values[section]), section
     config = config_of(everything)
+    assert config.log_format == "json"
+    assert config.model.aliases == ("gpt-4o", "claude-*")
+    assert config.gateway.page == PageSection(enabled=True, control=True)
+    assert config.gateway.cors_origins == ("https://chat.example.org",)
+    for section in ("page", "tgi"):
+        reached = everything.application["args"]["gateway"][section]
+        assert reached.keys() == type(getattr(config.gateway, section)).model_fields.keys()
+    assert config.gateway.tgi.grammars is False
+    assert config.tracing.otlp_endpoint == "http://collector.monitoring:4317"
+    assert everything.application["args"]["tracing"].keys() == TracingSection.model_fields.keys()
     assert config.model.max_model_len == 1048576
     assert config.engine.kv_cache_gib == 8.5
     assert config.engine.kv_cache_dtype == "int8"

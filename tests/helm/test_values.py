@@ -42,6 +42,25 @@ def test_a_monitor_finds_open_ports(kind: str) -> None:
     assert policy["spec"]["ingress"][-1]["from"] == mine
 
 
+def test_the_gateways_own_metrics_are_scraped_once() -> None:
+    monitoring = {"podMonitor": {"enabled": True, "gateway": True, "interval": "20s"}}
+    rendered = render({"monitoring": monitoring, "networkPolicy": {"clientsFrom": [{"namespaceSelector": {}}]}})
+    *_, endpoint = rendered.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    (only,) = endpoint.pop("relabelings")
+    assert endpoint == {"port": "serve", "interval": "20s"}
+    assert (only["sourceLabels"], only["regex"], only["action"]) == (
+        ["__meta_kubernetes_pod_label_ray_io_node_type"],  # which KubeRay sets: head or worker
+        "head",
+        "keep",
+    )
+    assert "serve" in {p["name"] for p in rendered.groups["headgroup"]["template"]["spec"]["containers"][0]["ports"]}
+    (policy,) = rendered.of("NetworkPolicy")
+    assert 8000 in {port["port"] for port in policy["spec"]["ingress"][-1]["ports"]}
+    assert "serve" not in str(render({"monitoring": {"podMonitor": {"enabled": True}}}).one("PodMonitor"))
+    with pytest.raises(helm.HelmError, match=r"monitoring\.podMonitor\.gateway.*gateway\.numReplicas is 2"):
+        render({"monitoring": monitoring, "gateway": {"numReplicas": 2}})
+
+
 def test_disruption_budgets() -> None:
     groups = {"trunk": {"minReplicas": 1}, "experts": {"replicas": 8, "minReplicas": 8, "maxReplicas": 8}}
     budgets = render({"workerGroups": groups, "podDisruptionBudget": {"head": True}}).of("PodDisruptionBudget")

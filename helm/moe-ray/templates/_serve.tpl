@@ -39,6 +39,7 @@ moe_ray's own default. Keys of the maps listed in "free" are names, not keys, an
 {{- define "moe-ray.args" -}}
 {{- $v := .Values -}}
 {{- $args := dict "transport" $v.transport "log_level" $v.logLevel "cache_dir" (printf "%s/moe-ray" $v.cache.mountPath) -}}
+{{- with $v.logFormat -}}{{- $_ := set $args "log_format" . -}}{{- end -}}
 
 {{- $model := dict -}}
 {{- include "moe-ray.copySection" (dict "from" (omit $v.model "path" "numLocalExperts" "volume" "download" "waitForFiles" "nativeLibraries") "to" $model) -}}
@@ -100,6 +101,10 @@ moe_ray's own default. Keys of the maps listed in "free" are names, not keys, an
 {{- $gateway := dict -}}
 {{- include "moe-ray.copySection" (dict "from" (omit $v.gateway "numReplicas") "to" $gateway) -}}
 {{- if $gateway -}}{{- $_ := set $args "gateway" $gateway -}}{{- end -}}
+
+{{- $tracing := dict -}}
+{{- include "moe-ray.copySection" (dict "from" $v.tracing "to" $tracing) -}}
+{{- if $tracing -}}{{- $_ := set $args "tracing" $tracing -}}{{- end -}}
 
 {{- with $v.tls -}}
 {{- if .enabled -}}

@@ -30,6 +30,11 @@
 {{- if and $v.tls.enabled $v.tls.certManager.enabled (not $v.tls.existingSecret) (not $v.tls.certManager.issuerRef.name) -}}
   {{- fail "tls.certManager.issuerRef.name: which issuer is to sign the certificate?" -}}
 {{- end -}}
+{{- with $v.monitoring.podMonitor -}}
+{{- if and .enabled .gateway (gt (int $v.gateway.numReplicas) 1) -}}
+  {{- fail (printf "monitoring.podMonitor.gateway: a scrape reaches one gateway, the next one another, and gateway.numReplicas is %d: rename what Ray exports instead (monitoring.podMonitor.metricRelabelings)" (int $v.gateway.numReplicas)) -}}
+{{- end -}}
+{{- end -}}
 {{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
   {{- fail "ingress.hosts: name at least one host; without one the Ingress has no rule" -}}
 {{- end -}}
