@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "bench": {
         *MODEL,
         "__init__",
-        *("pb", "config", "hub", "convert", "text", "transport", "experts", "engine", "llm", "api", "deploy"),
+        *("pb", "config", "hub", "convert", "text", "transport", "experts", "engine", "llm", "gateway", "api"),
+        "deploy",
     },
     "commands": {
         *MODEL,

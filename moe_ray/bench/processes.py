@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +45,12 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(model: Path, settings: Mapping[str, str] | None = None) -> Iterator[OwnServer]:
+def own_server(
+    model: Path, settings: Mapping[str, str] | None = None, arguments: Sequence[str] = ()
+) -> Iterator[OwnServer]:
     """Serve `model` from a process group of its own, with the defaults of `moe-ray serve`; ended on leaving.
 
-    `settings`: environment variables beside those that there are.
+    `settings`: environment variables beside those that there are; `arguments`: further flags.
     Main thread only: meanwhile SIGTERM is what Ctrl-C is, so that it leaves no server behind, and is told. Raises
     `NotReady` with what the server said where it does not come up, or has ended by itself when it is left, whatever
     else went wrong then.
@@ -57,7 +59,7 @@ def own_server(model: Path, settings: Mapping[str, str] | None = None) -> Iterat
     started = time.monotonic()
     with tempfile.TemporaryFile() as said, _handled(_told_to_end, signal.SIGTERM):
         process = subprocess.Popen(
-            [*MOE_RAY, "serve", "--model", str(model), "--port", str(port)],
+            [*MOE_RAY, "serve", "--model", str(model), "--port", str(port), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,

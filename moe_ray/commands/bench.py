@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 import typer
@@ -71,6 +72,31 @@ def serve(
         pid=pid,
     )
     run_bench(run_serve, options, PLOT, json_output, plot)
+
+
+def gateway(
+    model: BenchModel = None,
+    ingress: Annotated[
+        str, typer.Option(help="Which of direct, python, haproxy: a list; a server is started for each.")
+    ] = "direct,python",
+    concurrency: Concurrency = "32",
+    repeats: Repeats = 3,
+    prompt_tokens: PromptTokens = 16,
+    output_tokens: OutputTokens = 64,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Measure what HTTP costs: tokens/s of a server beside those of its trunk, asked in turn without a gateway."""
+    from moe_ray.deploy.local_ray import prepare_local_ray
+
+    prepare_local_ray()
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it would tell of every process that is started beside it
+    from moe_ray.bench.gateway import PLOT, GatewayBenchOptions, run_gateway
+
+    options = GatewayBenchOptions(
+        model, names(ingress), numbers(concurrency, "--concurrency"), repeats, prompt_tokens, output_tokens
+    )
+    run_bench(run_gateway, options, PLOT, json_output, plot)
 
 
 def roofline(

@@ -24,6 +24,7 @@ VERBS = (serve, chat, generate, plan, doctor, perplexity, compare, status, ps, s
 CONVERSIONS = (upcycle, quantize)
 BENCHES = (
     bench.serve,
+    bench.gateway,
     bench.roofline,
     bench.kernels,
     bench.attention,

@@ -117,6 +117,21 @@ def test_a_signal_is_told(kernel_model: Path, capfd: pytest.CaptureFixture[str])
     assert not psutil.pid_exists(server.pid)
 
 
+@pytest.mark.slow
+def test_the_cost_of_http(kernel_model: Path) -> None:
+    command = [Path(sys.executable).parent / "moe-ray", "bench", "gateway", "--model", kernel_model, "--json"]
+    command += ["--ingress", "direct", "--concurrency", "2", "--repeats", "1", "--output-tokens", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **ONE_ACTOR})
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["ingress"], row["concurrency"]) == ("direct", 2)
+    assert row["share"] == pytest.approx(1 - row["http_tokens_per_s"] / row["trunk_tokens_per_s"], abs=0.01)
+    assert row["cpu_ms_per_token"] > 0
+    refused = subprocess.run([*command[:3], "--ingress", "nginx"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "--ingress: nginx; allowed: direct, python, haproxy" in refused.stderr
+
+
 def test_memory_of_a_process_that_is_not_there() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -161,8 +161,8 @@ def test_actors_go_to_the_groups_of_their_role() -> None:
     assert config_of(single).trunk.labels == {"moe-ray/role": "any"}
 
 
-WITH_OTHER_VALUES = {"cache_dir", "cluster_token", "tls", "gateway.api_keys"}
-"""Keys of moe_ray that the chart sets itself: its volumes and secrets."""
+WITH_OTHER_VALUES = {"cache_dir", "cluster_token", "tls", "gateway.api_keys", "gateway.listen"}
+"""Keys that the chart sets itself, its volumes and secrets; and one that Serve's proxies stand for."""
 
 
 def keys(section: type[BaseModel], before: str = "") -> Iterator[str]:
