@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiers
+from random_mixtral import TOKENIZER, save_random_mixtral
 from reference import Reference
 from served import Served, deploy
 
@@ -69,11 +70,9 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 4-layer Mixtral in float32 with a vocabulary of 512 ids and no tokenizer."""
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("random-mixtral"),
+        seed=0,
         hidden_size=64,
         intermediate_size=112,
         num_hidden_layers=4,
@@ -87,9 +86,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    directory = tmp_path_factory.mktemp("random-mixtral")
-    MixtralForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +93,7 @@ def readable_model(random_model: Path, demo_model: Path, tmp_path_factory: pytes
     """The random Mixtral with the demo model's tokenizer, of which it has the first 512 ids."""
     directory = tmp_path_factory.mktemp("readable") / "model"
     shutil.copytree(random_model, directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         shutil.copy(demo_model / name, directory / name)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     return directory
@@ -107,16 +103,18 @@ def readable_model(random_model: Path, demo_model: Path, tmp_path_factory: pytes
 def kernel_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral in bfloat16 of shapes that the native kernels compute, with the demo model's tokenizer."""
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
 
-    torch.manual_seed(2)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("for-kernels") / "model",
+        seed=2,
+        dtype=torch.bfloat16,
+        like=demo_model,
+        files=TOKENIZER,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=json.loads((demo_model / "config.json").read_text())["vocab_size"],
         num_local_experts=8,
         num_experts_per_tok=2,
         max_position_embeddings=512,
@@ -124,11 +122,6 @@ def kernel_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         bos_token_id=1,
         eos_token_id=2,
     )
-    directory = tmp_path_factory.mktemp("for-kernels") / "model"
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model / name, directory / name)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +187,7 @@ def served_random(random_model: Path, demo_model: Path, http_port: int) -> Itera
     """The random 4-layer Mixtral in float32, two replicas of expert 3; the demo model lends its tokenizer."""
     from ray import serve
 
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         shutil.copy(demo_model / name, random_model / name)
     # The tokenizer's special ids lie outside this small vocabulary; generation_config.json says which do not.
     (random_model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))

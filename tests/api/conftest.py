@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from in_process import Trunk, served_beside
+from random_mixtral import save_random_mixtral
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +21,15 @@ def trunk(readable_model: Path) -> Iterator[Trunk]:
 @pytest.fixture(scope="session")
 def chat_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral of two layers with the demo model's whole vocabulary and chat template, and a long context."""
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(3)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("for-chats") / "model",
+        seed=3,
+        like=demo_model,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,
-        vocab_size=json.loads((demo_model / "config.json").read_text())["vocab_size"],
         num_local_experts=8,
         num_experts_per_tok=2,
         max_position_embeddings=4096,
@@ -40,11 +37,6 @@ def chat_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         bos_token_id=1,
         eos_token_id=2,
     )
-    directory = tmp_path_factory.mktemp("for-chats") / "model"
-    MixtralForCausalLM(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(demo_model / name, directory / name)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 from in_process import Trunk, served
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
+from random_mixtral import save_random_mixtral
 from tokenizer_forms import sentencepiece_model
 
 WEATHER: Any = {
@@ -42,11 +43,9 @@ ASK: Any = [{"role": "user", "content": "How is the weather?"}]
 
 
 def random_model(directory: Path, vocab_size: int) -> None:
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(3)
-    config = MixtralConfig(
+    save_random_mixtral(
+        directory,
+        seed=3,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -58,7 +57,6 @@ def random_model(directory: Path, vocab_size: int) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    MixtralForCausalLM(config).save_pretrained(directory)
 
 
 class Asked:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 from cluster_files import CLUSTER, clean_environment, module, shell, tool
+from random_mixtral import save_random_mixtral
 
 SCRIPTS = CLUSTER / "bare-metal"
 COMMANDS = ("start-head.sh", "start-worker.sh", "deploy.sh", "stop.sh")
@@ -408,27 +409,19 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 @pytest.fixture
 def small_model(demo_model: Path, tmp_path: Path) -> Path:
     """A random Mixtral with the demo model's tokenizer and chat template."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path / "model",
+        seed=0,
+        like=demo_model,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=vocabulary,
         num_local_experts=4,
         num_experts_per_tok=2,
         max_position_embeddings=256,
     )
-    directory = tmp_path / "model"
-    MixtralForCausalLM(config).save_pretrained(directory)
-    for file in demo_model.glob("*token*"):
-        shutil.copy(file, directory)
-    for file in demo_model.glob("*.jinja"):
-        shutil.copy(file, directory)
-    return directory
 
 
 EVENTS = {  # counters of what did not happen here, and GPUs

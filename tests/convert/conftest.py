@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from random_mixtral import TOKENIZER, save_random_mixtral
 
 
 @pytest.fixture(scope="session")
 def model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral with the demo model's tokenizer, of which it has all ids."""
-    torch.manual_seed(3)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("float") / "model",
+        seed=3,
+        dtype=torch.bfloat16,
+        like=demo_model,
+        files=TOKENIZER,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=49152,
         num_local_experts=4,
         num_experts_per_tok=2,
         max_position_embeddings=512,
         initializer_range=0.15,
         tie_word_embeddings=False,
     )
-    directory = tmp_path_factory.mktemp("float") / "model"
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model / name, directory / name)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backends import BEST
+from random_mixtral import save_random_mixtral
 
 from moe_ray.config import load_config
 from moe_ray.core import Request, SamplingParams
@@ -28,10 +29,9 @@ NEW = 40
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral that native kernels compute."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(1)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("small-mixtral"),
+        seed=1,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=LAYERS,
@@ -46,9 +46,6 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    directory = tmp_path_factory.mktemp("small-mixtral")
-    MixtralForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def engine_of(directory: Path, dtype: str = "bfloat16", kernels: str = "auto", **engine: Any) -> Engine:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from random_mixtral import save_random_mixtral
+from transformers import MixtralForCausalLM
 
 from moe_ray.core import EngineStats, Request, RoutedExperts, SamplingParams
 from moe_ray.engine.engine import Engine, EngineOptions
@@ -33,8 +34,9 @@ DRAFTS = {"num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_ma
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral whose output repeats itself, but not always: guesses come true and fail."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("routed-mixtral"),
+        seed=0,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -47,9 +49,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=256,
         initializer_range=0.1,
     )
-    directory = tmp_path_factory.mktemp("routed-mixtral")
-    MixtralForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

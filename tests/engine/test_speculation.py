@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from random_mixtral import save_random_mixtral
 
 from moe_ray.api.output import ChoiceOutput
 from moe_ray.config import load_config
@@ -35,8 +35,9 @@ DRAFTS = {"num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_ma
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral whose output repeats itself, but not always: guesses come true and fail."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("repeating-mixtral"),
+        seed=0,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -49,9 +50,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
         eos_token_id=EOS,
     )
-    directory = tmp_path_factory.mktemp("repeating-mixtral")
-    MixtralForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from asking import Asking
 from helm_rendering import Manifest, bounds, profile, render
+from random_mixtral import save_random_mixtral
 from served import eventually
 
 EXPERTS = [f"Expert{number}" for number in range(8)]
@@ -44,27 +44,19 @@ def serve_port(ray_cluster: None) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Mixtral that has the demo model's tokenizer, and so a word for everything: it can be talked to."""
-    import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    directory = tmp_path_factory.mktemp("model") / "small"
-    torch.manual_seed(0)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("model") / "small",
+        seed=0,
+        like=demo_model,
         hidden_size=64,
         intermediate_size=112,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,
-        vocab_size=json.loads((demo_model / "config.json").read_text())["vocab_size"],
         num_local_experts=8,
         num_experts_per_tok=2,
         max_position_embeddings=512,
     )
-    MixtralForCausalLM(config).save_pretrained(directory)
-    for file in demo_model.glob("*"):
-        if file.suffix == ".jinja" or file.name.startswith("tokenizer"):
-            shutil.copy(file, directory)
-    return directory
 
 
 class Deployed:

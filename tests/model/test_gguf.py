@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from gguf_files import Era, config_of, write_gguf
-from transformers import MixtralConfig, MixtralForCausalLM
+from random_mixtral import save_random_mixtral
 
 from moe_ray.config import load_config
 from moe_ray.errors import CheckpointError
@@ -45,9 +45,9 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral whose rows are of whole blocks."""
-    torch.manual_seed(4)
-    directory = tmp_path_factory.mktemp("wide")
-    config = MixtralConfig(
+    return save_random_mixtral(
+        tmp_path_factory.mktemp("wide"),
+        seed=4,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -57,8 +57,6 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_local_experts=4,
         max_position_embeddings=128,
     )
-    MixtralForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("era", ["stacked", "separate", "joined"])

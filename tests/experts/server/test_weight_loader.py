@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import open_backend
+from random_mixtral import save_random_mixtral
 
 from moe_ray.config import load_config
 from moe_ray.core import ExpertCall, ExpertKey, ReplicaInfo
@@ -40,10 +41,9 @@ SOON_S = 20.0
 
 
 def make_model(directory: Path, seed: int) -> Path:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(seed)
-    config = MixtralConfig(
+    return save_random_mixtral(
+        directory,
+        seed=seed,
         hidden_size=WIDTH,
         intermediate_size=INNER,
         num_hidden_layers=LAYERS,
@@ -53,8 +53,6 @@ def make_model(directory: Path, seed: int) -> Path:
         num_local_experts=2,
         initializer_range=0.2,
     )
-    MixtralForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
