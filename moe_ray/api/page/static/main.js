@@ -32,7 +32,7 @@ const house = new House(
       byId("toggle-house").hidden = true;
       byId("tab-house").hidden = true;
     },
-    locked: (error) => openKey(error.message, connect),
+    locked,
     notice,
   },
   () => (phone.matches ? body.dataset.view === "house" : body.dataset.house !== "closed"),
@@ -46,7 +46,7 @@ const conversation = new Conversation(state, {
   saved: () => sidebar.draw(),
   storage: (error) => notice(error.message),
   failed: (error) => {
-    if (error.status === 401) openKey(error.message, connect);
+    if (error.status === 401) locked(error);
     if (error.status === 503 || error.kind === "network") connect();
   },
   routed: (turn, fresh) => house.heat.routed(turn.routing, fresh),
@@ -116,11 +116,17 @@ async function connect() {
     document.title = `${state.model} · moe_ray`;
     composer.ready(true);
   } catch (error) {
-    if (error.status === 401) openKey(apiKey.get() ? "The key that was given is not one of the server's." : error.message, connect);
+    if (error.status === 401) locked(error);
   }
   shownHealth(shown);
   house.look();
   healthTimer = setTimeout(() => (document.hidden ? null : connect()), HEALTH_MS[byId("health").dataset.state]);
+}
+
+// A request was refused. Where another key has been given since, the next request tells whether that one is right.
+function locked(error) {
+  if (error.key !== apiKey.get()) return;
+  openKey(error.key ? "The key that was given is not one of the server's." : error.message, connect);
 }
 
 function shownHealth({ ready, missing }) {

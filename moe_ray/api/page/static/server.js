@@ -6,9 +6,10 @@ const KEY = "moe-ray.key"; // in sessionStorage: gone with the tab
 
 export class ServerError extends Error {
   // kind: "http" (status is set), "network" (no answer, or it broke off), "stream" (the server ended it with an error)
-  constructor(kind, message, { status = 0, retryAfter = null, missing = null } = {}) {
+  // key: the API key that was shown
+  constructor(kind, message, { status = 0, retryAfter = null, missing = null, key = "" } = {}) {
     super(message);
-    Object.assign(this, { kind, status, retryAfter, missing });
+    Object.assign(this, { kind, status, retryAfter, missing, key });
   }
 }
 
@@ -23,7 +24,8 @@ function url(path) {
 
 async function ask(path, options = {}) {
   const headers = { ...options.headers };
-  if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
+  const key = apiKey.get();
+  if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
     response = await fetch(url(path), { ...options, headers, cache: "no-store" });
@@ -32,10 +34,10 @@ async function ask(path, options = {}) {
     throw new ServerError("network", "The server cannot be reached.");
   }
   if (response.ok) return response;
-  throw await failure(response);
+  throw await failure(response, key);
 }
 
-async function failure(response) {
+async function failure(response, key) {
   let message = `The server answered ${response.status}.`;
   let missing = null;
   try {
@@ -50,6 +52,7 @@ async function failure(response) {
     status: response.status,
     retryAfter: Number.isFinite(seconds) ? seconds : null,
     missing,
+    key,
   });
 }
 
