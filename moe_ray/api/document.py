@@ -8,6 +8,8 @@ from typing import Any, Final
 import fastapi
 from fastapi.openapi.utils import get_openapi
 
+from moe_ray.api.examples import examples_of
+
 DESCRIPTION: Final = """\
 A mixture-of-experts language model, by the APIs of OpenAI, Anthropic, ollama and text-generation-inference.
 
@@ -22,19 +24,22 @@ _UNUSED: Final = ("HTTPValidationError", "ValidationError")
 """FastAPI's own errors, of routes whose parameters it checks. Any text is a valid one here."""
 
 
-def describe(app: fastapi.FastAPI, open_paths: frozenset[str], *, has_keys: bool) -> None:
-    """Set what the application says of itself. With keys, they are asked for on all but `open_paths`."""
+def describe(app: fastapi.FastAPI, model: str, open_paths: frozenset[str], *, has_keys: bool) -> None:
+    """Set what the application that serves `model` says of itself.
+
+    With keys, they are asked for on all but `open_paths`.
+    """
     made: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
         if not made:
-            made.update(_document(app, open_paths, has_keys))
+            made.update(_document(app, model, open_paths, has_keys))
         return made
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(app: fastapi.FastAPI, open_paths: frozenset[str], has_keys: bool) -> dict[str, Any]:
+def _document(app: fastapi.FastAPI, model: str, open_paths: frozenset[str], has_keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
     components = document.setdefault("components", {})
     for name in _UNUSED:
@@ -51,6 +56,8 @@ def _document(app: fastapi.FastAPI, open_paths: frozenset[str], has_keys: bool) 
             del operation["responses"]["422"]
         if has_keys and path in open_paths:
             operation["security"] = OPEN
+        for body in operation.get("requestBody", {}).get("content", {}).values():
+            body["examples"] = {shown: {"value": example} for shown, example in examples_of(path, model).items()}
     return document
 
 

@@ -121,7 +121,7 @@ def build_app(
     shared_paths.add_root(app, service)
     if options.page:
         page_routes.add_routes(app, service, house)
-    describe(app, OPEN_PATHS, has_keys=bool(options.api_keys))
+    describe(app, service.served_name, OPEN_PATHS, has_keys=bool(options.api_keys))
     app.add_middleware(Authorisation, options=options)
     if options.cors_origins:  # outside of authorisation: a browser asks for permission without a key
         app.add_middleware(

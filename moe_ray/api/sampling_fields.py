@@ -19,12 +19,20 @@ _ALONE: Final = ("stop", "bad_words")
 """Lists of strings; one string stands for a list of it."""
 
 
-def with_sampling(names: Collection[str]) -> Callable[[dict[str, Any]], None]:
-    """`json_schema_extra` of a model: adds those sampling parameters that are no fields of the model itself."""
+def with_sampling(
+    names: Collection[str], further: Mapping[str, dict[str, Any]] | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """`json_schema_extra` of a model: adds those sampling parameters that are no fields of the model itself.
+
+    `further`: field → schema of what else a body may have, where every other field is refused.
+    """
 
     def extend(schema: dict[str, Any]) -> None:
         for name in sorted(names):
             schema["properties"].setdefault(name, _schemas()[name])
+        if further is not None:
+            schema["properties"] |= further
+            schema["additionalProperties"] = False
 
     return extend
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from moe_ray.api.body import read_body
 from moe_ray.api.health_answers import HEALTH
-from moe_ray.api.openai.answers import ChatAnswer, ChatChunk, CompletionAnswer, CompletionChunk, OpenAIError
+from moe_ray.api.openai.answers import ChatChunk, ChatCompletionAnswer, CompletionAnswer, CompletionChunk, OpenAIError
 from moe_ray.api.openai.routes import answer_chat, answer_completion, answer_tokenize
 from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
 from moe_ray.api.openai.tokenize import TokenizeRequest, TokenizeResponse
@@ -86,7 +86,10 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         openapi_extra=json_body(TgiCompatBody, ChatRequest, CompletionRequest),
         responses={
             **answers(
-                TgiGeneratedList | ChatAnswer | CompletionAnswer, EITHER_ERROR, INVOKED, statuses=(401, 429, 500, 503)
+                TgiGeneratedList | ChatCompletionAnswer | CompletionAnswer,
+                EITHER_ERROR,
+                INVOKED,
+                statuses=(401, 429, 500, 503),
             ),
             **failures(OpenAIError, 400, 404),
             **failures(TgiErrorBody, 413, 422, 424),

@@ -119,6 +119,18 @@ def test_no_route_answers_without_a_key(app: fastapi.FastAPI) -> None:
     asyncio.run(ask())
 
 
+def test_the_document_says_where_keys_are_asked_for(app: fastapi.FastAPI) -> None:
+    document = app.openapi()
+    assert {next(iter(way)) for way in document["security"]} == set(document["components"]["securitySchemes"])
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert operation["summary"], path
+            assert (operation.get("security") == []) == (path in OPEN_PATHS)
+            assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
+    unlisted = {path for _, path in routes(app)} - set(document["paths"])
+    assert unlisted == {"/openapi.json", "/page/{name}", "/v1/models/m"}
+
+
 def test_below_a_prefix_health_is_open_and_nothing_else(app: fastapi.FastAPI) -> None:
     """As Serve mounts an application: the prefix is in `root_path` and in `path`."""
 

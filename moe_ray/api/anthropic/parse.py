@@ -138,7 +138,9 @@ def _refuse_unsupported(request: PromptRequest) -> None:
 
 def _check_edits(management: Any) -> None:
     """Raise `InvalidRequest` for edits of the conversation, other than to leave out thinking, as every prompt does."""
-    edits = management.get("edits", []) if isinstance(management, dict) else [management]
+    edits = management.get("edits") or [] if isinstance(management, dict) else None
+    if not isinstance(edits, list):
+        raise InvalidRequest("context_management: must be an object with `edits`, a list", "context_management")
     for edit in edits:
         kind = edit.get("type") if isinstance(edit, dict) else edit
         if not str(kind).startswith("clear_thinking_"):

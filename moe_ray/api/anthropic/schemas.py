@@ -122,10 +122,42 @@ class OutputConfig(Documented):
     format: MessageFormat | None = None
 
 
+HARMLESS: Final = frozenset(
+    {"cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "user_profile_id", "workspace_id"}
+)
+"""Fields about accounting, routing and caching: the answer is the same with or without them."""
+
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+}
+"""Field → the values with which it asks for nothing. Any other value would change the answer, so it is refused."""
+
+SAMPLING: Final = NAMES - {
+    *("grammar", "bad_words_ids", "logprobs", "max_tokens", "prompt_logprobs", "return_routed_experts", "stop"),
+}
+"""Further fields of a body: those that an answer can carry, and that have no other name here."""
+
+
+FURTHER: Final[dict[str, dict[str, Any]]] = {
+    **{name: {"description": "Accepted, without effect."} for name in sorted(HARMLESS)},
+    **{
+        name: {"enum": [None, *neutral], "description": "No other value is supported."}
+        for name, neutral in NEUTRAL.items()
+    },
+    "context_management": {
+        "anyOf": [{"type": "object"}, {"type": "null"}],
+        "description": "Edits that leave out what the model thought, as every prompt does. No others are supported.",
+    },
+}
+"""Field → its schema, of those that are no fields of the models."""
+
+
 class PromptRequest(Documented):
     """Body of POST /v1/messages/count_tokens: what the prompt is made of."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=with_sampling(SAMPLING, FURTHER))
 
     model: str
     messages: Annotated[list[MessageTurn], Field(min_length=1)]
@@ -143,16 +175,8 @@ class PromptRequest(Documented):
         return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
-SAMPLING: Final = NAMES - {
-    *("grammar", "bad_words_ids", "logprobs", "max_tokens", "prompt_logprobs", "return_routed_experts", "stop"),
-}
-"""Further fields of a body: those that an answer can carry, and that have no other name here."""
-
-
 class MessagesRequest(PromptRequest):
     """Body of POST /v1/messages."""
-
-    model_config = ConfigDict(json_schema_extra=with_sampling(SAMPLING))
 
     max_tokens: Annotated[int, Field(ge=1)]
     """Most tokens of the answer; it also ends where the model's context does, and then says so."""
@@ -261,16 +285,3 @@ class MessageModels(Documented):
     has_more: bool
     first_id: str
     last_id: str
-
-
-HARMLESS: Final = frozenset(
-    {"cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "user_profile_id", "workspace_id"}
-)
-"""Fields about accounting, routing and caching: the answer is the same with or without them."""
-
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "container": (),
-    "mcp_servers": ([],),
-    "speed": ("standard",),
-}
-"""Field → the values with which it asks for nothing. Any other value would change the answer, so it is refused."""

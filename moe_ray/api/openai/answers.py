@@ -195,13 +195,14 @@ class _Answer(_Told):
     created: int
     """Seconds since 1970."""
     model: str
+    system_fingerprint: str
+    """What computed the answer: this server's version."""
 
 
 class CompletionAnswer(_Answer):
     """Answer to POST /v1/completions."""
 
     object: Literal["text_completion"]
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: UsageOfTokens
 
@@ -215,11 +216,10 @@ class CompletionChunk(_Answer):
     """Of the last chunk, with `stream_options.include_usage`; of all, with `continuous_usage_stats`."""
 
 
-class ChatAnswer(_Answer):
+class ChatCompletionAnswer(_Answer):
     """Answer to POST /v1/chat/completions."""
 
     object: Literal["chat.completion"]
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageOfTokens
     prompt_token_ids: list[int] | None = None

@@ -14,8 +14,8 @@ from moe_ray import __version__
 from moe_ray.api.health_answers import HEALTH
 from moe_ray.api.job import GenerationJob, ModelLimits
 from moe_ray.api.openai.answers import (
-    ChatAnswer,
     ChatChunk,
+    ChatCompletionAnswer,
     CompletionAnswer,
     CompletionChunk,
     OpenAIError,
@@ -86,7 +86,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/v1/chat/completions",
         openapi_extra=json_body(ChatRequest),
-        responses=answers(ChatAnswer, OpenAIError, CHAT_EVENTS),
+        responses=answers(ChatCompletionAnswer, OpenAIError, CHAT_EVENTS),
     )
     async def chat_completions(request: Request) -> Response:
         """Chat completions, whole or streamed."""
@@ -95,7 +95,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/v1/chat/completions/batch",
         openapi_extra=json_body(BatchChatRequest),
-        responses=answers(ChatAnswer, OpenAIError, CHAT_EVENTS),
+        responses=answers(ChatCompletionAnswer, OpenAIError, CHAT_EVENTS),
     )
     async def chat_completions_of_many(request: Request) -> Response:
         """Chat completions of several conversations in one response."""

@@ -240,7 +240,7 @@ class ReasoningOptions(_Part):
 class ResponsesRequest(_Part):
     """Body of POST /v1/responses."""
 
-    model_config = ConfigDict(json_schema_extra=with_sampling(SAMPLING))
+    model_config = ConfigDict(json_schema_extra=with_sampling(SAMPLING, {}))
 
     input: Input
     model: str | None = None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, RootModel
 
 from moe_ray.api.documented import Documented
+from moe_ray.api.openapi import schema_of
 
 
 class TgiGrammar(Documented):
@@ -73,10 +74,15 @@ class TgiCompatBody(TgiGenerateBody):
     """Of /generate only false, of /generate_stream only true."""
 
 
+def _one_of_two(schema: dict[str, Any]) -> None:
+    chat = {"type": "object", "required": ["messages"], "properties": {"messages": {"type": "array"}}}
+    schema["properties"]["instances"]["items"] = {"anyOf": [schema_of(TgiGenerateBody), chat]}
+
+
 class TgiVertexBody(Documented):
     """Body of POST /vertex."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_one_of_two)
 
     instances: list[dict[str, Any]] = Field(min_length=1)
     """Each a body of /generate, or one of chat completions."""
