@@ -108,7 +108,7 @@ def build_app(
         """200 once a trunk and every expert are up, else 503 naming what is missing."""
         return await service.health()
 
-    @app.get("/experts", responses=answers(ExpertsLoad, OpenAIError, statuses=(401, 500, 503)))
+    @app.get("/experts", responses=answers(ExpertsLoad, OpenAIError, statuses=(500,)))
     async def experts() -> dict[str, Any]:
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
         return await expert_load()

@@ -22,7 +22,7 @@ Card = Callable[[ServedModel, str], dict[str, Any]]
 def add_routes(app: FastAPI, service: ServedModel) -> None:
     """Add the routes to `app`; they answer from `service`."""
 
-    @app.get("/v1/models", responses=answers(ModelList | MessageModels, EITHER_ERROR, statuses=(401,)))
+    @app.get("/v1/models", responses=answers(ModelList | MessageModels, EITHER_ERROR, statuses=()))
     async def models(request: Request) -> dict[str, Any]:
         """The served model under each of its names: OpenAI's list, or Anthropic's page."""
         cards = [_card_of(request)(service, name) for name in service.names]
@@ -30,7 +30,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
             return {"data": cards, "has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
         return {"object": "list", "data": cards}
 
-    @app.get("/v1/models/{model:path}", responses=answers(ModelCard | MessageModel, EITHER_ERROR, statuses=(401, 404)))
+    @app.get("/v1/models/{model:path}", responses=answers(ModelCard | MessageModel, EITHER_ERROR, statuses=(404,)))
     async def model(model: str, request: Request) -> dict[str, Any]:
         """One model card; 404 for a model that is not served."""
         service.check_model(model)

@@ -21,18 +21,20 @@ _FAILURES: Final = {
     424: "The answer could not be computed",
     429: "Too many requests wait",
     500: "The server is at fault",
-    503: "A part of the model is not there",
+    503: "A part of the model is not there, or too many requests are worked on",
 }
-GENERATION: Final = (400, 401, 404, 429, 500, 503)
-"""What may become of a request for tokens."""
+ANYWHERE: Final = (401, 503)
+"""What may become of every request, probes apart."""
+GENERATION: Final = (400, 404, 429, 500)
+"""What else may become of a request for tokens."""
 
 
 def answers(
     answer: Kind, error: Kind, content: Mapping[str, Any] | None = None, statuses: tuple[int, ...] = GENERATION
 ) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route. `content`: further media types of the answer. `statuses`: those of its failures."""
+    """The `responses` of a route. `content`: further media types of the answer. `statuses`: of failures of its own."""
     done: dict[str, Any] = {"model": answer, "description": "The answer", "content": dict(content or {})}
-    return {200: done, **failures(error, *statuses)}
+    return {200: done, **failures(error, *ANYWHERE, *statuses)}
 
 
 def failures(error: Kind, *statuses: int) -> dict[int | str, dict[str, Any]]:

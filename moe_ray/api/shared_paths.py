@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from starlette.responses import Response
 
 from moe_ray.api.body import read_body
-from moe_ray.api.health_answers import HEALTH
+from moe_ray.api.health_answers import HEALTH, Unhealthy
 from moe_ray.api.openai.answers import ChatChunk, ChatCompletionAnswer, CompletionAnswer, CompletionChunk, OpenAIError
 from moe_ray.api.openai.routes import answer_chat, answer_completion, answer_tokenize
 from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
@@ -71,7 +71,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         "/tokenize",
         openapi_extra=json_body(TgiGenerateBody, TokenizeRequest),
         responses={
-            **answers(TgiTokens | TokenizeResponse, EITHER_ERROR, statuses=(401, 500, 503)),
+            **answers(TgiTokens | TokenizeResponse, EITHER_ERROR, statuses=(500,)),
             **failures(OpenAIError, 400, 404),
             **failures(OpenAIError, 413),
             **failures(TgiErrorBody, 422, 424),
@@ -89,7 +89,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
                 TgiGeneratedList | ChatCompletionAnswer | CompletionAnswer,
                 EITHER_ERROR,
                 INVOKED,
-                statuses=(401, 429, 500, 503),
+                statuses=(429, 500),
             ),
             **failures(OpenAIError, 400, 404),
             **failures(TgiErrorBody, 413, 422, 424),
@@ -108,8 +108,8 @@ def add_root(app: FastAPI, service: ServedModel) -> None:
         responses={
             200: {**HEALTH[200], "content": {"text/html": {"schema": {"type": "string"}}}},
             304: {"description": "The page is as the client has it"},
-            503: HEALTH[503],
             **failures(TgiErrorBody, 401),
+            **failures(Unhealthy | TgiErrorBody, 503),
         },
     )
     async def root(request: Request) -> Response:

@@ -16,6 +16,7 @@ import pytest
 from in_process import LOAD, Trunk, served
 
 from moe_ray.api.http import OPEN_PATHS, build_app
+from moe_ray.api.observation import PROBES
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.api.sse import KEEP_ALIVE, SseReader
 from moe_ray.config import load_config
@@ -127,6 +128,7 @@ def test_the_document_says_where_keys_are_asked_for(app: fastapi.FastAPI) -> Non
             assert operation["summary"], path
             assert (operation.get("security") == []) == (path in OPEN_PATHS)
             assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
+            assert path in PROBES or "503" in operation["responses"], "of a gateway that is full"
     unlisted = {path for _, path in routes(app)} - set(document["paths"])
     assert unlisted == {"/openapi.json", "/page/{name}", "/v1/models/m"}
 

@@ -63,7 +63,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/v1/messages/count_tokens",
         openapi_extra=json_body(PromptRequest),
-        responses=answers(MessageTokens, MessageError, statuses=(400, 401, 404, 500)),
+        responses=answers(MessageTokens, MessageError, statuses=(400, 404, 500)),
     )
     async def count_tokens(request: Request) -> dict[str, Any]:
         """How many tokens the prompt of such a conversation has. Nothing is computed."""

@@ -28,7 +28,7 @@ from moe_ray.api.ollama.schemas import (
     OllamaVersion,
 )
 from moe_ray.api.openapi import json_body, lines_of
-from moe_ray.api.route_answers import answers, failures
+from moe_ray.api.route_answers import ANYWHERE, answers, failures
 from moe_ray.api.service import ServedModel, StreamForm
 from moe_ray.api.sse import dumps
 from moe_ray.errors import InvalidRequest
@@ -81,22 +81,22 @@ def _add_answers(app: FastAPI, service: ServedModel) -> None:
 
 
 def _add_facts(app: FastAPI, service: ServedModel) -> None:
-    @app.head("/", response_class=Response, responses={401: {"description": "No valid API key"}})
+    @app.head("/", response_class=Response, responses={status: {"description": "As of GET"} for status in ANYWHERE})
     async def alive() -> Response:
         """The server runs: what ollama's clients ask first."""
         return Response()
 
-    @app.get("/api/version", responses=answers(OllamaVersion, OllamaError, statuses=(401,)))
+    @app.get("/api/version", responses=answers(OllamaVersion, OllamaError, statuses=()))
     async def version() -> dict[str, Any]:
         """The version of ollama's API, and of this server."""
         return {"version": API_VERSION, "moe_ray": __version__}
 
-    @app.get("/api/tags", responses=answers(OllamaModels, OllamaError, statuses=(401, 500)))
+    @app.get("/api/tags", responses=answers(OllamaModels, OllamaError, statuses=(500,)))
     async def tags() -> dict[str, Any]:
         """The served model under each of its names."""
         return {"models": model_cards(service)}
 
-    @app.get("/api/ps", responses=answers(OllamaModels, OllamaError, statuses=(401, 500)))
+    @app.get("/api/ps", responses=answers(OllamaModels, OllamaError, statuses=(500,)))
     async def ps() -> dict[str, Any]:
         """The same, once requests are served."""
         return {"models": [] if await service.missing() else loaded_cards(service)}
@@ -104,7 +104,7 @@ def _add_facts(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/api/show",
         openapi_extra=json_body(OllamaName),
-        responses=answers(OllamaShown, OllamaError, statuses=(400, 401, 404, 500)),
+        responses=answers(OllamaShown, OllamaError, statuses=(400, 404, 500)),
     )
     async def show(request: Request) -> dict[str, Any]:
         """What the model is: its shape, its template, what it can do."""
@@ -118,7 +118,7 @@ def _add_refusals(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/api/pull",
         openapi_extra=json_body(OllamaName),
-        responses=answers(OllamaPulled, OllamaError, lines_of(MEDIA_TYPE, OllamaPulled), (400, 401, 404)),
+        responses=answers(OllamaPulled, OllamaError, lines_of(MEDIA_TYPE, OllamaPulled), (400, 404)),
     )
     async def pull(request: Request) -> Response:
         """Says that the served model is there; others are not fetched."""
@@ -126,13 +126,13 @@ def _add_refusals(app: FastAPI, service: ServedModel) -> None:
         done = {"status": "success"}
         return Response(f"{dumps(done)}\n", media_type=MEDIA_TYPE) if body.stream else JSONResponse(done)
 
-    @app.delete("/api/delete", status_code=400, responses=failures(OllamaError, 400, 401))
+    @app.delete("/api/delete", status_code=400, responses=failures(OllamaError, 400, *ANYWHERE))
     async def delete() -> Response:
         """Always refused."""
         raise InvalidRequest("this server deletes no models")
 
     def refuse(path: str) -> None:
-        @app.post(path, name=path, status_code=400, responses=failures(OllamaError, 400, 401))
+        @app.post(path, name=path, status_code=400, responses=failures(OllamaError, 400, *ANYWHERE))
         async def refused() -> Response:
             """Always refused."""
             raise InvalidRequest(_UNSUPPORTED[path])

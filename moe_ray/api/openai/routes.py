@@ -49,7 +49,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/detokenize",
         openapi_extra=json_body(DetokenizeRequest),
-        responses=answers(DetokenizeResponse, OpenAIError, statuses=(400, 401, 404, 500, 503)),
+        responses=answers(DetokenizeResponse, OpenAIError, statuses=(400, 404, 500)),
     )
     async def text(request: Request) -> DetokenizeResponse:
         """The text of token ids."""
@@ -58,12 +58,12 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         service.check_model(body.model)
         return await service.parse(len(raw), partial(detokenize, body, service.tokenizer))
 
-    @app.get("/version", responses=answers(ServerVersion, OpenAIError, statuses=(401,)))
+    @app.get("/version", responses=answers(ServerVersion, OpenAIError, statuses=()))
     async def version() -> dict[str, str]:
         """The version of moe_ray."""
         return {"version": __version__}
 
-    @app.get("/load", responses=answers(ServerLoad, OpenAIError, statuses=(401,)))
+    @app.get("/load", responses=answers(ServerLoad, OpenAIError, statuses=()))
     async def load() -> dict[str, int]:
         """Requests that this gateway works on."""
         return {"server_load": service.num_requests}

@@ -18,7 +18,7 @@ from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel
 
 FOLDER: Final = "/page/"
-CHANGED: Final = (400, 401, 403, 500, 503)
+CHANGED: Final = (400, 403, 500)
 """What may become of a request that changes something, unless it is done."""
 
 
@@ -58,7 +58,7 @@ def page(request: Request) -> Response:
 def _add_house(app: FastAPI, house: House, *, has_keys: bool) -> None:
     glance = Glance(house.look)
 
-    @app.get("/house", responses=answers(HouseSeen, OpenAIError, statuses=(401, 500, 503)))
+    @app.get("/house", responses=answers(HouseSeen, OpenAIError, statuses=(500,)))
     async def look() -> Response:
         """Trunks and experts of this moment, at most a second old."""
         return JSONResponse(await glance(), headers={"Cache-Control": "no-store"})

@@ -25,7 +25,7 @@ from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel
 from moe_ray.errors import InvalidRequest, ResponseNotFound
 
-STORED: Final = (400, 401, 404, 500, 503)
+STORED: Final = (400, 404, 500)
 """What may become of a request for a stored response."""
 
 

@@ -22,7 +22,7 @@ from moe_ray.api.openai.parse import to_job as chat_job
 from moe_ray.api.openai.schemas import ChatRequest
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.output import JobOutput
-from moe_ray.api.route_answers import answers, failures
+from moe_ray.api.route_answers import ANYWHERE, answers, failures
 from moe_ray.api.service import ServedModel, degraded
 from moe_ray.api.tgi.errors import stream_error
 from moe_ray.api.tgi.parse import parameters_of, read, to_job
@@ -44,7 +44,7 @@ from moe_ray.errors import InvalidRequest
 from moe_ray.text.tokenizer import TokenSpan
 
 PIPELINE: Final = "text-generation"
-STATUSES: Final = (401, 413, 422, 424, 429, 500, 503)
+STATUSES: Final = (413, 422, 424, 429, 500)
 EVENTS: Final = events_of(TgiStreamEvent, TgiErrorBody)
 
 
@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         "/generate_stream",
         openapi_extra=json_body(TgiCompatBody),
         response_class=Response,  # which has no media type of its own
-        responses={200: {"content": EVENTS}, **failures(TgiErrorBody, *STATUSES)},
+        responses={200: {"content": EVENTS}, **failures(TgiErrorBody, *ANYWHERE, *STATUSES)},
     )
     async def generate_stream(request: Request) -> Response:
         """Generate one answer as server-sent events, one for each token."""
@@ -102,13 +102,13 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/chat_tokenize",
         openapi_extra=json_body(ChatRequest),
-        responses=answers(TgiChatTokens, TgiErrorBody, statuses=(401, 413, 422, 424, 503)),
+        responses=answers(TgiChatTokens, TgiErrorBody, statuses=(413, 422, 424)),
     )
     async def chat_tokenize(request: Request) -> Response:
         """The text and the tokens that a chat request's messages become."""
         return await _chat_tokenize(service, await read_body(request, limit))
 
-    @app.get("/info", responses=answers(TgiInfo, TgiErrorBody, statuses=(401, 503)))
+    @app.get("/info", responses=answers(TgiInfo, TgiErrorBody, statuses=()))
     async def info() -> TgiInfo:
         """The served model and the limits of requests."""
         return await _info(service)
