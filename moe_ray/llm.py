@@ -21,6 +21,7 @@ from moe_ray.errors import InvalidRequest
 from moe_ray.experts.local import local_experts
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.text.bad_words import with_bad_words
 from moe_ray.text.tokenizer import Tokenizer
 from moe_ray.text.vocabulary import token_bytes
 
@@ -172,7 +173,7 @@ class LLM:
         choices = []
         for prompt, params in zip(prompts, _as_params(sampling_params, len(prompts)), strict=True):
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            request = Request(f"llm-{next(self._ids)}", tuple(ids), params)
+            request = Request(f"llm-{next(self._ids)}", tuple(ids), with_bad_words(params, self.tokenizer))
             if not params.empty:
                 self._engine.check(request)
             choices.append(ChoiceOutput(self.tokenizer, request))

@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
 from moe_ray.errors import InvalidRequest
 
@@ -58,6 +58,9 @@ class SamplingParams:
     >>> SamplingParams(stop="\\n", temperature=None) == SamplingParams(stop=("\\n",), temperature=1.0)
     True
     """
+
+    __pydantic_config__: ClassVar = {"use_attribute_docstrings": True}
+    """For /openapi.json, which describes the fields by their docstrings."""
 
     max_tokens: int | None = 16
     """Most tokens to generate; None: up to the model's context length; 0: none."""
@@ -204,7 +207,7 @@ def _strings(most: int) -> Callable[[Any], tuple[str, ...]]:
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise TypeError
-    bias = _between(_number, -100.0, 100.0)
+    bias = _Between(_number, -100.0, 100.0)
     return {_token_id(_integer(token_id)): bias(each) for token_id, each in value.items()}
 
 
@@ -214,28 +217,33 @@ def _grammar(value: Any) -> Grammar:
     return value
 
 
-def _between(read: Callable[[Any], Any], low: float, high: float) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        converted = read(value)
-        if not low <= converted <= high:  # NaN is in no range
+@dataclass(frozen=True, slots=True)
+class _Between:
+    """Reads a number of a range, its ends included."""
+
+    read: Callable[[Any], Any]
+    low: float
+    high: float
+
+    def __call__(self, value: Any) -> Any:
+        converted = self.read(value)
+        if not self.low <= converted <= self.high:  # NaN is in no range
             raise ValueError
         return converted
-
-    return check
 
 
 # field → (its reader, what a value must be)
 _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
-    "max_tokens": (_between(_integer, 0, _MOST_INT), "an integer, at least 0"),
-    "min_tokens": (_between(_integer, 0, _MOST_INT), "an integer, at least 0"),
-    "temperature": (_between(_number, 0.0, 2.0), "between 0 and 2"),
-    "top_k": (_between(_integer, -1, _MOST_INT), "-1 or 0 (off) or at least 1"),
-    "top_p": (_between(_number, 0.0, 1.0), "between 0 and 1"),
-    "min_p": (_between(_number, 0.0, 1.0), "between 0 and 1"),
-    "typical_p": (_between(_number, math.ulp(0.0), 1.0), "above 0 and at most 1"),
-    "repetition_penalty": (_between(_number, math.ulp(0.0), 1e4), "above 0 and at most 10000"),
-    "presence_penalty": (_between(_number, -2.0, 2.0), "between -2 and 2"),
-    "frequency_penalty": (_between(_number, -2.0, 2.0), "between -2 and 2"),
+    "max_tokens": (_Between(_integer, 0, _MOST_INT), "an integer, at least 0"),
+    "min_tokens": (_Between(_integer, 0, _MOST_INT), "an integer, at least 0"),
+    "temperature": (_Between(_number, 0.0, 2.0), "between 0 and 2"),
+    "top_k": (_Between(_integer, -1, _MOST_INT), "-1 or 0 (off) or at least 1"),
+    "top_p": (_Between(_number, 0.0, 1.0), "between 0 and 1"),
+    "min_p": (_Between(_number, 0.0, 1.0), "between 0 and 1"),
+    "typical_p": (_Between(_number, math.ulp(0.0), 1.0), "above 0 and at most 1"),
+    "repetition_penalty": (_Between(_number, math.ulp(0.0), 1e4), "above 0 and at most 10000"),
+    "presence_penalty": (_Between(_number, -2.0, 2.0), "between -2 and 2"),
+    "frequency_penalty": (_Between(_number, -2.0, 2.0), "between -2 and 2"),
     "logit_bias": (_biases, "a mapping of token ids to values in -100..100"),
     "allowed_token_ids": (_token_ids, "a list of token ids"),
     "bad_words": (
@@ -246,16 +254,16 @@ _RULES: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
         _token_sequences,
         f"a list of at most {2 * MAX_BAD_WORDS} lists of token ids, none of them empty",
     ),
-    "seed": (_between(_integer, MIN_SEED, MAX_SEED), "an integer between -2**63 and 2**63 - 1"),
+    "seed": (_Between(_integer, MIN_SEED, MAX_SEED), "an integer between -2**63 and 2**63 - 1"),
     "stop": (
         _strings(MAX_STOP_STRINGS),
         f"a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty",
     ),
     "stop_token_ids": (_token_ids, "a list of token ids"),
     "ignore_eos": (_flag, "true or false"),
-    "logprobs": (_between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
-    "prompt_logprobs": (_between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
-    "priority": (_between(_integer, -_MOST_INT - 1, _MOST_INT), "an integer of 32 bits"),
+    "logprobs": (_Between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
+    "prompt_logprobs": (_Between(_integer, 0, MAX_LOGPROBS), f"between 0 and {MAX_LOGPROBS}"),
+    "priority": (_Between(_integer, -_MOST_INT - 1, _MOST_INT), "an integer of 32 bits"),
     "include_stop_str_in_output": (_flag, "true or false"),
     "skip_special_tokens": (_flag, "true or false"),
     "return_routed_experts": (_flag, "true or false"),
@@ -266,3 +274,22 @@ _DEFAULTS: Final[dict[str, Any]] = {
     each.name: {} if each.name == "logit_bias" else None if each.name == "max_tokens" else each.default
     for each in fields(SamplingParams)
 }
+
+
+def rule_of(name: str) -> str:
+    """What a value of a parameter must be.
+
+    >>> rule_of("temperature")
+    'between 0 and 2'
+    """
+    return _RULES[name][1]
+
+
+def range_of(name: str) -> tuple[float, float] | None:
+    """The least and the greatest value of a parameter; None of one that is no number.
+
+    >>> range_of("temperature")
+    (0.0, 2.0)
+    """
+    read = _RULES[name][0]
+    return (read.low, read.high) if isinstance(read, _Between) else None

@@ -25,6 +25,7 @@ from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.config import load_config
 from moe_ray.core import TokenEvent, TrunkInfo
+from moe_ray.deploy.load_overview import overview
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
@@ -38,7 +39,7 @@ from moe_ray.text.vocabulary import token_bytes_of
 from moe_ray.transport.base import LinkOptions
 from moe_ray.trunk.runtime import TrunkPlace, TrunkRuntime
 
-LOAD: dict[str, Any] = {"experts": []}
+LOAD: dict[str, Any] = overview({})
 """What GET /experts answers."""
 
 

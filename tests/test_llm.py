@@ -13,6 +13,7 @@ from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.llm import LLM
 from moe_ray.sampling import Grammar
+from moe_ray.text.bad_words import bad_words_ids
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 
@@ -50,6 +51,17 @@ def test_one_sampling_params_for_all_or_one_each(llm: LLM) -> None:
         with pytest.raises(InvalidRequest, match="sampling_params") as error:
             llm.generate([[5, 6]], wrong if not isinstance(wrong, int) else [wrong])  # type: ignore[arg-type,list-item]
         assert error.value.param == "sampling_params"
+
+
+def test_bad_words_are_no_part_of_the_output(llm: LLM) -> None:
+    first = replace(GREEDY, max_tokens=1)
+    for token in range(5, 512):
+        [output] = llm.generate([5, token], first)
+        ids = bad_words_ids([output.text], llm.tokenizer) if output.text else ()
+        if (output.token_ids[0],) in ids and max(map(max, ids)) < 512:
+            break
+    [without] = llm.generate([5, token], replace(first, bad_words=(output.text,)))
+    assert without.token_ids != output.token_ids
 
 
 def test_prompts_in_every_form(llm: LLM) -> None:

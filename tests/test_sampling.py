@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from moe_ray.core import Request, SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.pb import moe_ray_pb2 as pb
-from moe_ray.sampling import _RULES, Grammar
+from moe_ray.sampling import _RULES, Grammar, range_of, rule_of
 from moe_ray.trunk.wire import pack_request, unpack_request
 
 TEXT_ONLY = {"stop", "bad_words", "include_stop_str_in_output", "skip_special_tokens"}
@@ -145,3 +146,15 @@ def test_a_grammar_of_no_known_kind_is_refused() -> None:
     message = pb.Submit(request_id="r", prompt_token_ids=[1], sampling=pb.SamplingParams(grammar=pb.Grammar(kind="x")))
     with pytest.raises(InvalidRequest, match="`grammar`"):
         unpack_request(message)
+
+
+def test_the_range_that_is_told_is_the_one_that_is_taken() -> None:
+    told = {name: bounds for name in _RULES if (bounds := range_of(name)) is not None}
+    assert {"temperature", "top_p", "max_tokens", "seed", "prompt_logprobs"} <= set(told)
+    for name, (low, high) in told.items():
+        for value in (low, high):
+            assert getattr(SamplingParams(**{"max_tokens": None, name: value}), name) in (value, None)
+        step = 1 if isinstance(low, int) else 0.001
+        for value in (low - step, high + step):
+            with pytest.raises(InvalidRequest, match=re.escape(f"`{name}` must be {rule_of(name)}")):
+                SamplingParams(**{"max_tokens": None, name: value})

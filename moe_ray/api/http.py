@@ -19,17 +19,22 @@ from moe_ray import __version__
 from moe_ray.api import models, shared_paths
 from moe_ray.api.anthropic import errors as anthropic_errors
 from moe_ray.api.anthropic import routes as anthropic_routes
+from moe_ray.api.document import describe
 from moe_ray.api.failure import Failure, failure_of
+from moe_ray.api.health_answers import HEALTH
 from moe_ray.api.in_flight import InFlight
-from moe_ray.api.metrics_route import metrics_route
+from moe_ray.api.load_answers import ExpertsLoad
+from moe_ray.api.metrics_route import EXPOSITION, metrics_route
 from moe_ray.api.observation import REQUEST_ID, Watching
 from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
+from moe_ray.api.openai.answers import OpenAIError
 from moe_ray.api.page import routes as page_routes
 from moe_ray.api.page.house import House
 from moe_ray.api.responses import routes as responses_routes
+from moe_ray.api.route_answers import answers
 from moe_ray.api.service import DEGRADED_HEADER, HttpOptions, ServedModel
 from moe_ray.api.tgi import errors as tgi_errors
 from moe_ray.api.tgi import routes as tgi_routes
@@ -98,17 +103,17 @@ def build_app(
     for status in (404, 405):
         app.add_exception_handler(status, on_no_route)
 
-    @app.get("/health")
+    @app.get("/health", responses=HEALTH)
     async def health() -> Response:
         """200 once a trunk and every expert are up, else 503 naming what is missing."""
         return await service.health()
 
-    @app.get("/experts")
+    @app.get("/experts", responses=answers(ExpertsLoad, OpenAIError, statuses=(500,)))
     async def experts() -> dict[str, Any]:
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
         return await expert_load()
 
-    app.add_route("/metrics", metrics_route(service, expert_load), include_in_schema=False)
+    app.add_api_route("/metrics", metrics_route(service, expert_load), response_class=Response, responses=EXPOSITION)
     models.add_routes(app, service)
     for api in APIS:
         api.add_routes(app, service)
@@ -116,6 +121,7 @@ def build_app(
     shared_paths.add_root(app, service)
     if options.page:
         page_routes.add_routes(app, service, house)
+    describe(app, service.served_name, OPEN_PATHS, has_keys=bool(options.api_keys))
     app.add_middleware(Authorisation, options=options)
     if options.cors_origins:  # outside of authorisation: a browser asks for permission without a key
         app.add_middleware(

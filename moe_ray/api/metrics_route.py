@@ -21,6 +21,14 @@ KEEP_S: Final = 5.0
 WAIT_S: Final = 0.5
 """How long a scrape waits for it; what was known before is told then."""
 
+EXPOSITION: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "Metrics, in the form that the scraper accepts",
+        "content": {name: {"schema": {"type": "string"}} for name in ("text/plain", "application/openmetrics-text")},
+    }
+}
+"""The `responses` of the route. No key is asked for."""
+
 
 class KeptLoad:
     """The load of the experts, asked for now and then. Never slow, and never a failure."""
@@ -57,6 +65,7 @@ def metrics_route(
     load = KeptLoad(expert_load)
 
     async def metrics(request: Request) -> Response:
+        """What this gateway and its trunks have counted, for Prometheus."""
         experts = await load.get()
         accept = request.headers.get("accept", "")
         body, media_type = expose(

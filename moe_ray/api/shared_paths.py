@@ -15,16 +15,28 @@ from pydantic_core import from_json
 from starlette.responses import Response
 
 from moe_ray.api.body import read_body
+from moe_ray.api.health_answers import HEALTH, Unhealthy
+from moe_ray.api.openai.answers import ChatChunk, ChatCompletionAnswer, CompletionAnswer, CompletionChunk, OpenAIError
 from moe_ray.api.openai.routes import answer_chat, answer_completion, answer_tokenize
 from moe_ray.api.openai.schemas import ChatRequest, CompletionRequest
 from moe_ray.api.openai.tokenize import TokenizeRequest, TokenizeResponse
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.page import routes as page
+from moe_ray.api.route_answers import answers, failures
 from moe_ray.api.service import ServedModel
 from moe_ray.api.tgi import routes as tgi
-from moe_ray.api.tgi.schemas import TgiCompatBody, TgiErrorBody, TgiGenerateBody, TgiStreamEvent, TgiTokens
+from moe_ray.api.tgi.schemas import (
+    TgiCompatBody,
+    TgiErrorBody,
+    TgiGenerateBody,
+    TgiGeneratedList,
+    TgiStreamEvent,
+    TgiTokens,
+)
 from moe_ray.errors import InvalidRequest
 
+EITHER_ERROR: Final = TgiErrorBody | OpenAIError
+INVOKED: Final = events_of(TgiStreamEvent, TgiErrorBody, ChatChunk, CompletionChunk, OpenAIError, last="[DONE]")
 SPEAKS: Final = "speaks"
 """Key of a request's state: the name of the API whose errors it gets."""
 
@@ -59,10 +71,10 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         "/tokenize",
         openapi_extra=json_body(TgiGenerateBody, TokenizeRequest),
         responses={
-            200: {"model": TgiTokens | TokenizeResponse},
-            400: {"description": "OpenAI's error, where the body is not TGI's"},
-            413: {"description": "The body is too large"},
-            422: {"model": TgiErrorBody},
+            **answers(TgiTokens | TokenizeResponse, EITHER_ERROR, statuses=(500,)),
+            **failures(OpenAIError, 400, 404),
+            **failures(OpenAIError, 413),
+            **failures(TgiErrorBody, 422, 424),
         },
     )
     async def tokenize(request: Request) -> Response:
@@ -73,8 +85,14 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         "/invocations",
         openapi_extra=json_body(TgiCompatBody, ChatRequest, CompletionRequest),
         responses={
-            200: {"description": "As the API of the body answers", "content": events_of(TgiStreamEvent)},
-            **tgi.FAILURES,
+            **answers(
+                TgiGeneratedList | ChatCompletionAnswer | CompletionAnswer,
+                EITHER_ERROR,
+                INVOKED,
+                statuses=(429, 500),
+            ),
+            **failures(OpenAIError, 400, 404),
+            **failures(TgiErrorBody, 413, 422, 424),
         },
     )
     async def invocations(request: Request) -> Response:
@@ -85,7 +103,15 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
 def add_root(app: FastAPI, service: ServedModel) -> None:
     """Add `GET /`: the page for browsers, where there is one, and for programs what TGI answers there."""
 
-    @app.get("/", responses={503: {"description": "A part of the model is missing"}})
+    @app.get(
+        "/",
+        responses={
+            200: {**HEALTH[200], "content": {"text/html": {"schema": {"type": "string"}}}},
+            304: {"description": "The page is as the client has it"},
+            **failures(TgiErrorBody, 401),
+            **failures(Unhealthy | TgiErrorBody, 503),
+        },
+    )
     async def root(request: Request) -> Response:
         """The page, for a client that accepts text/html; as /health for others."""
         if service.options.page and page.wants_page(request):

@@ -80,6 +80,12 @@ def test_an_answer_is_the_one_that_openais_api_gives(client: anthropic.Anthropic
     assert message._request_id is not None
 
 
+def test_bad_words_are_no_part_of_an_answer(client: anthropic.Anthropic) -> None:
+    word = client.messages.create(**ASK, extra_body=NO_END).content[0].text.split()[0]
+    without = client.messages.create(**ASK, extra_body={**NO_END, "bad_words": [word]})
+    assert word not in without.content[0].text.split()
+
+
 def test_the_events_of_a_stream_come_in_order_and_are_the_answer(
     client: anthropic.Anthropic, raw: httpx.Client
 ) -> None:
@@ -252,6 +258,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"speed": "fast"}, "speed: 'fast' is not supported"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers: .* is not supported"),
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits: "),
+    ({"context_management": {"edits": 3}}, "context_management: "),
+    ({"context_management": [1]}, "context_management: "),
+    ({"allowed_token_ids": []}, "`allowed_token_ids` "),
     ({"nonsense": 1}, "nonsense: this field is not supported"),
 ]
 

@@ -16,6 +16,7 @@ import pytest
 from in_process import LOAD, Trunk, served
 
 from moe_ray.api.http import OPEN_PATHS, build_app
+from moe_ray.api.observation import PROBES
 from moe_ray.api.service import HttpOptions, ServedModel
 from moe_ray.api.sse import KEEP_ALIVE, SseReader
 from moe_ray.config import load_config
@@ -117,6 +118,19 @@ def test_no_route_answers_without_a_key(app: fastapi.FastAPI) -> None:
                 assert (missing.status_code, missing.json()["error"]["message"]) == (404, "no route GET /docs")
 
     asyncio.run(ask())
+
+
+def test_the_document_says_where_keys_are_asked_for(app: fastapi.FastAPI) -> None:
+    document = app.openapi()
+    assert {next(iter(way)) for way in document["security"]} == set(document["components"]["securitySchemes"])
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert operation["summary"], path
+            assert (operation.get("security") == []) == (path in OPEN_PATHS)
+            assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
+            assert path in PROBES or "503" in operation["responses"], "of a gateway that is full"
+    unlisted = {path for _, path in routes(app)} - set(document["paths"])
+    assert unlisted == {"/openapi.json", "/page/{name}", "/v1/models/m"}
 
 
 def test_below_a_prefix_health_is_open_and_nothing_else(app: fastapi.FastAPI) -> None:

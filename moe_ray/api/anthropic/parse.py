@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from moe_ray.api.anthropic.schemas import (
     HARMLESS,
     NEUTRAL,
+    SAMPLING,
     CustomTool,
     MessagesRequest,
     PromptRequest,
@@ -19,17 +19,15 @@ from moe_ray.api.anthropic.schemas import (
 from moe_ray.api.anthropic.turns import template_messages
 from moe_ray.api.chat import ChatInput, Tool, ToolChoice, chat_prompt
 from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, make_job
+from moe_ray.api.sampling_fields import sampling_given
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
+from moe_ray.text.bad_words import with_bad_words
 from moe_ray.text.tokenizer import Tokenizer
 
 _B = TypeVar("_B", bound=PromptRequest)
 
-_SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams)) - {
-    *("grammar", "logprobs", "max_tokens", "prompt_logprobs", "return_routed_experts", "stop"),
-}
-"""Further fields of a body: those that an answer can carry, and that have no other name here."""
 _MODES: Final = {"auto": "auto", "any": "required", "tool": "named", "none": "none"}
 _TAGS: Final = frozenset({"text", "thinking", "redacted_thinking", "tool_use", "tool_result"})
 _NO_THINKING: Final = "thinking: this model does not think; leave it out, or send {'type': 'disabled'} or 'adaptive'"
@@ -62,9 +60,9 @@ def to_job(body: MessagesRequest, tokenizer: Tokenizer, limits: ModelLimits, job
         raise InvalidRequest(
             f"prompt is too long: {len(prompt.token_ids)} tokens > {limits.max_model_len - 1} maximum", "messages"
         )
-    given = {name: value for name, value in (body.model_extra or {}).items() if name in _SAMPLING}
+    given = sampling_given(body.model_extra, SAMPLING)
     given |= {"max_tokens": min(body.max_tokens, left), "stop": body.stop_sequences}
-    sampling = SamplingParams(**{**tokenizer.sampling_defaults, **given})
+    sampling = with_bad_words(SamplingParams(**{**tokenizer.sampling_defaults, **given}), tokenizer)
     return make_job(job_id, [prompt], sampling, limits, prompt_field="messages", stream=body.stream)
 
 
@@ -128,7 +126,7 @@ def _parse(kind: type[_B], body: bytes) -> _B:
 
 
 def _refuse_unsupported(request: PromptRequest) -> None:
-    known = {*HARMLESS, *NEUTRAL, *_SAMPLING, "context_management", *MessagesRequest.model_fields}
+    known = {*HARMLESS, *NEUTRAL, *SAMPLING, "context_management", *MessagesRequest.model_fields}
     for name, value in (request.model_extra or {}).items():
         if name not in known:
             raise InvalidRequest(f"{name}: this field is not supported", name)
@@ -140,7 +138,9 @@ def _refuse_unsupported(request: PromptRequest) -> None:
 
 def _check_edits(management: Any) -> None:
     """Raise `InvalidRequest` for edits of the conversation, other than to leave out thinking, as every prompt does."""
-    edits = management.get("edits", []) if isinstance(management, dict) else [management]
+    edits = management.get("edits") or [] if isinstance(management, dict) else None
+    if not isinstance(edits, list):
+        raise InvalidRequest("context_management: must be an object with `edits`, a list", "context_management")
     for edit in edits:
         kind = edit.get("type") if isinstance(edit, dict) else edit
         if not str(kind).startswith("clear_thinking_"):

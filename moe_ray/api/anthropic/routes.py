@@ -22,7 +22,7 @@ from moe_ray.api.anthropic.schemas import (
     PromptRequest,
 )
 from moe_ray.api.job import GenerationJob, ModelLimits
-from moe_ray.api.openapi import json_body
+from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel, StreamForm
 from moe_ray.errors import InvalidRequest
@@ -38,7 +38,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/v1/messages",
         openapi_extra=json_body(MessagesRequest),
-        responses=answers(MessageAnswer, MessageError, MessageEvent, sse.MEDIA_TYPE),
+        responses=answers(MessageAnswer, MessageError, events_of(MessageEvent)),
     )
     async def messages(request: Request) -> Response:
         """The next turn of a conversation, whole or streamed."""
@@ -63,7 +63,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/v1/messages/count_tokens",
         openapi_extra=json_body(PromptRequest),
-        responses=answers(MessageTokens, MessageError),
+        responses=answers(MessageTokens, MessageError, statuses=(400, 404, 500)),
     )
     async def count_tokens(request: Request) -> dict[str, Any]:
         """How many tokens the prompt of such a conversation has. Nothing is computed."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from moe_ray.api.documented import Documented
+from moe_ray.api.sampling_fields import NAMES, with_sampling
 
 
-class Block(BaseModel):
+class Block(Documented):
     """One piece of a message's content. `cache_control` and `citations` are accepted: prefixes are always cached."""
 
     model_config = ConfigDict(extra="ignore")
@@ -61,7 +64,7 @@ ContentBlock = Annotated[
 Content = Annotated[list[ContentBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ContentBlock])]
 
 
-class MessageTurn(BaseModel):
+class MessageTurn(Documented):
     """What one side says; several of one side in a row are one. `system` among them is said in the user's turn."""
 
     model_config = ConfigDict(extra="forbid")
@@ -70,7 +73,7 @@ class MessageTurn(BaseModel):
     content: Content
 
 
-class CustomTool(BaseModel):
+class CustomTool(Documented):
     """A function that the client runs. `cache_control`, `input_examples`, … are accepted and change nothing."""
 
     model_config = ConfigDict(extra="ignore")
@@ -82,7 +85,7 @@ class CustomTool(BaseModel):
     strict: bool = False
 
 
-class ToolChoiceSetting(BaseModel):
+class ToolChoiceSetting(Documented):
     """Whether tools may or must be called."""
 
     model_config = ConfigDict(extra="forbid")
@@ -93,7 +96,7 @@ class ToolChoiceSetting(BaseModel):
     disable_parallel_tool_use: bool = False
 
 
-class ThinkingSetting(BaseModel):
+class ThinkingSetting(Documented):
     """Whether the model thinks before it answers: it does not, so it may be told to decide, and not be told to."""
 
     model_config = ConfigDict(extra="allow")
@@ -101,7 +104,7 @@ class ThinkingSetting(BaseModel):
     type: Literal["disabled", "adaptive"]
 
 
-class MessageFormat(BaseModel):
+class MessageFormat(Documented):
     """The answer's text is JSON of a schema."""
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True)
@@ -110,7 +113,7 @@ class MessageFormat(BaseModel):
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class OutputConfig(BaseModel):
+class OutputConfig(Documented):
     """What the answer is like. `effort` is a hint to models that think."""
 
     model_config = ConfigDict(extra="forbid")
@@ -119,10 +122,42 @@ class OutputConfig(BaseModel):
     format: MessageFormat | None = None
 
 
-class PromptRequest(BaseModel):
+HARMLESS: Final = frozenset(
+    {"cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "user_profile_id", "workspace_id"}
+)
+"""Fields about accounting, routing and caching: the answer is the same with or without them."""
+
+NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+}
+"""Field → the values with which it asks for nothing. Any other value would change the answer, so it is refused."""
+
+SAMPLING: Final = NAMES - {
+    *("grammar", "bad_words_ids", "logprobs", "max_tokens", "prompt_logprobs", "return_routed_experts", "stop"),
+}
+"""Further fields of a body: those that an answer can carry, and that have no other name here."""
+
+
+FURTHER: Final[dict[str, dict[str, Any]]] = {
+    **{name: {"description": "Accepted, without effect."} for name in sorted(HARMLESS)},
+    **{
+        name: {"enum": [None, *neutral], "description": "No other value is supported."}
+        for name, neutral in NEUTRAL.items()
+    },
+    "context_management": {
+        "anyOf": [{"type": "object"}, {"type": "null"}],
+        "description": "Edits that leave out what the model thought, as every prompt does. No others are supported.",
+    },
+}
+"""Field → its schema, of those that are no fields of the models."""
+
+
+class PromptRequest(Documented):
     """Body of POST /v1/messages/count_tokens: what the prompt is made of."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=with_sampling(SAMPLING, FURTHER))
 
     model: str
     messages: Annotated[list[MessageTurn], Field(min_length=1)]
@@ -149,7 +184,7 @@ class MessagesRequest(PromptRequest):
     stop_sequences: list[Annotated[str, Field(min_length=1)]] = []
 
 
-class AnswerBlock(BaseModel):
+class AnswerBlock(Documented):
     """One piece of an answer: `text`, or a call's `id`, `name` and `input`."""
 
     type: Literal["text", "tool_use"]
@@ -159,7 +194,7 @@ class AnswerBlock(BaseModel):
     input: dict[str, Any] | None = None
 
 
-class MessageUsage(BaseModel):
+class MessageUsage(Documented):
     """Tokens that an answer took; those of the prompt are the sum of the three."""
 
     input_tokens: int
@@ -171,7 +206,7 @@ class MessageUsage(BaseModel):
     output_tokens: int
 
 
-class MessageAnswer(BaseModel):
+class MessageAnswer(Documented):
     """Answer to POST /v1/messages."""
 
     id: str
@@ -184,14 +219,14 @@ class MessageAnswer(BaseModel):
     usage: MessageUsage
 
 
-class MessageErrorDetail(BaseModel):
+class MessageErrorDetail(Documented):
     """What was wrong."""
 
     type: str
     message: str
 
 
-class MessageEvent(BaseModel):
+class MessageEvent(Documented):
     """One event of a streamed answer; which fields it has depends on its type, which is its name as well."""
 
     type: Literal[
@@ -216,13 +251,13 @@ class MessageEvent(BaseModel):
     request_id: str | None = None
 
 
-class MessageTokens(BaseModel):
+class MessageTokens(Documented):
     """Answer to POST /v1/messages/count_tokens."""
 
     input_tokens: int
 
 
-class MessageError(BaseModel):
+class MessageError(Documented):
     """Answer to a request that failed."""
 
     type: Literal["error"]
@@ -230,14 +265,23 @@ class MessageError(BaseModel):
     request_id: str
 
 
-HARMLESS: Final = frozenset(
-    {"cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "user_profile_id", "workspace_id"}
-)
-"""Fields about accounting, routing and caching: the answer is the same with or without them."""
+class MessageModel(Documented):
+    """The served model under one of its names."""
 
-NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "container": (),
-    "mcp_servers": ([],),
-    "speed": ("standard",),
-}
-"""Field → the values with which it asks for nothing. Any other value would change the answer, so it is refused."""
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    """When this server began to serve it."""
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+    max_tokens: int | None
+
+
+class MessageModels(Documented):
+    """The model under each of its names."""
+
+    data: list[MessageModel]
+    has_more: bool
+    first_id: str
+    last_id: str

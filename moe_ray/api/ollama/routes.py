@@ -23,11 +23,12 @@ from moe_ray.api.ollama.schemas import (
     OllamaGenerated,
     OllamaModels,
     OllamaName,
+    OllamaPulled,
     OllamaShown,
     OllamaVersion,
 )
-from moe_ray.api.openapi import json_body
-from moe_ray.api.route_answers import answers
+from moe_ray.api.openapi import json_body, lines_of
+from moe_ray.api.route_answers import ANYWHERE, answers, failures
 from moe_ray.api.service import ServedModel, StreamForm
 from moe_ray.api.sse import dumps
 from moe_ray.errors import InvalidRequest
@@ -59,7 +60,7 @@ def _add_answers(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/api/generate",
         openapi_extra=json_body(OllamaGenerate),
-        responses=answers(OllamaGenerated, OllamaError, OllamaGenerated, MEDIA_TYPE),
+        responses=answers(OllamaGenerated, OllamaError, lines_of(MEDIA_TYPE, OllamaGenerated, OllamaError)),
     )
     async def generate(request: Request) -> Response:
         """The answer to one prompt, in lines unless `stream` is false."""
@@ -70,7 +71,7 @@ def _add_answers(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/api/chat",
         openapi_extra=json_body(OllamaChat),
-        responses=answers(OllamaAnswer, OllamaError, OllamaAnswer, MEDIA_TYPE),
+        responses=answers(OllamaAnswer, OllamaError, lines_of(MEDIA_TYPE, OllamaAnswer, OllamaError)),
     )
     async def chat(request: Request) -> Response:
         """The next turn of a conversation, in lines unless `stream` is false."""
@@ -80,27 +81,31 @@ def _add_answers(app: FastAPI, service: ServedModel) -> None:
 
 
 def _add_facts(app: FastAPI, service: ServedModel) -> None:
-    @app.head("/")
+    @app.head("/", response_class=Response, responses={status: {"description": "As of GET"} for status in ANYWHERE})
     async def alive() -> Response:
         """The server runs: what ollama's clients ask first."""
         return Response()
 
-    @app.get("/api/version", responses={200: {"model": OllamaVersion}})
+    @app.get("/api/version", responses=answers(OllamaVersion, OllamaError, statuses=()))
     async def version() -> dict[str, Any]:
         """The version of ollama's API, and of this server."""
         return {"version": API_VERSION, "moe_ray": __version__}
 
-    @app.get("/api/tags", responses={200: {"model": OllamaModels}})
+    @app.get("/api/tags", responses=answers(OllamaModels, OllamaError, statuses=(500,)))
     async def tags() -> dict[str, Any]:
         """The served model under each of its names."""
         return {"models": model_cards(service)}
 
-    @app.get("/api/ps", responses={200: {"model": OllamaModels}})
+    @app.get("/api/ps", responses=answers(OllamaModels, OllamaError, statuses=(500,)))
     async def ps() -> dict[str, Any]:
         """The same, once requests are served."""
         return {"models": [] if await service.missing() else loaded_cards(service)}
 
-    @app.post("/api/show", openapi_extra=json_body(OllamaName), responses=answers(OllamaShown, OllamaError))
+    @app.post(
+        "/api/show",
+        openapi_extra=json_body(OllamaName),
+        responses=answers(OllamaShown, OllamaError, statuses=(400, 404, 500)),
+    )
     async def show(request: Request) -> dict[str, Any]:
         """What the model is: its shape, its template, what it can do."""
         _named(service, await request.body())
@@ -110,20 +115,24 @@ def _add_facts(app: FastAPI, service: ServedModel) -> None:
 def _add_refusals(app: FastAPI, service: ServedModel) -> None:
     """What manages ollama's store of models, of which this server has none."""
 
-    @app.post("/api/pull", openapi_extra=json_body(OllamaName))
+    @app.post(
+        "/api/pull",
+        openapi_extra=json_body(OllamaName),
+        responses=answers(OllamaPulled, OllamaError, lines_of(MEDIA_TYPE, OllamaPulled), (400, 404)),
+    )
     async def pull(request: Request) -> Response:
         """Says that the served model is there; others are not fetched."""
         body = _named(service, await request.body())
         done = {"status": "success"}
         return Response(f"{dumps(done)}\n", media_type=MEDIA_TYPE) if body.stream else JSONResponse(done)
 
-    @app.delete("/api/delete", responses={400: {"model": OllamaError}})
+    @app.delete("/api/delete", status_code=400, responses=failures(OllamaError, 400, *ANYWHERE))
     async def delete() -> Response:
         """Always refused."""
         raise InvalidRequest("this server deletes no models")
 
     def refuse(path: str) -> None:
-        @app.post(path, name=path, responses={400: {"model": OllamaError}})
+        @app.post(path, name=path, status_code=400, responses=failures(OllamaError, 400, *ANYWHERE))
         async def refused() -> Response:
             """Always refused."""
             raise InvalidRequest(_UNSUPPORTED[path])

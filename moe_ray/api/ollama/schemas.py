@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from moe_ray.api.documented import Documented
 
 
-class OllamaOptions(BaseModel):
+class OllamaOptions(Documented):
     """How tokens are chosen. What is left out is as the checkpoint recommends it; ollama has values of its own."""
 
     model_config = ConfigDict(extra="allow")
@@ -30,7 +32,7 @@ class OllamaOptions(BaseModel):
     frequency_penalty: float | None = None
 
 
-class OllamaRequest(BaseModel):
+class OllamaRequest(Documented):
     """What /api/generate and /api/chat share."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -71,7 +73,7 @@ class OllamaGenerate(OllamaRequest):
     images: Annotated[list[Any], Field(max_length=0)] = []
 
 
-class OllamaFunction(BaseModel):
+class OllamaFunction(Documented):
     """A function that the model may call."""
 
     model_config = ConfigDict(extra="ignore")
@@ -81,7 +83,7 @@ class OllamaFunction(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class OllamaTool(BaseModel):
+class OllamaTool(Documented):
     """A tool."""
 
     model_config = ConfigDict(extra="ignore")
@@ -90,7 +92,7 @@ class OllamaTool(BaseModel):
     function: OllamaFunction
 
 
-class OllamaCalled(BaseModel):
+class OllamaCalled(Documented):
     """What is called, and with what."""
 
     model_config = ConfigDict(extra="ignore")
@@ -100,7 +102,7 @@ class OllamaCalled(BaseModel):
     arguments: dict[str, Any]
 
 
-class OllamaCall(BaseModel):
+class OllamaCall(Documented):
     """One call of a tool."""
 
     model_config = ConfigDict(extra="ignore")
@@ -109,7 +111,7 @@ class OllamaCall(BaseModel):
     function: OllamaCalled
 
 
-class OllamaMessage(BaseModel):
+class OllamaMessage(Documented):
     """One turn of a conversation. `thinking` is left out of the prompt."""
 
     model_config = ConfigDict(extra="ignore")
@@ -130,7 +132,7 @@ class OllamaChat(OllamaRequest):
     tools: list[OllamaTool] = []
 
 
-class OllamaName(BaseModel):
+class OllamaName(Documented):
     """Body of routes about one model."""
 
     model_config = ConfigDict(extra="ignore")
@@ -141,7 +143,7 @@ class OllamaName(BaseModel):
     stream: bool = True
 
 
-class OllamaTokenLogprob(BaseModel):
+class OllamaTokenLogprob(Documented):
     """A token and its log-probability."""
 
     token: str
@@ -155,7 +157,7 @@ class OllamaLogprob(OllamaTokenLogprob):
     top_logprobs: list[OllamaTokenLogprob] | None = None
 
 
-class OllamaTimes(BaseModel):
+class OllamaTimes(Documented):
     """What an answer, or a line of it, says of itself; the durations, in nanoseconds, come with the last line."""
 
     model: str
@@ -181,7 +183,7 @@ class OllamaGenerated(OllamaTimes):
     context: list[int] | None = None
 
 
-class OllamaSaid(BaseModel):
+class OllamaSaid(Documented):
     """What the model says."""
 
     role: Literal["assistant"]
@@ -195,13 +197,13 @@ class OllamaAnswer(OllamaTimes):
     message: OllamaSaid
 
 
-class OllamaError(BaseModel):
+class OllamaError(Documented):
     """Answer to a request that failed, or the last line of a stream that did."""
 
     error: str
 
 
-class OllamaDetails(BaseModel):
+class OllamaDetails(Documented):
     """What kind of model it is."""
 
     parent_model: str
@@ -212,7 +214,7 @@ class OllamaDetails(BaseModel):
     quantization_level: str
 
 
-class OllamaModel(BaseModel):
+class OllamaModel(Documented):
     """The model under one of its names."""
 
     name: str
@@ -228,13 +230,13 @@ class OllamaModel(BaseModel):
     context_length: int | None = None
 
 
-class OllamaModels(BaseModel):
+class OllamaModels(Documented):
     """Answer to GET /api/tags and GET /api/ps."""
 
     models: list[OllamaModel]
 
 
-class OllamaShown(BaseModel):
+class OllamaShown(Documented):
     """Answer to POST /api/show."""
 
     model_config = ConfigDict(protected_namespaces=())
@@ -248,7 +250,13 @@ class OllamaShown(BaseModel):
     modified_at: str
 
 
-class OllamaVersion(BaseModel):
+class OllamaPulled(Documented):
+    """Answer to POST /api/pull, or its one line."""
+
+    status: Literal["success"]
+
+
+class OllamaVersion(Documented):
     """Answer to GET /api/version."""
 
     version: str

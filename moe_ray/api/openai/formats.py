@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from moe_ray.api.documented import Documented
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
 from moe_ray.text.answers.structure import either, grammar_of, text
@@ -17,7 +18,7 @@ MAX_CHOICES_OF_TEXT: Final = 1024
 _NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-class JsonSchemaBody(BaseModel):
+class JsonSchemaBody(Documented):
     """A JSON schema with a name."""
 
     model_config = ConfigDict(extra="forbid")
@@ -28,7 +29,7 @@ class JsonSchemaBody(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Documented):
     """OpenAI's field, with vLLM's further type, and TGI's forms: a type and a `value`."""
 
     model_config = ConfigDict(extra="allow")
@@ -71,7 +72,7 @@ class ResponseFormat(BaseModel):
         return Grammar("json_schema", json.dumps(self.value, ensure_ascii=False))
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Documented):
     """vLLM's field: one of these."""
 
     model_config = ConfigDict(extra="forbid")
@@ -101,7 +102,7 @@ class StructuredOutputs(BaseModel):
         return found
 
 
-class TextFormatFields(BaseModel):
+class TextFormatFields(Documented):
     """The fields of a body that say what its text must match; at most one of them is given."""
 
     guided_choice: list[str] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, ReportOptions, make_job
 from moe_ray.api.openai.conversations import chat_prompts
 from moe_ray.api.openai.schemas import (
+    SAMPLING,
     UNION_RULES,
     UNSUPPORTED,
     BatchChatRequest,
@@ -20,17 +21,17 @@ from moe_ray.api.openai.schemas import (
     CompletionRequest,
     StreamOptions,
 )
+from moe_ray.api.sampling_fields import sampling_given
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import MAX_LOGPROBS
-from moe_ray.text.bad_words import bad_words_ids
+from moe_ray.text.bad_words import with_bad_words
 from moe_ray.text.tokenizer import Tokenizer
 
 _B = TypeVar("_B", CompletionRequest, ChatRequest, BatchChatRequest)
 _C = TypeVar("_C", ChatRequest, BatchChatRequest)
 _M = TypeVar("_M", bound=BaseModel)
 
-_SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams)) - {"grammar", "bad_words_ids"}
 _LISTS: Final = ("messages", "prompt")
 """Fields that are named as a whole where something in them is wrong."""
 COMPLETION_TOKENS: Final = 16
@@ -68,9 +69,7 @@ def to_job(body: Body, tokenizer: Tokenizer, limits: ModelLimits, job_id: str) -
 
     Tokenizes on the calling thread. Raises `InvalidRequest` for what needs the tokenizer or the model to be seen.
     """
-    sampling = SamplingParams(**{**tokenizer.sampling_defaults, **_given(body)})
-    if sampling.bad_words:
-        sampling = replace(sampling, bad_words_ids=bad_words_ids(sampling.bad_words, tokenizer))
+    sampling = with_bad_words(SamplingParams(**{**tokenizer.sampling_defaults, **_given(body)}), tokenizer)
     n = body.n
     if isinstance(body, CompletionRequest):
         field, prompts = "prompt", _prompts(body, tokenizer)
@@ -110,9 +109,7 @@ def _truncated(prompt: Prompt, most: int, sampling: SamplingParams, limits: Mode
 
 def _given(body: Body) -> dict[str, Any]:
     """The sampling parameters of a body, unchecked."""
-    given = {name: value for name, value in (body.model_extra or {}).items() if name in _SAMPLING}
-    if given.get("allowed_token_ids") == []:
-        raise InvalidRequest("`allowed_token_ids` must hold at least one token id", "allowed_token_ids")
+    given = sampling_given(body.model_extra, SAMPLING)
     if body.stream and "prompt_logprobs" in given:
         raise InvalidRequest("`prompt_logprobs` cannot be streamed", "prompt_logprobs")
     if isinstance(body, CompletionRequest):

@@ -64,6 +64,7 @@ class OpenAIRenderer:
             "object": self.object_name,
             "created": int(time.time()) if created is None else created,
             "model": model,
+            "system_fingerprint": FINGERPRINT,
         }
         # A chunk is written for each token of each stream: all that never changes is serialised here, once.
         self._head = "data: " + dumps({**self._meta, "object": self.chunk_name})[:-1] + ',"choices":['
@@ -77,7 +78,7 @@ class OpenAIRenderer:
     def whole(self) -> dict[str, Any]:
         """The response object of a job whose choices are all finished."""
         choices = [self._choice(index, choice) for index, choice in enumerate(self._output.told())]
-        return {**self._meta, "system_fingerprint": FINGERPRINT, "choices": choices, "usage": self._usage()}
+        return {**self._meta, "choices": choices, "usage": self._usage()}
 
     def chunk(self, delta: Delta) -> str:
         """One engine step; "" where there is nothing to say yet (held-back text, half a character)."""

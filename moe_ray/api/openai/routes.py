@@ -5,31 +5,52 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from moe_ray import __version__
+from moe_ray.api.health_answers import HEALTH
 from moe_ray.api.job import GenerationJob, ModelLimits
+from moe_ray.api.openai.answers import (
+    ChatChunk,
+    ChatCompletionAnswer,
+    CompletionAnswer,
+    CompletionChunk,
+    OpenAIError,
+    ServerLoad,
+    ServerVersion,
+)
 from moe_ray.api.openai.chat_render import ChatRenderer
 from moe_ray.api.openai.parse import parse_chat, parse_chat_batch, parse_completion, to_job
 from moe_ray.api.openai.render import CompletionRenderer, OpenAIRenderer
-from moe_ray.api.openai.schemas import Body
+from moe_ray.api.openai.schemas import BatchChatRequest, Body, ChatRequest, CompletionRequest
 from moe_ray.api.openai.tokenize import (
+    DetokenizeRequest,
     DetokenizeResponse,
     detokenize,
     parse_detokenize,
     parse_tokenize,
     tokenize,
 )
+from moe_ray.api.openapi import events_of, json_body
+from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel
 from moe_ray.errors import InvalidRequest
+
+COMPLETION_EVENTS: Final = events_of(CompletionChunk, OpenAIError, last="[DONE]")
+CHAT_EVENTS: Final = events_of(ChatChunk, OpenAIError, last="[DONE]")
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
     """Add the routes to `app`; they answer from `service`."""
 
-    @app.post("/detokenize")
+    @app.post(
+        "/detokenize",
+        openapi_extra=json_body(DetokenizeRequest),
+        responses=answers(DetokenizeResponse, OpenAIError, statuses=(400, 404, 500)),
+    )
     async def text(request: Request) -> DetokenizeResponse:
         """The text of token ids."""
         raw = await request.body()
@@ -37,33 +58,45 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         service.check_model(body.model)
         return await service.parse(len(raw), partial(detokenize, body, service.tokenizer))
 
-    @app.get("/version")
+    @app.get("/version", responses=answers(ServerVersion, OpenAIError, statuses=()))
     async def version() -> dict[str, str]:
         """The version of moe_ray."""
         return {"version": __version__}
 
-    @app.get("/load")
+    @app.get("/load", responses=answers(ServerLoad, OpenAIError, statuses=()))
     async def load() -> dict[str, int]:
         """Requests that this gateway works on."""
         return {"server_load": service.num_requests}
 
-    @app.get("/ping")
-    @app.post("/ping", include_in_schema=False)
+    @app.get("/ping", responses=HEALTH)
+    @app.post("/ping", responses=HEALTH)
     async def ping() -> Response:
         """As GET /health, for load balancers that ask this path."""
         return await service.health()
 
-    @app.post("/v1/completions")
+    @app.post(
+        "/v1/completions",
+        openapi_extra=json_body(CompletionRequest),
+        responses=answers(CompletionAnswer, OpenAIError, COMPLETION_EVENTS),
+    )
     async def completions(request: Request) -> Response:
         """Text completions, whole or streamed."""
         return await answer_completion(service, await request.body())
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra=json_body(ChatRequest),
+        responses=answers(ChatCompletionAnswer, OpenAIError, CHAT_EVENTS),
+    )
     async def chat_completions(request: Request) -> Response:
         """Chat completions, whole or streamed."""
         return await answer_chat(service, await request.body())
 
-    @app.post("/v1/chat/completions/batch")
+    @app.post(
+        "/v1/chat/completions/batch",
+        openapi_extra=json_body(BatchChatRequest),
+        responses=answers(ChatCompletionAnswer, OpenAIError, CHAT_EVENTS),
+    )
     async def chat_completions_of_many(request: Request) -> Response:
         """Chat completions of several conversations in one response."""
         return await answer(service, await request.body(), parse_chat_batch, ChatRenderer)

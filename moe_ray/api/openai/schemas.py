@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import ConfigDict, Field, StrictInt, model_validator
 
+from moe_ray.api.documented import Documented
 from moe_ray.api.job import MAX_CHOICES
 from moe_ray.api.openai.formats import TextFormatFields
 from moe_ray.api.openai.tools import Choice, FunctionBody, LegacyChoice, ToolBody
+from moe_ray.api.sampling_fields import NAMES, with_sampling
 
+SAMPLING: Final = NAMES - {"grammar", "bad_words_ids"}
+"""Sampling parameters that are fields of a body."""
 MAX_BEST_OF: Final = 20
 MAX_N: Final = 128
 """Most choices for each prompt."""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Documented):
     """What a stream carries beside the tokens."""
 
     include_usage: bool = False
@@ -29,7 +33,7 @@ class StreamOptions(BaseModel):
 class GenerationRequest(TextFormatFields):
     """The fields both endpoints share. Others are kept: sampling parameters, unsupported and harmless ones."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=with_sampling(SAMPLING))
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
@@ -56,14 +60,14 @@ class CompletionRequest(GenerationRequest):
     """Generate so many choices for each prompt and answer with the `n` whose tokens are likeliest."""
 
 
-class ContentPart(BaseModel):
+class ContentPart(Documented):
     """One part of a message's content; parts other than text are refused by the tokenizer, by name."""
 
     type: str
     text: str | None = None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Documented):
     """One turn of a conversation. Further keys (`name`, ...) are passed to the template."""
 
     model_config = ConfigDict(extra="allow")

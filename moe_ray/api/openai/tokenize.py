@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import ConfigDict, Field, StrictInt
 
 from moe_ray.api.chat import chat_prompt
+from moe_ray.api.documented import Documented
 from moe_ray.api.job import ModelLimits, check_ids
 from moe_ray.api.openai.conversations import chat_input
 from moe_ray.api.openai.parse import validated
@@ -16,7 +17,7 @@ from moe_ray.errors import InvalidRequest
 from moe_ray.text.tokenizer import Tokenizer
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Documented):
     """Body of POST /tokenize: a `prompt`, or the `messages` of a conversation."""
 
     model_config = ConfigDict(extra="allow")
@@ -33,7 +34,7 @@ class TokenizeRequest(BaseModel):
     tools: Annotated[list[ToolBody], Field(default_factory=list)]
 
 
-class TokenizeResponse(BaseModel):
+class TokenizeResponse(Documented):
     """Token ids of a text or a conversation."""
 
     count: int
@@ -42,14 +43,14 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Documented):
     """Body of POST /detokenize."""
 
     model: str | None = None
     tokens: list[StrictInt]
 
 
-class DetokenizeResponse(BaseModel):
+class DetokenizeResponse(Documented):
     """The text of token ids."""
 
     prompt: str

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from moe_ray.api.documented import Documented
 from moe_ray.errors import InvalidRequest
 from moe_ray.text.answers.tools import FUNCTION_NAME, FUNCTION_NAME_RULE, Tool, ToolChoice
 
@@ -15,7 +16,7 @@ LEGACY_ID: Final = "call_of_message_{}"
 """Of a call in the form of before tools, which has no id."""
 
 
-class FunctionBody(BaseModel):
+class FunctionBody(Documented):
     """A function that the model may call."""
 
     model_config = ConfigDict(extra="forbid")
@@ -31,20 +32,20 @@ class FunctionBody(BaseModel):
         return Tool(self.name, self.description or "", schema, bool(self.strict))
 
 
-class ToolBody(BaseModel):
+class ToolBody(Documented):
     """A tool: a function."""
 
     type: Literal["function"]
     function: FunctionBody
 
 
-class FunctionName(BaseModel):
+class FunctionName(Documented):
     """A function by its name."""
 
     name: str
 
 
-class NamedChoice(BaseModel):
+class NamedChoice(Documented):
     """The function that must be called."""
 
     type: Literal["function"] = "function"

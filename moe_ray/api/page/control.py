@@ -6,16 +6,17 @@ import ipaddress
 from typing import Annotated, Final, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import ConfigDict, Field, StrictInt, StrictStr, ValidationError
 from starlette.requests import Request
 
+from moe_ray.api.documented import Documented
 from moe_ray.errors import Forbidden, InvalidRequest
 
 HEADER: Final = "x-moe-ray-page"
 """A browser sends it to another origin only after that origin's consent, which we never give."""
 
 
-class ScaleBody(BaseModel):
+class ScaleBody(Documented):
     """Body of POST /house/scale."""
 
     model_config = ConfigDict(extra="forbid")
@@ -25,7 +26,7 @@ class ScaleBody(BaseModel):
     """null: as many as the policy decides."""
 
 
-class KillBody(BaseModel):
+class KillBody(Documented):
     """Body of POST /house/kill."""
 
     model_config = ConfigDict(extra="forbid")

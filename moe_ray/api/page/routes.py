@@ -8,12 +8,18 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
+from moe_ray.api.openai.answers import OpenAIError
+from moe_ray.api.openapi import json_body
+from moe_ray.api.page.answers import HouseSeen, Killed, Scaled
 from moe_ray.api.page.control import KillBody, ScaleBody, check_origin, parse
 from moe_ray.api.page.files import HEADERS, INDEX, PageFile, index, page_files
 from moe_ray.api.page.house import Glance, House
+from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel
 
 FOLDER: Final = "/page/"
+CHANGED: Final = (400, 403, 500)
+"""What may become of a request that changes something, unless it is done."""
 
 
 def is_file(scope: Scope, path: str) -> bool:
@@ -52,7 +58,7 @@ def page(request: Request) -> Response:
 def _add_house(app: FastAPI, house: House, *, has_keys: bool) -> None:
     glance = Glance(house.look)
 
-    @app.get("/house")
+    @app.get("/house", responses=answers(HouseSeen, OpenAIError, statuses=(500,)))
     async def look() -> Response:
         """Trunks and experts of this moment, at most a second old."""
         return JSONResponse(await glance(), headers={"Cache-Control": "no-store"})
@@ -60,7 +66,9 @@ def _add_house(app: FastAPI, house: House, *, has_keys: bool) -> None:
     if not house.control:
         return
 
-    @app.post("/house/scale", include_in_schema=False)
+    @app.post(
+        "/house/scale", openapi_extra=json_body(ScaleBody), responses=answers(Scaled, OpenAIError, statuses=CHANGED)
+    )
     async def scale(request: Request) -> dict[str, Any]:
         """Set the replicas of an expert. Answers before they run."""
         check_origin(request, has_keys)
@@ -69,7 +77,9 @@ def _add_house(app: FastAPI, house: House, *, has_keys: bool) -> None:
         glance.forget()
         return {"expert": body.expert, "replicas": body.replicas}
 
-    @app.post("/house/kill", include_in_schema=False)
+    @app.post(
+        "/house/kill", openapi_extra=json_body(KillBody), responses=answers(Killed, OpenAIError, statuses=CHANGED)
+    )
     async def kill(request: Request) -> dict[str, Any]:
         """Kill the process of a replica."""
         check_origin(request, has_keys)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from moe_ray.api.documented import Documented
 from moe_ray.api.responses.schemas import ItemStatus
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
-class _Answer(BaseModel):
+class _Answer(Documented):
     model_config = ConfigDict(extra="forbid")
 
 
@@ -136,7 +137,7 @@ class ResponseObject(_Answer):
     """Positions that were computed without one of their experts; there only where there are some."""
 
 
-class ResponseStreamEvent(BaseModel):
+class ResponseStreamEvent(Documented):
     """One event. Its further fields depend on its type, as OpenAI's reference lists them."""
 
     model_config = ConfigDict(extra="allow")
@@ -163,18 +164,3 @@ class InputItemPage(_Answer):
     first_id: str | None
     last_id: str | None
     has_more: bool
-
-
-class ErrorReason(_Answer):
-    """What is wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ResponsesError(_Answer):
-    """The body of an error."""
-
-    error: ErrorReason

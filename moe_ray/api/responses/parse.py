@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,23 +14,20 @@ from moe_ray.api.chat import ChatInput, Tool, ToolChoice, chat_prompt
 from moe_ray.api.job import GenerationJob, ModelLimits, Prompt, make_job
 from moe_ray.api.responses.body import request_echo
 from moe_ray.api.responses.conversation import Item, items_of, messages_of, turn_starts, without_first_turns
+from moe_ray.api.responses.further_fields import INSTEAD, SAMPLING, UNSUPPORTED, UNTOLD
 from moe_ray.api.responses.schemas import (
-    INSTEAD,
     LOGPROBS,
-    UNSUPPORTED,
-    UNTOLD,
     AllowedTools,
     JsonObjectFormat,
     JsonSchemaFormat,
     ResponsesRequest,
 )
+from moe_ray.api.sampling_fields import sampling_given
 from moe_ray.core import SamplingParams
 from moe_ray.errors import InvalidRequest
 from moe_ray.sampling import Grammar
-from moe_ray.text.bad_words import bad_words_ids
+from moe_ray.text.bad_words import with_bad_words
 from moe_ray.text.tokenizer import Tokenizer
-
-_SAMPLING: Final = frozenset(each.name for each in fields(SamplingParams)) - UNTOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ def parse_request(raw: bytes) -> ResponsesRequest:
             raise InvalidRequest(f"`{name}` is unknown here: use `{INSTEAD[name]}`", name, "unsupported_parameter")
         if name in UNSUPPORTED or name in UNTOLD:
             raise InvalidRequest(f"`{name}` is not supported", name, "unsupported_parameter")
-        if name not in _SAMPLING:
+        if name not in SAMPLING:
             raise InvalidRequest(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("`stream_options` is only allowed when `stream` is true", "stream_options")
@@ -72,9 +69,7 @@ def plan_response(
     Raises `InvalidRequest` for what needs the tokenizer or the model to be seen.
     """
     items = items_of(body)
-    given = {name: value for name, value in (body.model_extra or {}).items() if name in _SAMPLING}
-    if given.get("allowed_token_ids") == []:
-        raise InvalidRequest("`allowed_token_ids` must hold at least one token id", "allowed_token_ids")
+    given = sampling_given(body.model_extra, SAMPLING)
     given |= {name: getattr(body, name) for name in ("temperature", "top_p") if getattr(body, name) is not None}
     sampling = SamplingParams(
         **{
@@ -84,9 +79,8 @@ def plan_response(
             "logprobs": body.top_logprobs if LOGPROBS in body.include or body.top_logprobs else None,
         }
     )
-    if sampling.bad_words:
-        sampling = replace(sampling, bad_words_ids=bad_words_ids(sampling.bad_words, tokenizer))
     prompt = _prompt(chat_of(body, [*history, *items]), body, tokenizer, limits)
+    sampling = with_bad_words(sampling, tokenizer)
     job = make_job(job_id, [prompt], sampling, limits, prompt_field="input", stream=True)
     return PlannedResponse(job, request_echo(body, sampling), items)
 

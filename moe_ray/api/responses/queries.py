@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from moe_ray.api.documented import Documented
 from moe_ray.api.openapi import schema_of
 from moe_ray.api.responses.conversation import Item
 from moe_ray.errors import InvalidRequest
 
 
-class _Query(BaseModel):
+class _Query(Documented):
     model_config = ConfigDict(extra="forbid")
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Final
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from moe_ray.api.openai.answers import OpenAIError
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.responses.answers import (
     DeletedResponse,
     InputItemPage,
     ResponseObject,
-    ResponsesError,
     ResponseStreamEvent,
 )
 from moe_ray.api.responses.background import BackgroundResponses, replay
@@ -21,8 +21,12 @@ from moe_ray.api.responses.create import create, event_stream, stored_body
 from moe_ray.api.responses.memory import ResponseStore, StoredResponse
 from moe_ray.api.responses.queries import ItemsQuery, RetrieveQuery, page_of, parse_query, query_parameters
 from moe_ray.api.responses.schemas import ResponsesRequest
+from moe_ray.api.route_answers import answers
 from moe_ray.api.service import ServedModel
 from moe_ray.errors import InvalidRequest, ResponseNotFound
+
+STORED: Final = (400, 404, 500)
+"""What may become of a request for a stored response."""
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
@@ -32,10 +36,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/v1/responses",
         openapi_extra=json_body(ResponsesRequest),
-        responses={
-            200: {"model": ResponseObject, "content": events_of(ResponseStreamEvent)},
-            **_failures(400, 429, 503),
-        },
+        responses=answers(ResponseObject, OpenAIError, events_of(ResponseStreamEvent)),
     )
     async def create_response(request: Request) -> Response:
         """An answer to a conversation: whole, streamed, or computed in the background."""
@@ -44,7 +45,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.get(
         "/v1/responses/{response_id}",
         openapi_extra=query_parameters(RetrieveQuery),
-        responses={200: {"model": ResponseObject, "content": events_of(ResponseStreamEvent)}, **_failures(400, 404)},
+        responses=answers(ResponseObject, OpenAIError, events_of(ResponseStreamEvent), STORED),
     )
     async def retrieve_response(response_id: str, request: Request) -> Response:
         """A stored response; of a background stream, its events."""
@@ -59,7 +60,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         after = -1 if query.starting_after is None else query.starting_after
         return event_stream(replay(store, response_id, after, service.options.keep_alive_s))
 
-    @app.delete("/v1/responses/{response_id}", responses={200: {"model": DeletedResponse}, **_failures(404)})
+    @app.delete("/v1/responses/{response_id}", responses=answers(DeletedResponse, OpenAIError, statuses=STORED))
     async def delete_response(response_id: str) -> Response:
         """Forget a response, and stop it if it is being computed."""
         store, _ = await _stored(service, response_id)
@@ -68,7 +69,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
             background.stop(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
-    @app.post("/v1/responses/{response_id}/cancel", responses={200: {"model": ResponseObject}, **_failures(400, 404)})
+    @app.post("/v1/responses/{response_id}/cancel", responses=answers(ResponseObject, OpenAIError, statuses=STORED))
     async def cancel_response(response_id: str) -> Response:
         """Stop a response in the background. One that has ended stays as it is."""
         store, stored = await _stored(service, response_id)
@@ -82,17 +83,13 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.get(
         "/v1/responses/{response_id}/input_items",
         openapi_extra=query_parameters(ItemsQuery),
-        responses={200: {"model": InputItemPage}, **_failures(400, 404)},
+        responses=answers(InputItemPage, OpenAIError, statuses=STORED),
     )
     async def list_input_items(response_id: str, request: Request) -> Response:
         """The items of a response's own input, the last one first."""
         query = parse_query(ItemsQuery, request.query_params.multi_items())
         _, stored = await _stored(service, response_id)
         return JSONResponse(page_of(json.loads(stored.input_items), query))
-
-
-def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ResponsesError} for status in statuses}
 
 
 async def _stored(service: ServedModel, response_id: str) -> tuple[ResponseStore, StoredResponse]:

@@ -1,6 +1,6 @@
-"""The body of POST /v1/responses, and what of OpenAI's is not supported.
+"""The body of POST /v1/responses.
 
-Sampling parameters that OpenAI does not have are not listed here: fields of `SamplingParams` by the same name.
+Sampling parameters that OpenAI does not have are not listed here: see `further_fields.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -19,13 +18,16 @@ from pydantic import (
     model_validator,
 )
 
+from moe_ray.api.documented import Documented
+from moe_ray.api.responses.further_fields import SAMPLING
+from moe_ray.api.sampling_fields import with_sampling
 from moe_ray.sampling import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class _Part(BaseModel):
+class _Part(Documented):
     """A part of OpenAI's; keys that this server has no use for are let pass."""
 
     model_config = ConfigDict(extra="allow")
@@ -238,6 +240,8 @@ class ReasoningOptions(_Part):
 class ResponsesRequest(_Part):
     """Body of POST /v1/responses."""
 
+    model_config = ConfigDict(json_schema_extra=with_sampling(SAMPLING, {}))
+
     input: Input
     model: str | None = None
     instructions: str | None = None
@@ -279,18 +283,3 @@ class ResponsesRequest(_Part):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory"] | None = None
-
-
-UNSUPPORTED: Final = frozenset(
-    {
-        *("access_programs", "background_options", "context_management", "conversation", "image", "moderation"),
-        *("prompt", "prompt_cache_options"),
-    }
-)
-"""Fields of OpenAI's that would change the answer."""
-INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"}
-"""Fields of the other endpoints → what they are called here."""
-UNTOLD: Final = frozenset(
-    {"max_tokens", "logprobs", "prompt_logprobs", "grammar", "bad_words_ids", "return_routed_experts"}
-)
-"""Sampling parameters that are asked for by another name here, or whose result a response has no place for."""

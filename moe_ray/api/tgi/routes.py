@@ -22,6 +22,7 @@ from moe_ray.api.openai.parse import to_job as chat_job
 from moe_ray.api.openai.schemas import ChatRequest
 from moe_ray.api.openapi import events_of, json_body
 from moe_ray.api.output import JobOutput
+from moe_ray.api.route_answers import ANYWHERE, answers, failures
 from moe_ray.api.service import ServedModel, degraded
 from moe_ray.api.tgi.errors import stream_error
 from moe_ray.api.tgi.parse import parameters_of, read, to_job
@@ -32,6 +33,7 @@ from moe_ray.api.tgi.schemas import (
     TgiErrorBody,
     TgiGenerateBody,
     TgiGenerated,
+    TgiGeneratedList,
     TgiInfo,
     TgiPredictions,
     TgiStreamEvent,
@@ -42,9 +44,8 @@ from moe_ray.errors import InvalidRequest
 from moe_ray.text.tokenizer import TokenSpan
 
 PIPELINE: Final = "text-generation"
-FAILURES: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": TgiErrorBody} for status in (413, 422, 424, 429, 503)
-}
+STATUSES: Final = (413, 422, 424, 429, 500)
+EVENTS: Final = events_of(TgiStreamEvent, TgiErrorBody)
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
@@ -54,7 +55,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/",
         openapi_extra=json_body(TgiCompatBody),
-        responses={200: {"model": list[TgiGenerated], "content": events_of(TgiStreamEvent)}, **FAILURES},
+        responses=answers(TgiGeneratedList, TgiErrorBody, EVENTS, STATUSES),
     )
     async def compat_generate(request: Request) -> Response:
         """Generate: a list of one answer, or server-sent events where the body has `stream`."""
@@ -63,7 +64,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/generate",
         openapi_extra=json_body(TgiCompatBody),
-        responses={200: {"model": TgiGenerated}, **FAILURES},
+        responses=answers(TgiGenerated, TgiErrorBody, statuses=STATUSES),
     )
     async def generate(request: Request) -> Response:
         """Generate one answer."""
@@ -77,7 +78,8 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/generate_stream",
         openapi_extra=json_body(TgiCompatBody),
-        responses={200: {"content": events_of(TgiStreamEvent)}, **FAILURES},
+        response_class=Response,  # which has no media type of its own
+        responses={200: {"content": EVENTS}, **failures(TgiErrorBody, *ANYWHERE, *STATUSES)},
     )
     async def generate_stream(request: Request) -> Response:
         """Generate one answer as server-sent events, one for each token."""
@@ -87,7 +89,11 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
             raise InvalidRequest("`stream` is true here: use /generate, or `/`", "stream")
         return await _streamed(service, raw, body, full_text=False)
 
-    @app.post("/vertex", openapi_extra=json_body(TgiVertexBody), responses={200: {"model": TgiPredictions}, **FAILURES})
+    @app.post(
+        "/vertex",
+        openapi_extra=json_body(TgiVertexBody),
+        responses=answers(TgiPredictions, TgiErrorBody, statuses=STATUSES),
+    )
     async def vertex(request: Request) -> Response:
         """Generate an answer for each of several inputs, as Vertex AI sends them."""
         raw = await read_body(request, limit)
@@ -96,13 +102,13 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.post(
         "/chat_tokenize",
         openapi_extra=json_body(ChatRequest),
-        responses={200: {"model": TgiChatTokens}, 422: {"model": TgiErrorBody}},
+        responses=answers(TgiChatTokens, TgiErrorBody, statuses=(413, 422, 424)),
     )
     async def chat_tokenize(request: Request) -> Response:
         """The text and the tokens that a chat request's messages become."""
         return await _chat_tokenize(service, await read_body(request, limit))
 
-    @app.get("/info")
+    @app.get("/info", responses=answers(TgiInfo, TgiErrorBody, statuses=()))
     async def info() -> TgiInfo:
         """The served model and the limits of requests."""
         return await _info(service)

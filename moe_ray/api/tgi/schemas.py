@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import ConfigDict, Field, RootModel
+
+from moe_ray.api.documented import Documented
+from moe_ray.api.openapi import schema_of
 
 
-class TgiGrammar(BaseModel):
+class TgiGrammar(Documented):
     """What the generated text must match."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -20,7 +23,7 @@ class TgiGrammar(BaseModel):
     """A JSON schema, as an object or as its text; a regular expression; {"name", "schema"} for json_schema."""
 
 
-class TgiParameters(BaseModel):
+class TgiParameters(Documented):
     """How to generate. null is as good as leaving a field out."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -53,7 +56,7 @@ class TgiParameters(BaseModel):
     """Not supported yet."""
 
 
-class TgiGenerateBody(BaseModel):
+class TgiGenerateBody(Documented):
     """Body of POST /tokenize, and an instance of POST /vertex."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -71,16 +74,21 @@ class TgiCompatBody(TgiGenerateBody):
     """Of /generate only false, of /generate_stream only true."""
 
 
-class TgiVertexBody(BaseModel):
+def _one_of_two(schema: dict[str, Any]) -> None:
+    chat = {"type": "object", "required": ["messages"], "properties": {"messages": {"type": "array"}}}
+    schema["properties"]["instances"]["items"] = {"anyOf": [schema_of(TgiGenerateBody), chat]}
+
+
+class TgiVertexBody(Documented):
     """Body of POST /vertex."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_one_of_two)
 
     instances: list[dict[str, Any]] = Field(min_length=1)
     """Each a body of /generate, or one of chat completions."""
 
 
-class TgiPredictions(BaseModel):
+class TgiPredictions(Documented):
     """Response of POST /vertex."""
 
     predictions: list[str]
@@ -89,7 +97,7 @@ class TgiPredictions(BaseModel):
 FinishedBy = Literal["length", "eos_token", "stop_sequence"]
 
 
-class TgiPrefillToken(BaseModel):
+class TgiPrefillToken(Documented):
     """A token of the input."""
 
     id: int
@@ -98,7 +106,7 @@ class TgiPrefillToken(BaseModel):
     """null of the first one."""
 
 
-class TgiToken(BaseModel):
+class TgiToken(Documented):
     """A generated token."""
 
     id: int
@@ -107,7 +115,7 @@ class TgiToken(BaseModel):
     special: bool
 
 
-class TgiSequence(BaseModel):
+class TgiSequence(Documented):
     """How one sequence was generated."""
 
     finish_reason: FinishedBy
@@ -133,7 +141,7 @@ class TgiDetails(TgiSequence):
     """The others, where `best_of` is above 1; else left out."""
 
 
-class TgiGenerated(BaseModel):
+class TgiGenerated(Documented):
     """Response of POST /generate; of POST / in a list."""
 
     generated_text: str
@@ -141,7 +149,11 @@ class TgiGenerated(BaseModel):
     """Left out unless asked for."""
 
 
-class TgiStreamDetails(BaseModel):
+class TgiGeneratedList(RootModel[list[TgiGenerated]]):
+    """Response of POST /: a list of one."""
+
+
+class TgiStreamDetails(Documented):
     """`details` of the last event."""
 
     finish_reason: FinishedBy
@@ -150,7 +162,7 @@ class TgiStreamDetails(BaseModel):
     input_length: int
 
 
-class TgiStreamEvent(BaseModel):
+class TgiStreamEvent(Documented):
     """One event of a stream: one token."""
 
     index: int
@@ -161,14 +173,14 @@ class TgiStreamEvent(BaseModel):
     details: TgiStreamDetails | None
 
 
-class TgiErrorBody(BaseModel):
+class TgiErrorBody(Documented):
     """Body of an error response, or an event of a stream that failed."""
 
     error: str
     error_type: str
 
 
-class TgiInfo(BaseModel):
+class TgiInfo(Documented):
     """Response of GET /info."""
 
     model_id: str
@@ -187,7 +199,7 @@ class TgiInfo(BaseModel):
     docker_label: str | None
 
 
-class TgiSimpleToken(BaseModel):
+class TgiSimpleToken(Documented):
     """A token of a text."""
 
     id: int
@@ -201,7 +213,7 @@ class TgiTokens(RootModel[list[TgiSimpleToken]]):
     """Response of POST /tokenize to a body with `inputs`."""
 
 
-class TgiChatTokens(BaseModel):
+class TgiChatTokens(Documented):
     """Response of POST /chat_tokenize."""
 
     tokenize_response: list[TgiSimpleToken]
