@@ -259,6 +259,7 @@ def test_scale_says_what_it_needs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # four starts of a server
 def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
     port = free_port()
     with served(port, **PROXY) as (process, said):  # of which no request of ours makes use
