@@ -113,7 +113,9 @@ def build_app(
         """What each expert's replicas did in the last 10 s; an empty list with `transport: local`."""
         return await expert_load()
 
-    app.add_api_route("/metrics", metrics_route(service, expert_load), response_class=Response, responses=EXPOSITION)
+    metrics = metrics_route(service, expert_load)
+    app.add_api_route("/metrics", metrics, response_class=Response, responses=EXPOSITION)
+    app.add_route("/metrics", metrics, methods=["HEAD"], include_in_schema=False)
     models.add_routes(app, service)
     for api in APIS:
         api.add_routes(app, service)
