@@ -42,8 +42,8 @@ class GatewayBenchOptions:
 
     model: str | None = None
     """Default: M1."""
-    ingress: tuple[str, ...] = ("direct", "python")
-    """Of `INGRESSES`: a server is started for each."""
+    ingress: str = "direct"
+    """One of `INGRESSES`."""
     concurrency: tuple[int, ...] = (32,)
     repeats: int = 3
     prompt_tokens: int = 16
@@ -61,21 +61,18 @@ class _Turns:
 
 
 def run_gateway(options: GatewayBenchOptions, on_progress: Progress) -> Report:
-    """Ask each server's trunk and its HTTP port for the same, in turn. Raises `ConfigError` for what cannot be asked,
+    """Ask a server's trunk and its HTTP port for the same, in turn. Raises `ConfigError` for what cannot be asked,
 
-    and `NotReady` where a server does not come up or a request fails.
+    and `NotReady` where the server does not come up or a request fails.
     """
-    unknown = [name for name in options.ingress if name not in INGRESSES]
-    if unknown or not options.ingress:
-        raise ConfigError(f"--ingress: {', '.join(unknown) or 'none'}; allowed: {', '.join(INGRESSES)}")
+    if options.ingress not in INGRESSES:
+        raise ConfigError(f"--ingress: {options.ingress}; allowed: {', '.join(INGRESSES)}")
     directory = resolve_bench_model(options.model, load_config(), on_progress)
     vocab_size = ModelConfig.load(directory).vocab_size
-    rows: list[Row] = []
-    for ingress in options.ingress:
-        on_progress(f"{ingress}: start the server", 0, 1)
-        with own_server(directory, arguments=("--ingress", ingress)) as server, _joined(server):
-            on_progress(f"{ingress}: start the server", 1, 1)
-            rows += asyncio.run(_measure(options, ingress, server, vocab_size, on_progress))
+    on_progress("start the server", 0, 1)
+    with own_server(directory, arguments=("--ingress", options.ingress)) as server, _joined(server):
+        on_progress("start the server", 1, 1)
+        rows = asyncio.run(_measure(options, server, vocab_size, on_progress))
     facts = {
         "model": directory.name,
         "prompt_tokens": options.prompt_tokens,
@@ -97,7 +94,7 @@ def _joined(server: OwnServer) -> Iterator[None]:
 
 
 async def _measure(
-    options: GatewayBenchOptions, ingress: str, server: OwnServer, vocab_size: int, on_progress: Progress
+    options: GatewayBenchOptions, server: OwnServer, vocab_size: int, on_progress: Progress
 ) -> list[Row]:
     config = load_config()
     trunk = serve.get_deployment_handle("Trunk", APP_NAME)
@@ -120,8 +117,8 @@ async def _measure(
                 found.trunk.append(by_trunk)
                 found.http.append(by_http)
                 found.cpu_ms.append(1e3 * cpu_s / _tokens(by_http))
-            on_progress(f"{ingress}: concurrency {count}", repeat + 2, options.repeats + 1)
-    return [_row(ingress, count, found) for count, found in turns.items()]
+            on_progress(f"concurrency {count}", repeat + 2, options.repeats + 1)
+    return [_row(options.ingress, count, found) for count, found in turns.items()]
 
 
 def _row(ingress: str, count: int, found: _Turns) -> Row:

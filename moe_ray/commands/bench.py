@@ -76,9 +76,7 @@ def serve(
 
 def gateway(
     model: BenchModel = None,
-    ingress: Annotated[
-        str, typer.Option(help="Which of direct, python, haproxy: a list; a server is started for each.")
-    ] = "direct,python",
+    ingress: Annotated[str, typer.Option(help="Of the server that is started: direct, python or haproxy.")] = "direct",
     concurrency: Concurrency = "32",
     repeats: Repeats = 3,
     prompt_tokens: PromptTokens = 16,
@@ -94,7 +92,7 @@ def gateway(
     from moe_ray.bench.gateway import PLOT, GatewayBenchOptions, run_gateway
 
     options = GatewayBenchOptions(
-        model, names(ingress), numbers(concurrency, "--concurrency"), repeats, prompt_tokens, output_tokens
+        model, ingress, numbers(concurrency, "--concurrency"), repeats, prompt_tokens, output_tokens
     )
     run_bench(run_gateway, options, PLOT, json_output, plot)
 
