@@ -61,9 +61,9 @@ class _Turns:
 
 
 def run_gateway(options: GatewayBenchOptions, on_progress: Progress) -> Report:
-    """Ask a server's trunk and its HTTP port for the same, in turn. Raises `ConfigError` for what cannot be asked,
+    """Ask a server's trunk and its HTTP port for the same, in turn.
 
-    and `NotReady` where the server does not come up or a request fails.
+    Raises `ConfigError` for what cannot be asked, and `NotReady` where the server does not come up or a request fails.
     """
     if options.ingress not in INGRESSES:
         raise ConfigError(f"--ingress: {options.ingress}; allowed: {', '.join(INGRESSES)}")

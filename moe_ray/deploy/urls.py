@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 from typing import Any, Final
 
+from moe_ray.config.gateway import Listen
 from moe_ray.errors import ConfigError
 
 _EVERY_IPV4: Final = ("", "0.0.0.0")
@@ -22,7 +23,7 @@ def url_of(host: str, port: int) -> str:
         host = "127.0.0.1"
     elif host == _EVERY_IPV6:
         host = "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{Listen(host, port)}"
 
 
 def open_directly(url: str, timeout_s: float) -> Any:
@@ -58,7 +59,7 @@ def listen_address(host: str, port: int) -> str:
     Raises `ConfigError` where the name is unknown, or the address or port cannot be had.
     """
     host = host.removeprefix("[").removesuffix("]")
-    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    shown = Listen(host, port)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
