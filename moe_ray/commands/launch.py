@@ -31,11 +31,12 @@ from moe_ray.commands.timeline import Timeline
 from moe_ray.config import Config
 from moe_ray.config.gateway import Listen
 from moe_ray.console import loading_bars
-from moe_ray.deploy.app import APP_NAME, build_app
+from moe_ray.deploy.app import build_app
 from moe_ray.deploy.loading_board import NAME, NAMESPACE, LoadingBoard
 from moe_ray.deploy.local_ray import join, reason, start
 from moe_ray.deploy.ray_internals import HAPROXY_SETTING
 from moe_ray.deploy.replica_targets import forget_replicas
+from moe_ray.deploy.servers import APP_NAME
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.hub import resolve_model
