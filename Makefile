@@ -13,6 +13,9 @@ PACKAGES := import site; print(site.getsitepackages()[0])
 BROWSER := chromium  # Debian's, too: the page is tested in it
 NONE_IS_FINE := || [ $$? -eq 5 ]  # ARGS may choose tests of one tier only
 
+# Else every process that a test starts compiles what it imports of moe_ray, and pytest every file of tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: serve chat test test-fast test-fast-torch test-slow check format protos venv arm64 browser clean
 
 serve: venv  ## serve the demo model at http://127.0.0.1:8000 (ARGS="--port 9000" passes flags on)

@@ -296,6 +296,10 @@ def f():
             "moe_ray.transport.ray moe_ray.convert.demo",
             "torch",
         ),
+        (
+            "moe_ray.deploy.status moe_ray.deploy.scale_by_hand moe_ray.deploy.servers moe_ray.commands.ps_report",
+            "torch transformers moe_ray.api moe_ray.deploy.app",
+        ),
         ("moe_ray.commands.main", "torch ray grpc transformers httpx matplotlib"),
     ],
 )

@@ -22,11 +22,11 @@ from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.bench.serve import Progress
 from moe_ray.config import load_config
 from moe_ray.core import Request, SamplingParams
-from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.discovery import discover_trunks
 from moe_ray.deploy.link_options import link_options
 from moe_ray.deploy.loading_board import NAMESPACE
 from moe_ray.deploy.local_ray import join
+from moe_ray.deploy.servers import APP_NAME
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.model_config import ModelConfig

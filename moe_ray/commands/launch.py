@@ -31,11 +31,12 @@ from moe_ray.commands.timeline import Timeline
 from moe_ray.config import Config
 from moe_ray.config.gateway import Listen
 from moe_ray.console import loading_bars
-from moe_ray.deploy.app import APP_NAME, build_app
+from moe_ray.deploy.app import build_app
 from moe_ray.deploy.loading_board import NAME, NAMESPACE, LoadingBoard
 from moe_ray.deploy.local_ray import join, reason, start
 from moe_ray.deploy.ray_internals import HAPROXY_SETTING
 from moe_ray.deploy.replica_targets import forget_replicas
+from moe_ray.deploy.servers import APP_NAME
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.hub import resolve_model
@@ -46,6 +47,8 @@ from moe_ray.native.build import prepare
 from moe_ray.text.tokenizer import Tokenizer
 
 READY_TIMEOUT_S = 120.0
+STATUS_EVERY_S = 1.0
+"""How often Serve is asked whether an actor has failed: its answers take time of the cores that actors start on."""
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a Ray that we start ourselves: tokens and rows do not pass through it, except over the `ray` carrier."""
 
@@ -180,6 +183,7 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
         for actor, total in plan.bytes_to_read.items():
             progress(actor, 0, total)
         deployed = loaded = False
+        ask_at = time.monotonic() + STATUS_EVERY_S
         while not (deployed and loaded):  # experts serve, and Serve is content, before all their layers are there
             thread.join(timeout=0.2)
             deployed, rows = not thread.is_alive(), ray.get(board.rows.remote())
@@ -190,7 +194,9 @@ def _deploy(config: Config, options: LaunchOptions, plan: Planned, console: Cons
                 timeline.mark(ahead.pop())
             if loaded and "weights" in ahead:
                 timeline.mark(ahead.pop())
-            _raise_if_failed(failure)
+            if failure or time.monotonic() > ask_at:
+                _raise_if_failed(failure)
+                ask_at = time.monotonic() + STATUS_EVERY_S
     ray.kill(board)
     timeline.mark("Serve")
     with console.status("linking trunk and experts"):

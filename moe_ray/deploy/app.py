@@ -18,7 +18,6 @@ from moe_ray.experts.planning.placement import Holding, holdings
 from moe_ray.hub import resolve_model
 from moe_ray.model.model_config import ModelConfig
 
-APP_NAME = "moe-ray"
 HEALTH_CHECK_S = 1.0
 """Serve learns by its checks that a process is gone, and replaces it then."""
 CONTROL_CALLS = 64

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import ray
 
-from moe_ray.model.checkpoint import Progress
+if TYPE_CHECKING:
+    from moe_ray.model.checkpoint import Progress
 
 NAME, NAMESPACE = "moe_ray_loading", "moe_ray"
 

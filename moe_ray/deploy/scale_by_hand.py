@@ -11,12 +11,11 @@ from ray import serve
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.peers import find_peers
 from moe_ray.deploy.ray_internals import serve_details
 from moe_ray.deploy.replica_numbers import change
 from moe_ray.deploy.replica_targets import TRUNK
-from moe_ray.deploy.servers import find_application, nothing_runs
+from moe_ray.deploy.servers import APP_NAME, find_application, nothing_runs
 from moe_ray.errors import ConfigError, NotReady
 from moe_ray.experts.planning.placement import experts_in
 

@@ -6,17 +6,19 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import ray
 from ray import serve
 
-from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.loading_board import NAMESPACE
 from moe_ray.deploy.local_ray import RAY_ADDRESS, join
 from moe_ray.deploy.ray_internals import local_clusters, serve_details
 from moe_ray.deploy.urls import url_of
 from moe_ray.errors import ConfigError, NotReady
+
+APP_NAME: Final = "moe-ray"
+"""What `moe-ray serve` deploys. Not in `app`: commands that only ask need nothing of what is deployed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.load_overview import busiest, by_replica, overview
-from moe_ray.deploy.servers import find_application
+from moe_ray.deploy.servers import APP_NAME, find_application
 from moe_ray.experts.planning.placement import holds_experts, rank
 
 TIMEOUT_S = 5.0

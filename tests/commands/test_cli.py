@@ -323,7 +323,8 @@ def test_serve_from_start_to_ctrl_c_and_again(demo_model: Path) -> None:
         assert left == []
         assert len(gone) == len(relatives)
 
-    with served(port, "--ingress", "python") as (process, said):  # Serve's proxy, where the gateway itself was before
+    # Serve's proxy, where the gateway itself was before.
+    with served(port, "--ingress", "python", **FEW_ACTORS) as (process, said):
         assert any("ProxyActor" in " ".join(each.cmdline()) for each in family(process))
         assert json.loads(run(curl + " -s"))["choices"][0]["message"]["content"] == "The capital of France is Paris."
         relatives = family(process)
@@ -355,6 +356,8 @@ def bundle_of_all_that_runs(address: list[str]) -> None:
     assert any("/serve/controller" in name for name in names)  # replicas have nothing to say at this level
 
 
+FEW_ACTORS = {"MOE_RAY_EXPERTS__EXPERTS_PER_ACTOR": "8"}
+"""Where it does not matter how many there are: each takes seconds of a core to start."""
 PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 
@@ -363,7 +366,7 @@ def a_second_server_beside_it(first: str, port: int) -> None:
     host, url = ("::1", f"http://[::1]:{port}") if has_ipv6() else ("127.0.0.2", f"http://127.0.0.2:{port}")
     with (
         tempfile.TemporaryDirectory(suffix="job1234567890" * 5) as long,
-        served(port, "--host", host, TMPDIR=long) as (process, said),
+        served(port, "--host", host, TMPDIR=long, **FEW_ACTORS) as (process, said),
     ):
         assert READY.search(said)[1] == url  # type: ignore[index]
         (second,) = re.findall(r"moe-ray status --address (\S+)", said)

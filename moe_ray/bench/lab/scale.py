@@ -20,9 +20,8 @@ from moe_ray.bench.m1 import SMALL, bench_model, resolve_bench_model
 from moe_ray.bench.processes import OwnServer, own_server
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
-from moe_ray.deploy.app import APP_NAME
 from moe_ray.deploy.replica_targets import set_replicas
-from moe_ray.deploy.servers import find_application
+from moe_ray.deploy.servers import APP_NAME, find_application
 from moe_ray.errors import NotReady
 from moe_ray.model.model_config import ModelConfig
 
