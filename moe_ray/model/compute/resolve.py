@@ -200,7 +200,20 @@ def _unquantised(backend: Backend, wanted: Wanted) -> Backend:
 
 def _trunk_lacks(kernels: KernelLimits, model: ModelConfig) -> tuple[str, ...]:
     lacks = []
-    if not model.router.renormalise:
+    family = model.family
+    other = {
+        "the norm of queries and keys": family.qk_norm is not None,
+        "biases": bool(model.biases),
+        "the shared expert": model.shared_intermediate_size is not None,
+        "LayerNorm": family.norm != "rms",
+        "SparseMixer": model.router.jitter is not None,
+        "residual_multiplier": model.residual_multiplier != 1,
+        "embedding_multiplier": model.embedding_multiplier != 1,
+        "logits_scaling": model.logits_scaling != 1,
+    }
+    if found := [name for name, here in other.items() if here]:
+        lacks.append(f"they do not compute {', '.join(found)} of this model")
+    if not model.router.renormalise and model.router.jitter is None:
         lacks.append("their router renormalises the weights of a token's experts, this model's does not")
     if model.hidden_size % kernels.lanes:
         lacks.append(f"hidden_size {model.hidden_size} is not a multiple of {kernels.lanes}")

@@ -57,7 +57,7 @@ class NativeTrunk:
         self.rope = table[..., :half].contiguous()  # [max_model_len, 2, head_dim / 2]
         self.shape = ModelShape(
             *(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
-            *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.head_dim**-0.5, c.sliding_window or 0),
+            *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.attention_scale, c.sliding_window or 0),
         )
         self.nbytes = sum(each.nbytes for each in self._held)
 
@@ -135,6 +135,9 @@ class NativePass:
             *(self._counts.ctypes.data, row_of.data_ptr()),
         )
         return moe.Routed(rows, weights, self._counts.tolist(), row_of)
+
+    def add_shared(self, layer: int) -> None:
+        """Nothing: models with a shared expert are computed by torch."""
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
