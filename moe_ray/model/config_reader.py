@@ -1,4 +1,4 @@
-"""Reads values of a config.json and refuses, by name, what says that a model computes otherwise than is computed here."""
+"""Reads values of a config.json, and refuses by name what would have a model computed otherwise than it is here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class ConfigReader:
-    """Values of one config.json. Remembers which keys were asked for; methods raise `CheckpointError` naming the key."""
+    """Values of one config.json; remembers which were asked for. Methods raise `CheckpointError` naming the key."""
 
     raw: Mapping[str, Any]
     source: str

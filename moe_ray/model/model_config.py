@@ -146,7 +146,7 @@ class ModelConfig:
                 for bias, flag in keys.biases.items()
                 if (flag.default if flag.key is None else read.flag(flag.key, flag.default))
             ),
-            shared_intermediate_size=shared and read.positive_int(shared),
+            shared_intermediate_size=None if shared is None else read.positive_int(shared),
             context_limit=rope.limit,
         )
         if keys.multipliers:

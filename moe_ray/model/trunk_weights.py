@@ -14,7 +14,6 @@ from moe_ray.model.matrix import Matrix, tensor_of
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.weights import weights_of_trunk
 
-
 VECTORS: Final[tuple[TrunkRole, ...]] = (
     *("input_norm_bias", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "out_bias", "post_norm_bias"),
     "shared_share",

@@ -9,9 +9,7 @@ from typing import Final, Literal, get_args
 
 from moe_ray.model.formats import Place
 
-Bias = Literal[
-    "input_norm_bias", "q_bias", "k_bias", "v_bias", "out_bias", "post_norm_bias", "norm_bias", "head_bias"
-]
+Bias = Literal["input_norm_bias", "q_bias", "k_bias", "v_bias", "out_bias", "post_norm_bias", "norm_bias", "head_bias"]
 SharedRole = Literal["shared_gate", "shared_up", "shared_down", "shared_share"]
 """Of the expert that every token goes to, beside those that its router chose; the last: how much of it counts."""
 TrunkRole = (

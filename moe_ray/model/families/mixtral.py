@@ -79,7 +79,7 @@ MIXTRAL: Final = Family(
         _layout("mlp", stacked=True),  # transformers 5 saves its modules as they are
         _layout("block_sparse_moe", stacked=True),
         _layout("mlp", stacked=False),
-        _layout("block_sparse_moe", stacked=False, model=""),  # the model without its head; transformers loads it as well
+        _layout("block_sparse_moe", stacked=False, model=""),  # without its head; transformers loads it, too
         _layout("mlp", stacked=True, model=""),
         _mistral("feed_forward"),
         _mistral("block_sparse_moe"),

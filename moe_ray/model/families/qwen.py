@@ -43,7 +43,7 @@ QWEN3_MOE: Final = Family(
         rms_norm_eps=1e-6,
         rope_theta=1e4,
         biases=ATTENTION_BIASES,
-        irrelevant=_UNUSED_WINDOW,
+        irrelevant=(*_UNUSED_WINDOW, "use_qk_norm"),  # Qwen3-Coder says what all of them do
     ),
     layouts=_LAYOUTS,
     qk_norm="head",

@@ -20,7 +20,6 @@ from moe_ray.model.layers import apply_rope, normalise, rms_norm, rope_table
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.trunk_weights import TrunkWeights
 
-
 QKV_BIASES: Final[tuple[TrunkRole, ...]] = ("q_bias", "k_bias", "v_bias")
 
 
