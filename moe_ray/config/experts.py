@@ -13,7 +13,6 @@ from moe_ray.config.section import explain
 from moe_ray.core import ExpertKey
 from moe_ray.errors import ConfigError
 
-
 MOST_ACTORS: Final = 16
 """Expert actors, where `experts_per_actor` is auto: each is a process with memory of its own beside its weights."""
 

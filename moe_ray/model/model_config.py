@@ -93,7 +93,7 @@ class ModelConfig:
     def read(path: Path) -> ModelConfig:
         """Read a config.json, whatever its name, or params.json. Raises `CheckpointError` naming file and key."""
         if not path.exists():
-            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json")
+            raise CheckpointError(f"{path}: not found; a checkpoint directory has a config.json")
         raw = read_json_object(path)
         return ModelConfig.from_dict(config_of_params(raw, str(path)) if path.name == PARAMS else raw, str(path))
 

@@ -212,7 +212,7 @@ def _trunk_lacks(kernels: KernelLimits, model: ModelConfig) -> tuple[str, ...]:
         "logits_scaling": model.logits_scaling != 1,
     }
     if found := [name for name, here in other.items() if here]:
-        lacks.append(f"they do not compute {', '.join(found)} of this model")
+        lacks.append(f"native kernels do not compute {', '.join(found)}, which this model has")
     if not model.router.renormalise and model.router.jitter is None:
         lacks.append("their router renormalises the weights of a token's experts, this model's does not")
     if model.hidden_size % kernels.lanes:
