@@ -54,8 +54,8 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 """model_type, and after a comma what is special about it → what its config has beside `SHAPE`."""
 
 
-def save_random_family(directory: Path, case: str) -> Path:
-    """Write the random model of one of `CASES` in float32 into `directory`, without a tokenizer, and return that.
+def save_random_family(directory: Path, case: str, **changes: Any) -> Path:
+    """Write the random model of one of `CASES`, with `changes`, in float32 into `directory`; no tokenizer.
 
     What transformers makes as zeros or ones, biases and norms, is random, too.
     """
@@ -63,7 +63,7 @@ def save_random_family(directory: Path, case: str) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(11)
-    config = AutoConfig.for_model(case.partition(",")[0], **{**SHAPE, **CASES[case]})
+    config = AutoConfig.for_model(case.partition(",")[0], **{**SHAPE, **CASES[case], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,9 +14,9 @@ from moe_ray.model.matrix import Matrix, tensor_of
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.weights import weights_of_trunk
 
+QKV_BIASES: Final[tuple[TrunkRole, ...]] = ("q_bias", "k_bias", "v_bias")
 VECTORS: Final[tuple[TrunkRole, ...]] = (
-    *("input_norm_bias", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "out_bias", "post_norm_bias"),
-    "shared_share",
+    *("input_norm_bias", *QKV_BIASES, "q_norm", "k_norm", "out_bias", "post_norm_bias", "shared_share"),
 )
 """What only some families have of a layer, beside matrices."""
 SHARED: Final[tuple[TrunkRole, ...]] = ("shared_gate", "shared_up", "shared_down")

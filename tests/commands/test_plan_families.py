@@ -1,4 +1,4 @@
-"""The plans of published models of every family: their sizes are those on their model cards, their experts in groups."""
+"""The plans of published models of every family: their sizes are those on their cards, their experts in groups."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,7 @@ from moe_ray.model.compute.torch.plan import plan_step
 from moe_ray.model.families import TrunkRole
 from moe_ray.model.layers import apply_rope, normalise, rms_norm, rope_table
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.trunk_weights import TrunkWeights
-
-QKV_BIASES: Final[tuple[TrunkRole, ...]] = ("q_bias", "k_bias", "v_bias")
+from moe_ray.model.trunk_weights import QKV_BIASES, TrunkWeights
 
 
 @dataclass(frozen=True, slots=True)
