@@ -53,7 +53,7 @@ class RequestOutput:
 
 
 class LLM:
-    """A Mixtral-format model in this process.
+    """A model in this process.
 
     >>> llm = LLM("demo")
     >>> llm.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0))[0].text

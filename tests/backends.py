@@ -19,6 +19,7 @@ from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.expert import TorchFFN
 from moe_ray.model.compute.torch.trunk import TorchTrunk
+from moe_ray.model.families import TrunkRole
 from moe_ray.model.matrix import FloatMatrix
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.trunk_weights import LayerWeights
@@ -108,6 +109,9 @@ class RandomWeights:
 
     def norm(self) -> torch.Tensor:
         return (1 + random(self.config.hidden_size, scale=0.1, seed=5)).to(self.dtype)
+
+    def optional(self, role: TrunkRole) -> None:
+        return
 
     def head(self) -> FloatMatrix | None:
         if self.config.tie_word_embeddings:

@@ -39,7 +39,7 @@ BENCHES = (
 
 app = typer.Typer(
     name="moe-ray",
-    help="Serve Mixtral-format mixture-of-experts models, pulled apart: one trunk, every expert its own Ray actor.",
+    help="Serve mixture-of-experts models, pulled apart: one trunk, every expert its own Ray actor.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

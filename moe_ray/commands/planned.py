@@ -55,7 +55,8 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
     alone = directory.suffix == ".json" and directory.is_file()
     model = ModelConfig.read(directory) if alone else ModelConfig.load(directory)
     layers, experts = model.num_hidden_layers, model.num_local_experts
-    spares, per_actor = config.experts.spare_keys(layers, experts), config.experts.experts_per_actor
+    config = config.model_copy(update={"experts": config.experts.grouped(experts)})
+    spares, per_actor = config.experts.spare_keys(layers, experts), config.experts.group_size
     if config.transport == "local":
         spares, per_actor = (), 1
     placed = holdings(layers, experts, per_actor, spares)

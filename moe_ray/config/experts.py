@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
@@ -12,6 +12,9 @@ from moe_ray.config.number_sets import parse_runs
 from moe_ray.config.section import explain
 from moe_ray.core import ExpertKey
 from moe_ray.errors import ConfigError
+
+MOST_ACTORS: Final = 16
+"""Expert actors, where `experts_per_actor` is auto: each is a process with memory of its own beside its weights."""
 
 
 class ExpertOptions(ScaledOptions):
@@ -74,8 +77,9 @@ class Spare(ActorOptions):
 class ExpertsSection(ExpertOptions):
     """The expert actors and the calls to them."""
 
-    experts_per_actor: int = Field(default=1, ge=1)
-    """Number of consecutive experts that share one actor: 2 makes Experts0-1, Experts2-3, …"""
+    experts_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Number of consecutive experts that share one actor: 2 makes Experts0-1, Experts2-3, … auto: 1, and of models with
+    more than 16 experts so many that there are at most 16 actors."""
     autoscale: AutoscaleSection = AutoscaleSection()
     """When experts get and lose replicas by load."""
     max_replicas_by_hand: int = Field(default=64, ge=1)
@@ -107,19 +111,34 @@ class ExpertsSection(ExpertOptions):
             for spare in spares
         )
 
+    def grouped(self, num_experts: int) -> ExpertsSection:
+        """This section with a number of experts an actor, for a model of `num_experts`.
+
+        >>> [ExpertsSection().grouped(experts).experts_per_actor for experts in (8, 16, 60, 128)]
+        [1, 1, 4, 8]
+        """
+        if self.experts_per_actor != "auto":
+            return self
+        return self.model_copy(update={"experts_per_actor": -(-num_experts // MOST_ACTORS)})
+
+    @property
+    def group_size(self) -> int:
+        """Experts an actor; 1 while no model is known for which `auto` would be more."""
+        return 1 if self.experts_per_actor == "auto" else self.experts_per_actor
+
     def of(self, expert: int) -> ExpertOptions:
         """The options of the actors that hold `expert`: those of the one override in its group, or this section's.
 
         Raises `ConfigError` on an unknown key or wrong value in an override, or on two of one group that differ.
         """
-        group = expert // self.experts_per_actor
-        named = [number for number in sorted(self.overrides) if number // self.experts_per_actor == group]
+        group = expert // self.group_size
+        named = [number for number in sorted(self.overrides) if number // self.group_size == group]
         found = [self._with({}, ""), *(self._with(self.overrides[n], f"overrides.{n}.") for n in named)]
         for number, options in zip(named[1:], found[2:], strict=True):
             if options != found[1]:
                 raise ConfigError(
                     f"`experts.overrides.{named[0]}` and `experts.overrides.{number}` differ, but these experts share "
-                    f"an actor (`experts.experts_per_actor` is {self.experts_per_actor}): give both the same"
+                    f"an actor (`experts.experts_per_actor` is {self.group_size}): give both the same"
                 )
         return found[-1]
 

@@ -39,10 +39,11 @@ def build_app(config: Config, trunks_by_hand: bool = True) -> Application:
     """
     model = ModelConfig.load(resolve_model(config))
     experts = []
+    layers, count = model.num_hidden_layers, model.num_local_experts
+    config = config.model_copy(update={"experts": config.experts.grouped(count)})
     if config.transport != "local":
-        layers, count = model.num_hidden_layers, model.num_local_experts
         spares = config.experts.spare_keys(layers, count)
-        for holding in holdings(layers, count, config.experts.experts_per_actor, spares):
+        for holding in holdings(layers, count, config.experts.group_size, spares):
             actor = _actor(config, holding)
             experts.append(
                 serve.deployment(ExpertReplica, name=holding.name)

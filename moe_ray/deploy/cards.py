@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_ray.config import Config
 from moe_ray.experts.planning.cards import GIB, MEMORY_LABEL, Card, Part, Shares, memory_of, share_cards
 from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS, Plan
+from moe_ray.experts.planning.placement import experts_in
 
 KIND_LABEL: Final = "ray.io/accelerator-type"
 """Label by which Ray names the kind of a node's cards."""
@@ -66,9 +67,8 @@ def parts_of(config: Config, plan: Plan) -> list[Part]:
         return [Part(trunk.name, plan.total_bytes, config.trunk.num_replicas, cache)]
     parts = [Part(trunk.name, trunk.weight_bytes, config.trunk.num_replicas, cache)]
     spares = iter(config.experts.spares)
-    for number, actor in enumerate(rest):
-        first = number * config.experts.experts_per_actor
-        options = next(spares) if actor.spare else config.experts.of(first)
+    for actor in rest:
+        options = next(spares) if actor.spare else config.experts.of(experts_in(actor.name)[0])
         parts.append(Part(actor.name, actor.weight_bytes, options.num_replicas))
     return parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import psutil
@@ -21,6 +22,8 @@ from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.moe import Experts
 from moe_ray.model.trunk import Trunk
+
+logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.2, 4 * GIB
@@ -54,8 +57,9 @@ def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
     if asked is None:
         return min(model.max_position_embeddings, capacity)
     if asked > model.max_position_embeddings:
+        why = f": {model.context_limit}" if model.context_limit else ""
         raise ConfigError(
-            f"max_model_len {asked} exceeds the model's max_position_embeddings {model.max_position_embeddings}"
+            f"max_model_len {asked} exceeds the model's max_position_embeddings {model.max_position_embeddings}{why}"
         )
     if asked > capacity:
         raise ConfigError(
@@ -76,6 +80,8 @@ def load_trunk(
     compute = open_compute(model, Wanted.of(config.model, quantize), config.cache_dir, config.trunk.threads)
     experts = make_experts(compute)
     longest = config.model.max_model_len or model.max_position_embeddings
+    if model.context_limit:
+        logger.warning("context of %d tokens: %s", model.max_position_embeddings, model.context_limit)
     return Trunk.load(checkpoint, experts, compute, longest, progress, quantize), compute
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from moe_ray.errors import CheckpointError
-from moe_ray.model.families import FAMILIES, Family, Router
+from moe_ray.model.config_reader import ConfigReader
+from moe_ray.model.families import FAMILIES, Bias, ConfigKeys, Family, Router
 from moe_ray.model.foreign import CONFIG, CONSOLIDATED, PARAMS, refuse_foreign
 from moe_ray.model.formats.quantization import FILES, Quantization, quantization_from, quantization_of
 from moe_ray.model.json_files import read_json_object
@@ -17,7 +17,7 @@ from moe_ray.model.mistral_params import config_of_params
 
 HIDDEN_ACTS: Final = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DTYPES: Final = ("float32", "bfloat16", "float16")
-ROPE_TYPES: Final = ("default", "linear", "yarn", "llama3")
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,29 @@ class ModelConfig:
     """The whole config.json, for what only one reader needs (RoPE scaling factors, token ids)."""
     quantization: Quantization | None = None
     """How its weights are quantised; None: config.json and the files beside it say nothing of it."""
+    biases: frozenset[Bias] = frozenset()
+    """Those that the model has."""
+    shared_intermediate_size: int | None = None
+    """Of the expert that every token goes to beside the chosen ones; None: there is none."""
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    """Of the products of queries and keys; None: the root of 1 / head_dim."""
+    residual_multiplier: float = 1.0
+    """Of what attention and experts add."""
+    logits_scaling: float = 1.0
+    """What logits are divided by."""
+    context_limit: str = ""
+    """Why `max_position_embeddings` is less than config.json says; empty where it is not."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether there is a router; else every token goes to the one expert."""
+        return bool(self.family.config.num_experts)
+
+    @property
+    def attention_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @staticmethod
     def load(directory: Path) -> ModelConfig:
@@ -70,7 +93,7 @@ class ModelConfig:
     def read(path: Path) -> ModelConfig:
         """Read a config.json, whatever its name, or params.json. Raises `CheckpointError` naming file and key."""
         if not path.exists():
-            raise CheckpointError(f"{path}: not found; a Mixtral-format checkpoint directory has a config.json")
+            raise CheckpointError(f"{path}: not found; a checkpoint directory has a config.json")
         raw = read_json_object(path)
         return ModelConfig.from_dict(config_of_params(raw, str(path)) if path.name == PARAMS else raw, str(path))
 
@@ -84,82 +107,120 @@ class ModelConfig:
             raise CheckpointError(
                 f"{source}: model_type is {raw.get('model_type')!r}, supported: {', '.join(map(repr, FAMILIES))}"
             )
-        read, keys = _Reader(raw, source), family.config
+        read, keys = ConfigReader(raw, source), family.config
         hidden, heads = read.positive_int("hidden_size"), read.positive_int("num_attention_heads")
         # A null means as many as query heads; an absent key means the family's default.
         kv_heads = read.positive_int(
-            "num_key_value_heads", heads if "num_key_value_heads" in raw else keys.num_key_value_heads
+            "num_key_value_heads", heads if "num_key_value_heads" in raw else keys.num_key_value_heads or heads
         )
-        experts = read.positive_int(keys.num_experts, keys.num_experts_default)
-        top_k = read.positive_int("num_experts_per_tok", keys.num_experts_per_tok)
-        rope_type, rope_theta = _rope(raw, source, keys.rope_theta)
+        experts, top_k = 1, 1
+        if keys.num_experts:
+            experts = read.positive_int(read.first(keys.num_experts), keys.num_experts_default)
+            top_k = read.positive_int("num_experts_per_tok", keys.num_experts_per_tok)
+        rope, shared = _rope(read, keys), keys.shared_intermediate_size
+        head_dim = read.positive_int("head_dim", hidden // heads)
         config = ModelConfig(
             family=family,
-            router=family.router,
+            router=_router(read, family),
             vocab_size=read.positive_int("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.positive_int(keys.intermediate_size),
             num_hidden_layers=read.positive_int("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=read.positive_int("head_dim", hidden // heads),
+            head_dim=head_dim,
             num_local_experts=experts,
             num_experts_per_tok=top_k,
-            max_position_embeddings=read.positive_int("max_position_embeddings", keys.max_position_embeddings),
+            max_position_embeddings=rope.positions,
             rms_norm_eps=read.positive_float("rms_norm_eps", keys.rms_norm_eps),
             hidden_act=read.one_of("hidden_act", HIDDEN_ACTS, keys.hidden_act),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            sliding_window=read.positive_int("sliding_window") if raw.get("sliding_window") else None,
-            rope_type=rope_type,
-            rope_theta=rope_theta,
+            sliding_window=_sliding_window(read, keys),
+            rope_type=rope.type,
+            rope_theta=rope.theta,
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             raw=raw,
             quantization=quantization_of(raw, source),
+            biases=frozenset(
+                bias
+                for bias, flag in keys.biases.items()
+                if (flag.default if flag.key is None else read.flag(flag.key, flag.default))
+            ),
+            shared_intermediate_size=None if shared is None else read.positive_int(shared),
+            context_limit=rope.limit,
         )
+        if keys.multipliers:
+            config = replace(
+                config,
+                embedding_multiplier=read.positive_float("embedding_multiplier", 1.0),
+                attention_multiplier=read.positive_float("attention_multiplier", 1.0),
+                residual_multiplier=read.positive_float("residual_multiplier", 1.0),
+                logits_scaling=read.positive_float("logits_scaling", 1.0),
+            )
         if heads % kv_heads:
             raise CheckpointError(f"{source}: num_attention_heads {heads} is not a multiple of {kv_heads} kv heads")
         if top_k > experts:
-            raise CheckpointError(f"{source}: num_experts_per_tok {top_k} exceeds {keys.num_experts} {experts}")
+            raise CheckpointError(
+                f"{source}: num_experts_per_tok {top_k} exceeds {read.first(keys.num_experts)} {experts}"
+            )
         if config.head_dim % 2:
             raise CheckpointError(f"{source}: head_dim {config.head_dim} must be even for rotary embeddings")
+        if config.router.jitter is not None and top_k != 2:
+            raise CheckpointError(f"{source}: num_experts_per_tok is {top_k}, supported: 2 (SparseMixer chooses two)")
+        read.refuse_other_computing(keys.irrelevant, f"{family.model_type!r} models")
         return config
 
 
+def _router(read: ConfigReader, family: Family) -> Router:
+    router, keys = family.router, family.config
+    if keys.norm_topk_prob is not None:
+        router = replace(router, renormalise=read.flag("norm_topk_prob", keys.norm_topk_prob))
+    if keys.router_jitter_noise is not None:
+        router = replace(router, jitter=read.positive_float("router_jitter_noise", keys.router_jitter_noise))
+    return router
+
+
+def _sliding_window(read: ConfigReader, keys: ConfigKeys) -> int | None:
+    """How many positions each query sees; None: all. The same in all layers, or it is refused."""
+    window = None
+    if keys.sliding_window:
+        found = read.get("sliding_window") if "sliding_window" in read.raw else keys.sliding_window_default
+        window = read.positive_int("sliding_window", found) if found else None
+    kinds = read.get("layer_types")
+    allowed = FULL if window is None else SLIDING
+    if kinds is not None and any(kind != allowed for kind in kinds):
+        raise CheckpointError(f"{read.source}: `layer_types` is {kinds!r}, supported: {allowed} in every layer")
+    return window
+
+
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    raw: Mapping[str, Any]
-    source: str
-
-    def positive_int(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.source}: `{key}` must be a positive integer, found {value!r}")
-        return value
-
-    def positive_float(self, key: str, default: float) -> float:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise CheckpointError(f"{self.source}: `{key}` must be a positive number, found {value!r}")
-        return float(value)
-
-    def one_of(self, key: str, allowed: tuple[str, ...], default: str) -> str:
-        value = self.raw.get(key, default)
-        if value not in allowed:
-            raise CheckpointError(f"{self.source}: `{key}` is {value!r}, supported: {', '.join(allowed)}")
-        return str(value)
+class _Rope:
+    type: str
+    theta: float
+    positions: int
+    """The longest context."""
+    limit: str = ""
+    """Why it is less than `max_position_embeddings`."""
 
 
-def _rope(raw: Mapping[str, Any], source: str, default_theta: float) -> tuple[str, float]:
+def _rope(read: ConfigReader, keys: ConfigKeys) -> _Rope:
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling at the top level.
+    raw, source = read.raw, read.source
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{source}: `rope_parameters` must be an object, found {scaling!r}")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(f"{source}: rope_type {kind!r} is not supported, supported: {', '.join(ROPE_TYPES)}")
-    holder = scaling if scaling.get("rope_theta") is not None else raw
-    return str(kind), _Reader(holder, source).positive_float("rope_theta", default_theta)
+    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    if kind not in keys.rope_types:
+        raise CheckpointError(f"{source}: rope_type {kind!r} is not supported, supported: {', '.join(keys.rope_types)}")
+    inner = ConfigReader(scaling, source)
+    inner.refuse_other_computing((), f"rope_type {kind!r}")
+    theta = (inner if scaling.get("rope_theta") is not None else read).positive_float("rope_theta", keys.rope_theta)
+    positions = read.positive_int("max_position_embeddings", keys.max_position_embeddings)
+    if kind != "longrope":
+        return _Rope(kind, theta, positions)
+    name = "original_max_position_embeddings"
+    trained = (inner if scaling.get(name) is not None else read).positive_int(name, positions)
+    if trained >= positions:
+        return _Rope(kind, theta, positions)
+    limit = f"longrope beyond `{name}` {trained} is not computed (config.json: {positions})"
+    return _Rope(kind, theta, trained, limit)

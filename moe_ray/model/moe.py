@@ -94,13 +94,33 @@ def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int, router: Router) 
     Softmax over all experts in float32, then the top k, as transformers computes it; renormalised, they sum to 1
     (Mixtral, arXiv:2401.04088 section 2.1). hidden [T, D], gate [E, D].
     """
-    probabilities = F.linear(hidden, gate).softmax(dim=-1, dtype=torch.float32)
-    weights, experts = probabilities.topk(top_k, dim=-1)
+    logits = F.linear(hidden, gate)
+    if router.jitter is not None:
+        weights, experts = sparse_mixer(logits, router.jitter)
+    else:
+        weights, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
     if router.renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     # Ascending expert order makes `combine` add in expert order, as a loop over experts would.
     experts, order = experts.sort(dim=-1)
     return experts, weights.gather(-1, order)
+
+
+def sparse_mixer(logits: torch.Tensor, jitter: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [T, 2] float32 and experts [T, 2] of router logits [T, E], the best first (Liu et al., arXiv:2409.12136).
+
+    Each of the two is weighed by a softmax over the experts whose logits lie near its own: not further below than
+    2 * jitter of the larger of the two magnitudes. The second is chosen, and weighed, as if the first were not there.
+    """
+    weights, experts, left = [], [], logits
+    for _ in range(2):
+        best, which = left.max(dim=-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * jitter
+        near = left.masked_fill(far, -torch.inf)
+        weights.append(near.softmax(dim=-1, dtype=torch.float32).gather(-1, which))
+        experts.append(which)
+        left = left.scatter(-1, which, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(experts, -1)
 
 
 def group(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Routed:

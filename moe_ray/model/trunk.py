@@ -26,7 +26,7 @@ ForwardSteps = Generator[None, None, torch.Tensor]
 
 
 class Trunk:
-    """The shared part of a Mixtral-format model, in evaluation mode. Used by one thread at a time."""
+    """The shared part of a model, in evaluation mode. Used by one thread at a time."""
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class Trunk:
             try:
                 if batch.routed is not None:
                     batch.routed[:, layer] = moe.experts_of(routed)
+                work.add_shared(layer)
                 yield
                 started = time.perf_counter()
                 gathered = pending.gather()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
@@ -12,6 +13,13 @@ from moe_ray.model.families import TrunkRole
 from moe_ray.model.matrix import Matrix, tensor_of
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.weights import weights_of_trunk
+
+QKV_BIASES: Final[tuple[TrunkRole, ...]] = ("q_bias", "k_bias", "v_bias")
+VECTORS: Final[tuple[TrunkRole, ...]] = (
+    *("input_norm_bias", *QKV_BIASES, "q_norm", "k_norm", "out_bias", "post_norm_bias", "shared_share"),
+)
+"""What only some families have of a layer, beside matrices."""
+SHARED: Final[tuple[TrunkRole, ...]] = ("shared_gate", "shared_up", "shared_down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +30,10 @@ class LayerWeights:
     qkv: Sequence[Matrix]  # [heads * head_dim, D] and twice [kv_heads * head_dim, D], to lie one above the other
     out: Matrix  # [D, heads * head_dim]
     post_norm: torch.Tensor  # [D]
-    gate: torch.Tensor  # [E, D]
+    gate: torch.Tensor  # [E, D]; zeros where there is no router, and one expert gets all
+    vectors: Mapping[TrunkRole, torch.Tensor] = field(default_factory=dict)
+    """Those of `VECTORS` that the model has."""
+    shared: Sequence[Matrix] = ()  # gate and up [I, D], down [D, I], of the shared expert; (): there is none
 
 
 class TrunkWeights:
@@ -52,12 +63,18 @@ class TrunkWeights:
             qkv=[self._matrix(role, index) for role in ("q", "k", "v")],
             out=self._matrix("out", index),
             post_norm=self._read("post_norm", index),
-            gate=self._read("router", index),
+            gate=self._gate(index),
+            vectors={role: self._read(role, index) for role in VECTORS if (role, index) in self._weights},
+            shared=[self._matrix(role, index) for role in SHARED if (role, index) in self._weights],
         )
 
     def norm(self) -> torch.Tensor:
         """[D]"""
         return self._read("norm")
+
+    def optional(self, role: TrunkRole) -> torch.Tensor | None:
+        """What only some families have of no layer: norm_bias [D], head_bias [V]; None where it is not there."""
+        return self._read(role) if (role, None) in self._weights else None
 
     def head(self) -> Matrix | None:
         """[V, D]; None: the embedding is the head."""
@@ -66,6 +83,11 @@ class TrunkWeights:
     def tensor(self, *rows: Matrix) -> torch.Tensor:
         """Matrices as one tensor, one above the other."""
         return torch.cat([tensor_of(matrix.values()).to(device=self.device, dtype=self.dtype) for matrix in rows])
+
+    def _gate(self, index: int) -> torch.Tensor:
+        if self.config.routed:
+            return self._read("router", index)
+        return torch.zeros((1, self.config.hidden_size), dtype=self.dtype, device=self.device)
 
     def _matrix(self, role: TrunkRole, layer: int | None = None) -> Matrix:
         return self._checkpoint.matrix(self._weights[role, layer], self._report)

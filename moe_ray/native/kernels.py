@@ -31,6 +31,7 @@ class ModelShape(ctypes.Structure):
         *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "experts", "top_k")),
         *((name, c_float) for name in ("eps", "scale")),
         ("window", c_int64),
+        *(("residual", c_float), ("renormalise", c_int32), ("whole_qk_norm", c_int32)),
     )
 
 
@@ -40,6 +41,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "post_norm", "qkv", "out", "gate")),
         *((name, c_void_p) for name in ("k_cache", "v_cache", "k_scales", "v_scales")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm", "qkv_bias", "out_bias")),
     )
 
 

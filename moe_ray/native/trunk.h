@@ -12,6 +12,9 @@ struct Shape {
   int64_t hidden, heads, kv_heads, head_dim, experts, top_k;
   float eps, scale;
   int64_t window;  // 0: none
+  float residual;  // what attention and experts add is times this
+  int32_t renormalise;  // whether the weights of a token's experts sum to 1 (times residual)
+  int32_t whole_qk_norm;  // whether a token's queries are normalised together, and its keys, not each head
 };
 
 struct Layer {
@@ -19,6 +22,8 @@ struct Layer {
   const void *qkv, *out, *gate;         // matrices: [q + 2 kv, D], [D, q], [E, D]
   void *k_cache, *v_cache;              // [slots, kv_heads, head_dim], as rows or, with scales, int8_t
   float *k_scales, *v_scales;           // [slots, kv_heads] or null
+  const float *q_norm, *k_norm;         // [head_dim] or, together, [q] and [kv]; null: none
+  const float *qkv_bias, *out_bias;     // [q + 2 kv], [D]; null: none
 };
 
 struct Step {  // T tokens
@@ -62,8 +67,25 @@ void rotate(const float* x, const float* rope, int64_t head_dim, Out* out) {
   }
 }
 
-// Softmax over all experts, the `k` largest in ascending expert order, renormalised to sum 1. Equals: lower number.
-inline void choose(const float* logits, int64_t experts, int64_t k, int32_t* chosen, float* weights) {
+// Adds the biases of one token's queries, keys and values [q + 2 kv], and normalises its queries and keys.
+inline void bias_and_norm(const Shape& s, const Layer& layer, float* x) {
+  const int64_t hd = s.head_dim, parts = s.heads + s.kv_heads;
+  if (layer.qkv_bias)
+    for (int64_t i = 0; i < (parts + s.kv_heads) * hd; i += 16) store(x + i, load(x + i) + load(layer.qkv_bias + i));
+  if (!layer.q_norm) return;
+  float* keys = x + s.heads * hd;
+  if (s.whole_qk_norm) {
+    rms_norm(x, layer.q_norm, s.heads * hd, s.eps, x);
+    rms_norm(keys, layer.k_norm, s.kv_heads * hd, s.eps, keys);
+    return;
+  }
+  for (int64_t h = 0; h < parts; h++)
+    rms_norm(x + h * hd, h < s.heads ? layer.q_norm : layer.k_norm, hd, s.eps, x + h * hd);
+}
+
+// Softmax over all experts, the `k` largest in ascending expert order, renormalised or not. Equals: lower number.
+inline void choose(const Shape& s, const float* logits, int32_t* chosen, float* weights) {
+  const int64_t experts = s.experts, k = s.top_k;
   for (int64_t j = 0; j < k; j++) {
     int64_t best = -1;
     for (int64_t e = 0; e < experts; e++) {
@@ -77,7 +99,11 @@ inline void choose(const float* logits, int64_t experts, int64_t k, int32_t* cho
   float most = logits[chosen[0]], total = 0.0f;
   for (int64_t j = 1; j < k; j++) most = std::max(most, logits[chosen[j]]);
   for (int64_t j = 0; j < k; j++) total += weights[j] = std::exp(logits[chosen[j]] - most);
-  for (int64_t j = 0; j < k; j++) weights[j] /= total;
+  if (!s.renormalise) {
+    total = 0.0f;
+    for (int64_t e = 0; e < experts; e++) total += std::exp(logits[e] - most);
+  }
+  for (int64_t j = 0; j < k; j++) weights[j] = weights[j] / total * s.residual;
 }
 
 inline void store_lanes(float* out, const float* values, int64_t left) {
@@ -108,6 +134,7 @@ void self_attention(Pool& threads, const Shape& s, const Layer& layer, const Ste
   for_tokens(threads, tokens, [&](int64_t t) {
     float* x = qkv + t * width;
     const float* rope = step.rope + static_cast<int64_t>(step.positions[t]) * hd;
+    bias_and_norm(s, layer, x);
     for (int64_t h = 0; h < s.heads + kv_heads; h++) rotate(x + h * hd, rope, hd, x + h * hd);
     for (int64_t h = 0; h < s.heads; h++)
       q_scales[t * s.heads + h] = s.scale * keep(x + h * hd, hd, q + t * q_width + h * hd);
@@ -155,7 +182,9 @@ void layer_front(Pool& threads, const Shape& s, const Layer& layer, const Step& 
   in = inputs_for(threads, scratch.inputs, out_matrix, attended, q_width, tokens);
   linear(threads, in, tokens, out_matrix, [&](int64_t i, int64_t p, const float* values) {
     float* at = hidden + i * D + p * kPanel;
-    store(at, load(at) + load(values));
+    Lanes added = load(values);
+    if (layer.out_bias) added = added + load(layer.out_bias + p * kPanel);
+    store(at, load(at) + added * all(s.residual));
   });
 
   // The router sees the rows that the experts see.
@@ -170,7 +199,7 @@ void layer_front(Pool& threads, const Shape& s, const Layer& layer, const Step& 
     std::memcpy(logits + i * padded + p * kPanel, values, kPanel * sizeof(float));
   });
   each_token([&](int64_t t) {
-    choose(logits + t * padded, s.experts, s.top_k, chosen + t * s.top_k, weights + t * s.top_k);
+    choose(s, logits + t * padded, chosen + t * s.top_k, weights + t * s.top_k);
   });
   std::fill(counts, counts + s.experts, 0);
   for (int64_t i = 0; i < tokens * s.top_k; i++) counts[chosen[i]]++;

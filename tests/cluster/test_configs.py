@@ -48,7 +48,7 @@ def test_what_the_serve_files_promise() -> None:
     assert configs["demo"].model.path == "demo"
     assert not configs["demo"].experts.num_gpus
     small = configs["mixtral-8x7b-16gb"]
-    assert (small.model.dtype, small.experts.num_gpus, small.experts.experts_per_actor) == ("float16", 1, 1)
+    assert (small.model.dtype, small.experts.num_gpus, small.experts.group_size) == ("float16", 1, 1)
     hot = configs["mixtral-8x7b-hot"]
     started = sum(hot.experts.of(expert).num_replicas for expert in range(8))
     assert hot.experts.autoscale.max_total_replicas is not None

@@ -26,7 +26,7 @@ def plan_of(directory: Path, config: Config, dtype: str = "bfloat16") -> Plan:
     model = ModelConfig.load(directory)
     layers, experts = model.num_hidden_layers, model.num_local_experts
     spares = config.experts.spare_keys(layers, experts)
-    return make_plan(model, dtype, holdings(layers, experts, config.experts.experts_per_actor, spares))
+    return make_plan(model, dtype, holdings(layers, experts, config.experts.group_size, spares))
 
 
 def test_cards_that_ray_reports() -> None:

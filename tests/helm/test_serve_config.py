@@ -49,7 +49,7 @@ def test_every_deployment_has_an_entry_and_no_other(rendered: Rendered) -> None:
     """Serve refuses an entry for a deployment that there is not; one that comes later restarts every actor."""
     config = config_of(rendered)
     spares = config.experts.spare_keys(32, 8)
-    names = [holding.name for holding in holdings(32, 8, config.experts.experts_per_actor, spares)]
+    names = [holding.name for holding in holdings(32, 8, config.experts.group_size, spares)]
     assert list(rendered.deployments) == ["Gateway", "Trunk", *names]
 
 

@@ -270,7 +270,7 @@ def test_config_that_is_a_directory(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, ["model_type", "'llama'", "mixtral"]),
+        ({"model_type": "mamba"}, ["model_type", "'mamba'", "mixtral"]),
         ({"model_type": None}, ["model_type"]),
         ({"quantization_config": {"quant_method": "aqlm"}}, ["quantization_config", "aqlm", "not read", "gptq"]),
         ({"quantization_config": "awq"}, ["quantization_config", "an object", "'awq'"]),

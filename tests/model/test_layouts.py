@@ -20,7 +20,6 @@ from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert_reader import ExpertReader, read_experts
-from moe_ray.model.families import FAMILIES
 from moe_ray.model.foreign import INDEX, SINGLE
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.trunk import Trunk
@@ -278,6 +277,5 @@ def test_surplus_is_found_without_opening_the_shards_of_experts(separate: Path, 
 def test_no_layout_names_two_weights_alike(separate: Path) -> None:
     config = Checkpoint.open(separate).config
     weights = list(weights_of_model(config))
-    for family in FAMILIES.values():
-        for layout in family.layouts:
-            assert len({layout.place(weight, config.num_local_experts) for weight in weights}) == len(weights)
+    for layout in config.family.layouts:
+        assert len({layout.place(weight, config.num_local_experts) for weight in weights}) == len(weights)

@@ -160,8 +160,9 @@ section of the args or {} "ceiling" most replicas "policy" class "kwargs" its ow
 {{- $experts := .args.experts | default dict -}}
 {{- $scale := $experts.autoscale | default dict -}}
 {{- $options := merge (dict "max_total" (dig "max_total_replicas" nil $scale)) (pick $scale "target_busy" "up_after_s" "down_after_s") -}}
-{{- $each := int ($experts.experts_per_actor | default 1) -}}
 {{- $count := int $v.model.numLocalExperts -}}
+{{- $asked := $experts.experts_per_actor | default "auto" -}}
+{{- $each := int (ternary (div (add $count 15) 16) $asked (eq (toString $asked) "auto")) -}}
 {{- $shared := pick $v.experts "numReplicas" "minReplicas" "maxReplicas" -}}
 {{- $entries := list -}}
 {{- range $first := untilStep 0 $count $each -}}

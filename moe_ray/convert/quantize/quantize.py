@@ -24,6 +24,7 @@ from moe_ray.errors import CheckpointError
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.torch.trunk import LayerTensors
 from moe_ray.model.families import Role, Weight
+from moe_ray.model.families.mixtral import MIXTRAL
 from moe_ray.model.formats import GroupedCodes, Grouping
 from moe_ray.model.formats.ternary import METHOD
 from moe_ray.model.model_config import ModelConfig
@@ -64,6 +65,11 @@ def quantize(
     try:
         check_surplus(checkpoint)
         shape = config_of_trunk(checkpoint)
+        if shape.family is not MIXTRAL:
+            raise CheckpointError(
+                f"{source}: model_type is {shape.family.model_type!r}, supported: {MIXTRAL.model_type!r}; experts of "
+                f"every family are quantised on load by `moe-ray serve --quantize`"
+            )
         source_bytes = _check(checkpoint, shape, config)
         windows: list[list[int]] = []
         if config.method != "rtn":

@@ -42,6 +42,13 @@ class Pass(Protocol):
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         ...
 
+    def add_shared(self, layer: int) -> None:
+        """Add what the layer's shared expert makes of the rows routed last; nothing where the model has none.
+
+        Between `route` and `combine`: while experts elsewhere compute.
+        """
+        ...
+
     def combine(self, routed: Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`: rows [T * K, D] in its order."""
         ...

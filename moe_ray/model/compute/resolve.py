@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
 from moe_ray.errors import CheckpointError, ConfigError
+from moe_ray.model.families.family import ATTENTION_BIASES
 from moe_ray.model.model_config import DTYPES, ModelConfig
 from moe_ray.native.build import KERNELS, X86_64, best_kernels
 
@@ -200,8 +201,17 @@ def _unquantised(backend: Backend, wanted: Wanted) -> Backend:
 
 def _trunk_lacks(kernels: KernelLimits, model: ModelConfig) -> tuple[str, ...]:
     lacks = []
-    if not model.router.renormalise:
-        lacks.append("their router renormalises the weights of a token's experts, this model's does not")
+    other = {
+        "LayerNorm": model.family.norm != "rms",
+        "SparseMixer": model.router.jitter is not None,
+        "biases of norms and head": bool(model.biases - ATTENTION_BIASES.keys()),
+    }
+    if found := [name for name, here in other.items() if here]:
+        lacks.append(f"native kernels do not compute {', '.join(found)}, which this model has")
+    if (model.shared_intermediate_size or 0) % kernels.lanes:
+        lacks.append(f"the shared expert's {model.shared_intermediate_size} is not a multiple of {kernels.lanes}")
+    if model.shared_intermediate_size is not None and model.hidden_act not in kernels.activations:
+        lacks.append(f"the shared expert's activation is {model.hidden_act}")
     if model.hidden_size % kernels.lanes:
         lacks.append(f"hidden_size {model.hidden_size} is not a multiple of {kernels.lanes}")
     group = model.num_attention_heads // model.num_key_value_heads

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.family import ConfigKeys, ExpertRole, Family, Layout, Role, Router, TrunkRole, Weight
+from moe_ray.model.families.dense import LLAMA, MISTRAL
+from moe_ray.model.families.family import (
+    Bias,
+    ConfigKeys,
+    ExpertRole,
+    Family,
+    Layout,
+    Role,
+    Router,
+    TrunkRole,
+    Weight,
+)
+from moe_ray.model.families.granite import GRANITEMOE
 from moe_ray.model.families.mixtral import MIXTRAL
+from moe_ray.model.families.olmoe import OLMOE
+from moe_ray.model.families.phi import PHIMOE
+from moe_ray.model.families.qwen import QWEN2_MOE, QWEN3_MOE
 
-__all__ = ["FAMILIES", "ConfigKeys", "ExpertRole", "Family", "Layout", "Role", "Router", "TrunkRole", "Weight"]
+__all__ = [
+    "FAMILIES",
+    "Bias",
+    "ConfigKeys",
+    "ExpertRole",
+    "Family",
+    "Layout",
+    "Role",
+    "Router",
+    "TrunkRole",
+    "Weight",
+]
 
-FAMILIES: Final[dict[str, Family]] = {row.model_type: row for row in (MIXTRAL,)}
+FAMILIES: Final[dict[str, Family]] = {
+    row.model_type: row for row in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, PHIMOE, LLAMA, MISTRAL)
+}
 """By config.json's model_type."""

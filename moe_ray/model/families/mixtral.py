@@ -4,30 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.family import ConfigKeys, ExpertRole, Family, Layout, Role, Router
+from moe_ray.model.families.family import ConfigKeys, ExpertRole, Family, Layout, Role
+from moe_ray.model.families.layouts import TRANSFORMERS_STACK, hugging_face
 
 
-def _layout(model: str, block: str, stacked: bool) -> Layout:
-    """`model`: the prefix of all but the head; `block`: the module of router and experts."""
-    layer = f"{model}layers.{{layer}}."
-    experts = f"{layer}{block}.experts."
-    trunk: dict[Role, str] = {
-        "embed": f"{model}embed_tokens",
-        "input_norm": f"{layer}input_layernorm",
-        "q": f"{layer}self_attn.q_proj",
-        "k": f"{layer}self_attn.k_proj",
-        "v": f"{layer}self_attn.v_proj",
-        "out": f"{layer}self_attn.o_proj",
-        "post_norm": f"{layer}post_attention_layernorm",
-        "router": f"{layer}{block}.gate",
-        "norm": f"{model}norm",
-        "head": "lm_head",
-    }
+def _layout(block: str, stacked: bool, model: str = "model.") -> Layout:
     if stacked:
-        joined, down = f"{experts}gate_up_proj", f"{experts}down_proj"
-        return Layout({**trunk, "gate": joined, "up": joined, "down": down}, stacks=(("gate", "up"), ("down",)))
-    own = f"{experts}{{expert}}."
-    return Layout({**trunk, "gate": f"{own}w1", "up": f"{own}w3", "down": f"{own}w2"})
+        return hugging_face(block, model=model, stack=TRANSFORMERS_STACK)
+    return hugging_face(block, model=model, experts=("w1", "w3", "w2"))
 
 
 def _gguf(stacks: tuple[tuple[ExpertRole, ...], ...]) -> Layout:
@@ -80,7 +64,7 @@ _EXPERT_ROLES: Final[tuple[ExpertRole, ...]] = ("gate", "up", "down")
 MIXTRAL: Final = Family(
     model_type="mixtral",
     config=ConfigKeys(
-        num_experts="num_local_experts",
+        num_experts=("num_local_experts", "num_experts"),
         intermediate_size="intermediate_size",
         num_experts_default=8,
         num_experts_per_tok=2,
@@ -88,21 +72,19 @@ MIXTRAL: Final = Family(
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         rope_theta=1e6,
-        hidden_act="silu",
+        sliding_window=True,
     ),
-    router=Router(renormalise=True),
     layouts=(
-        _layout("model.", "block_sparse_moe", stacked=False),  # Mistral AI's own, and what transformers saves
-        _layout("model.", "mlp", stacked=True),  # transformers 5 saves its modules as they are
-        _layout("model.", "block_sparse_moe", stacked=True),
-        _layout("model.", "mlp", stacked=False),
-        _layout("", "block_sparse_moe", stacked=False),  # the model without its head; transformers loads it as well
-        _layout("", "mlp", stacked=True),
+        _layout("block_sparse_moe", stacked=False),  # Mistral AI's own, and what transformers saves
+        _layout("mlp", stacked=True),  # transformers 5 saves its modules as they are
+        _layout("block_sparse_moe", stacked=True),
+        _layout("mlp", stacked=False),
+        _layout("block_sparse_moe", stacked=False, model=""),  # without its head; transformers loads it, too
+        _layout("mlp", stacked=True, model=""),
         _mistral("feed_forward"),
         _mistral("block_sparse_moe"),
         _gguf(stacks=(("gate",), ("up",), ("down",))),
         _gguf(stacks=(("gate", "up"), ("down",))),
         _gguf(stacks=()),  # until April 2024
     ),
-    unused=("*rotary_emb.inv_freq",),
 )

@@ -28,7 +28,9 @@ GROUPINGS: Final[dict[str, Grouping]] = {
 LEAST_GROUP: Final = 32
 """Kernels compute on groups of a multiple of it, or of a whole row."""
 
-QUANTISED_ROLES: Final[frozenset[Role]] = frozenset({"gate", "up", "down", "q", "k", "v", "out", "head"})
+QUANTISED_ROLES: Final[frozenset[Role]] = frozenset(
+    {"gate", "up", "down", "q", "k", "v", "out", "head", "shared_gate", "shared_up", "shared_down"}
+)
 """Weights that a quantised expert or trunk holds as codes.
 
 Gates, norms and embeddings stay floats, and so does the head of a model whose embedding is its head.

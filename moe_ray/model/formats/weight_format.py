@@ -34,10 +34,12 @@ class Place:
     parts: int = 1
     index: int = 0
     """Which of the `experts * parts` parts the weight is."""
+    bare: bool = False
+    """Whether the stem is the tensor's whole name, as a bias's."""
 
     def named(self, suffix: str) -> str:
         """The name of one of its tensors. A stacked tensor is a parameter of its own and has no ".weight"."""
-        if self.experts is None:
+        if self.experts is None and not self.bare:
             return f"{self.stem}.{suffix}"
         return self.stem if suffix == "weight" else f"{self.stem}_{suffix}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TypeVar
 
@@ -18,14 +19,23 @@ import torch.nn.functional as F
 from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
+from moe_ray.model.compute.native.expert import NativeFFN
 from moe_ray.model.compute.native.held_form import HeldForm, form_of, hold
 from moe_ray.model.layers import rope_table
 from moe_ray.model.matrix import FloatMatrix, Matrix
-from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.model.trunk_weights import QKV_BIASES, LayerWeights, TrunkWeights
 from moe_ray.native.host import DTYPE_CODES
 from moe_ray.native.kernels import Kernels, Layer, ModelShape, Packed, StepInputs
 
 HeldT = TypeVar("HeldT", torch.Tensor, Packed)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """The expert of a layer that every token goes to."""
+
+    ffn: NativeFFN
+    share: Packed  # [1, D]: the sigmoid of its product with a row is how much of the expert counts
 
 
 class NativeTrunk:
@@ -45,6 +55,8 @@ class NativeTrunk:
         self._held: list[torch.Tensor | Packed] = []
         self.held: dict[str, None] = {}
         """What the matrices are held as, in words."""
+        self.shared: list[SharedExpert] = []
+        """Of each layer; [] where the model has none."""
         embed = weights.embed()  # [V, D]
         self.layers = [self._layer(weights, index) for index in range(c.num_hidden_layers)]
         self.norm = self._keep(weights.norm().float())
@@ -57,7 +69,8 @@ class NativeTrunk:
         self.rope = table[..., :half].contiguous()  # [max_model_len, 2, head_dim / 2]
         self.shape = ModelShape(
             *(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim),
-            *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.head_dim**-0.5, c.sliding_window or 0),
+            *(c.num_local_experts, c.num_experts_per_tok, c.rms_norm_eps, c.attention_scale, c.sliding_window or 0),
+            *(c.residual_multiplier, c.router.renormalise, c.family.qk_norm == "whole"),
         )
         self.nbytes = sum(each.nbytes for each in self._held)
 
@@ -68,13 +81,32 @@ class NativeTrunk:
     def lookup(self, token_ids: list[int]) -> torch.Tensor:
         """Embeddings, float32 [T, D]."""
         ids = torch.tensor(token_ids)
-        return self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
+        found = self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
+        return found * self.config.embedding_multiplier
 
     def _layer(self, weights: TrunkWeights, index: int) -> Layer:
         w = weights.layer(index)
         norms = [self._keep(norm.float()).data_ptr() for norm in (w.input_norm, w.post_norm)]
         blocks = self._matrix(w.qkv), self._matrix([w.out]), self._floats(w.gate)
-        return Layer(*norms, *(block.address for block in blocks))
+        layer = Layer(*norms, *(block.address for block in blocks))
+        vectors = {role: vector.float() for role, vector in w.vectors.items() if role != "shared_share"}
+        if biases := [vectors.pop(role) for role in QKV_BIASES if role in vectors]:
+            layer.qkv_bias = self._keep(torch.cat(biases)).data_ptr()
+        for role, vector in vectors.items():
+            setattr(layer, role, self._keep(vector).data_ptr())
+        if w.shared:
+            self.shared.append(self._shared(w))
+        return layer
+
+    def _shared(self, w: LayerWeights) -> SharedExpert:
+        """Read the shared expert of a layer."""
+        gate, up, down = w.shared
+        joined = form_of([gate, up], self._dtype, self._quantize)
+        single = form_of([down], self._dtype, self._quantize, wide_inputs=True)
+        self.held |= dict.fromkeys((str(joined), str(single)))
+        w13, w2 = hold(self.kernels, joined, [gate], [up]), hold(self.kernels, single, [down])
+        ffn = NativeFFN(self._keep(w13), self._keep(w2), self.kernels, self._dtype)
+        return SharedExpert(ffn, self._floats(w.vectors["shared_share"]))
 
     def _matrix(self, rows: Sequence[Matrix]) -> Packed:
         form = form_of(rows, self._dtype, self._quantize, wide_inputs=True)
@@ -100,6 +132,8 @@ class NativePass:
     def __init__(self, trunk: NativeTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
         self._hidden = trunk.lookup(batch.token_ids)  # [T, D]
+        self._rows = self._hidden
+        """What the layer's router saw, and its shared expert sees."""
         tables = [seq.block_table for seq in batch.sequences]
         lengths = np.diff(batch.query_start)
         self._positions = np.array(batch.positions, dtype=np.int32)
@@ -134,7 +168,17 @@ class NativePass:
             *(self._hidden.data_ptr(), rows.data_ptr(), weights.data_ptr()),
             *(self._counts.ctypes.data, row_of.data_ptr()),
         )
+        if trunk.shared:
+            self._rows = rows[row_of[:, 0]]
         return moe.Routed(rows, weights, self._counts.tolist(), row_of)
+
+    def add_shared(self, layer: int) -> None:
+        """Add what the layer's shared expert makes of the rows that were routed, where the model has one."""
+        if not self._trunk.shared:
+            return
+        shared = self._trunk.shared[layer]
+        share = self._trunk.kernels.linear(self._rows, shared.share).sigmoid_()
+        self._hidden += shared.ffn.forward(self._rows, share[:, 0])
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
@@ -144,4 +188,5 @@ class NativePass:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
         trunk = self._trunk
         which = torch.tensor(rows, dtype=torch.int64)
-        return trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)
+        found = trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)
+        return found.div_(trunk.config.logits_scaling)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,12 @@ from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.compute.torch.attention import attend
+from moe_ray.model.compute.torch.expert import TorchFFN
 from moe_ray.model.compute.torch.plan import plan_step
-from moe_ray.model.layers import apply_rope, rms_norm, rope_table
-from moe_ray.model.trunk_weights import TrunkWeights
+from moe_ray.model.families import TrunkRole
+from moe_ray.model.layers import apply_rope, normalise, rms_norm, rope_table
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.trunk_weights import QKV_BIASES, TrunkWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +29,31 @@ class LayerTensors:
     out: torch.Tensor  # [D, heads * head_dim]
     post_norm: torch.Tensor  # [D]
     gate: torch.Tensor  # [E, D]
+    qkv_bias: torch.Tensor | None = None  # [(heads + 2 kv_heads) * head_dim]
+    vectors: Mapping[TrunkRole, torch.Tensor] = field(default_factory=dict)
+    """As `LayerWeights` has them."""
+    shared: TorchFFN | None = None
 
     @staticmethod
     def read(weights: TrunkWeights, index: int) -> LayerTensors:
         """Raises `CheckpointError`."""
         w = weights.layer(index)
-        return LayerTensors(w.input_norm, weights.tensor(*w.qkv), weights.tensor(w.out), w.post_norm, w.gate)
+        biases = [w.vectors[role] for role in QKV_BIASES if role in w.vectors]
+        shared = None
+        if w.shared:
+            gate, up, down = map(weights.tensor, w.shared)
+            shared = TorchFFN(gate, up, down, weights.config.hidden_act)
+        return LayerTensors(
+            *(w.input_norm, weights.tensor(*w.qkv), weights.tensor(w.out), w.post_norm, w.gate),
+            torch.cat(biases) if biases else None,
+            w.vectors,
+            shared,
+        )
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.input_norm, self.qkv, self.out, self.post_norm, self.gate))
+        held = (self.input_norm, self.qkv, self.out, self.post_norm, self.gate, *self.vectors.values())
+        return sum(t.nbytes for t in held) + (0 if self.shared is None else self.shared.nbytes)
 
 
 class TorchTrunk:
@@ -47,6 +66,7 @@ class TorchTrunk:
         self.embed = weights.embed()  # [V, D]
         self.layers = [LayerTensors.read(weights, index) for index in range(self.config.num_hidden_layers)]
         self.norm = weights.norm()  # [D]
+        self.norm_bias, self.head_bias = weights.optional("norm_bias"), weights.optional("head_bias")  # [D], [V]
         head = weights.head()
         self.head = self.embed if head is None else weights.tensor(head)  # [V, D]
         self.cos_sin = rope_table(self.config, max_model_len, weights.dtype, weights.device)
@@ -64,33 +84,60 @@ class TorchPass:
     def __init__(self, trunk: TorchTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
         self._plan = plan_step(batch, cache, trunk.config.sliding_window, trunk.device, trunk.static_shapes)
-        self._hidden = F.embedding(self._plan.token_ids, trunk.embed)  # [P, D]
+        self._hidden = F.embedding(self._plan.token_ids, trunk.embed) * trunk.config.embedding_multiplier  # [P, D]
+        self._rows = self._hidden
+        """What the layer's router saw, and its shared expert sees."""
         self._cos_sin = trunk.cos_sin[self._plan.positions]
 
     def route(self, layer: int) -> moe.Routed:
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         c, w = self._trunk.config, self._trunk.layers[layer]
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        qkv = F.linear(rms_norm(self._hidden, w.input_norm, c.rms_norm_eps), w.qkv)
+        qkv = F.linear(normalise(c, self._hidden, w.input_norm, w.vectors.get("input_norm_bias")), w.qkv, w.qkv_bias)
         qkv = qkv.view(-1, heads + 2 * kv_heads, c.head_dim)
-        rotated = apply_rope(qkv[:, : heads + kv_heads], self._cos_sin)
+        rotated = apply_rope(_norm_qk(c, w, qkv[:, : heads + kv_heads]), self._cos_sin)
         attended = attend(
-            self._plan, rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :], self._cache.layer(layer)
+            *(self._plan, rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]),
+            self._cache.layer(layer),
+            c.attention_multiplier,
         )
-        self._hidden = self._hidden + F.linear(attended.flatten(1), w.out)
-        rows = rms_norm(self._hidden, w.post_norm, c.rms_norm_eps)
+        self._add(F.linear(attended.flatten(1), w.out, w.vectors.get("out_bias")))
+        rows = self._rows = normalise(c, self._hidden, w.post_norm, w.vectors.get("post_norm_bias"))
         chosen, weights = moe.route(rows, w.gate, c.num_experts_per_tok, c.router)
         tokens = self._plan.num_tokens
         return moe.group(rows[:tokens], chosen[:tokens], weights[:tokens], c.num_local_experts)
+
+    def add_shared(self, layer: int) -> None:
+        """Add what the layer's shared expert makes of the rows that were routed, times the sigmoid of its share."""
+        w = self._trunk.layers[layer]
+        if w.shared is not None:
+            share = F.linear(self._rows, w.vectors["shared_share"]).sigmoid()
+            self._add(w.shared.forward(self._rows, share[:, 0]))
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
         padding = self._hidden.shape[0] - self._plan.num_tokens
         row_of = F.pad(routed.row_of, (0, 0, 0, padding)) if padding else routed.row_of
-        self._hidden = self._hidden + moe.combine(rows.to(self._hidden.device, non_blocking=True), row_of)
+        self._add(moe.combine(rows.to(self._hidden.device, non_blocking=True), row_of))
+
+    def _add(self, rows: torch.Tensor) -> None:
+        """Add what a part of the layer made, [P, D]."""
+        self._hidden = self._hidden + rows * self._trunk.config.residual_multiplier
 
     def logits(self, rows: list[int]) -> torch.Tensor:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
         which = torch.tensor(rows, dtype=torch.long).to(self._trunk.device, non_blocking=True)
-        picked = self._hidden[which]
-        return F.linear(rms_norm(picked, self._trunk.norm, self._trunk.config.rms_norm_eps), self._trunk.head).float()
+        trunk = self._trunk
+        picked = normalise(trunk.config, self._hidden[which], trunk.norm, trunk.norm_bias)
+        return F.linear(picked, trunk.head, trunk.head_bias).float() / trunk.config.logits_scaling
+
+
+def _norm_qk(config: ModelConfig, w: LayerTensors, qk: torch.Tensor) -> torch.Tensor:
+    """Queries and keys [P, heads + kv_heads, head_dim], normalised where the family does so."""
+    if config.family.qk_norm is None:
+        return qk
+    heads, eps = config.num_attention_heads, config.rms_norm_eps
+    parts = [(qk[:, :heads], w.vectors["q_norm"]), (qk[:, heads:], w.vectors["k_norm"])]
+    if config.family.qk_norm == "head":
+        return torch.cat([rms_norm(part, weight, eps) for part, weight in parts], 1)
+    return torch.cat([rms_norm(part.flatten(1), weight, eps).view(part.shape) for part, weight in parts], 1)
