@@ -30,6 +30,8 @@ class Request:
     output_token_ids: tuple[int, ...] = ()
     traceparent: str = ""
     """W3C trace context of the span that the trunk's spans belong to; "": the request is not traced."""
+    adapter_id: int = 0
+    """The adapter that is added to the model's weights for this sequence; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,8 @@ class Batch:
     """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to."""
     layer_times: list[LayerTimes] | None = None
     """Where a sequence is traced: filled by the forward pass."""
+    adapter_ids: list[int] = field(default_factory=list)
+    """[S] the adapter of each sequence, ascending, 0 where it has none. Empty: no sequence has one."""
 
     @property
     def num_tokens(self) -> int:
@@ -202,6 +206,15 @@ class Batch:
         return self.token_ids[end - max(self.num_sampled[index] - 1, 0) : end]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Consecutive rows of one adapter."""
+
+    adapter_id: int
+    """0: of none."""
+    count: int
+
+
 @dataclass(slots=True, eq=False)
 class ExpertCall:
     """Rows of one layer for one expert. Stateless: it may be sent again, elsewhere, or twice."""
@@ -213,8 +226,8 @@ class ExpertCall:
     call_id: int = 0  # set by the link, unique on it
     taken_back: Callable[[], bool] | None = None
     """At the replica: asks, without waiting, whether the trunk has taken the call back."""
-    adapter_id: int = 0
-    """The adapter that is added to the expert's weights; 0: none."""
+    adapters: tuple[AdapterRows, ...] = ()
+    """Which adapter is added to the expert's weights for which rows: their counts sum to T. (): none for any."""
 
 
 @dataclass(frozen=True, slots=True)
