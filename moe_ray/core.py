@@ -21,6 +21,16 @@ ExpertKey = tuple[int, int]  # (layer, expert)
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """Which adapter, and where it is read from."""
+
+    adapter_id: int
+    """Of its contents, the same in every process: 1 .. 2^63 - 1."""
+    source: str
+    """A directory, which every node has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate, in token ids. `output_token_ids` is non-empty when a stream is replayed elsewhere."""
 
@@ -32,6 +42,13 @@ class Request:
     """W3C trace context of the span that the trunk's spans belong to; "": the request is not traced."""
     adapter_id: int = 0
     """The adapter that is added to the model's weights for this sequence; 0: none."""
+    adapter_source: str = ""
+    """The directory that a process which does not hold the adapter yet reads it from."""
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        """The adapter with its source; None: it has none."""
+        return AdapterRef(self.adapter_id, self.adapter_source) if self.adapter_id else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +299,10 @@ class ReplicaInfo:
     addresses: Mapping[str, str]  # carrier → address, e.g. {"grpc": "10.0.0.3:43117", "ray": "SERVE_REPLICA::…"}
     loading: bool = False
     """It still loads: `keys` will grow."""
+    adapters: frozenset[int] = frozenset()
+    """Ids of the adapters that it holds for all its keys."""
+    adapter_faults: Mapping[int, str] = field(default_factory=dict)
+    """Adapter id → why it could not be loaded when it was last asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,10 @@ class NotReady(MoeRayError):
     """The trunk or an expert is not up yet, or is gone (HTTP 503)."""
 
 
+class AdapterUnavailable(NotReady):
+    """An adapter that is served cannot be loaded now (HTTP 503); names it and says why."""
+
+
 class ExpertUnavailable(NotReady):
     """No replica of an expert answered before the deadline (HTTP 503); names layer and expert."""
 
@@ -82,6 +86,10 @@ class InvalidCall(TransportError):
 
 class CallRefused(TransportError):
     """The replica does not accept the call (a key that it does not hold, rows of another width); others may."""
+
+
+class AdapterNotHeld(TransportError):
+    """The replica does not hold an adapter of the call (any more); it can load it, and others may hold it."""
 
 
 class ReplicaBusy(TransportError):
