@@ -11,8 +11,9 @@ from moe_ray.commands.completion import sampling_settings
 from moe_ray.commands.options import DEFAULT_URL, Url, error_console, output_console
 
 if TYPE_CHECKING:
+    from pathlib import Path
 
-    pass
+    from moe_ray.config import Config
 
 
 def chat(
