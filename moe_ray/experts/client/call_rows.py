@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_ray.core import AdapterRows
 from moe_ray.experts.client.call import Call
-from moe_ray.model.moe import Gathered, Routed, renormalise
+from moe_ray.model.moe import Gathered, Routed, cut_runs, renormalise
 from moe_ray.transport.base import CallBatch, Replies
 
 
@@ -16,13 +17,20 @@ def batch_of(calls: Sequence[Call], routed: Routed, whole: bool = False) -> Call
     layer = calls[0].layer
     experts = [call.expert for call in calls]
     counts = [call.count for call in calls]
+    adapters = () if routed.token_adapters is None else [_runs(call, routed) for call in calls]
     if whole:
-        return CallBatch(layer, experts, counts, routed.rows, routed.weights)
+        return CallBatch(layer, experts, counts, routed.rows, routed.weights, adapters)
     rows = [routed.rows[call.row_range] for call in calls]
     weights = [routed.weights[call.row_range] for call in calls]
     if len(calls) == 1:
-        return CallBatch(layer, experts, counts, rows[0], weights[0])
-    return CallBatch(layer, experts, counts, torch.cat(rows), torch.cat(weights))
+        return CallBatch(layer, experts, counts, rows[0], weights[0], adapters)
+    return CallBatch(layer, experts, counts, torch.cat(rows), torch.cat(weights), adapters)
+
+
+def _runs(call: Call, routed: Routed) -> tuple[AdapterRows, ...]:
+    """Which adapter is added for which rows of a call."""
+    first_row = sum(routed.counts[: call.expert])
+    return cut_runs(routed.adapters[call.expert], call.start - first_row, call.count)
 
 
 def assemble(calls: Sequence[Call], routed: Routed, first: Replies | None) -> Gathered:
