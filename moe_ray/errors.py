@@ -15,6 +15,10 @@ class CheckpointError(MoeRayError):
     """A checkpoint is missing, truncated, misshapen or of a refused format; names the file and the tensor."""
 
 
+class AdapterError(MoeRayError):
+    """An adapter is missing, misshapen, of a refused kind, or not of this model; names the file and the key or tensor."""
+
+
 class KernelsUnavailable(MoeRayError):
     """The native kernels cannot be built or run on this machine; says what is lacking."""
 
@@ -88,8 +92,8 @@ class CallRefused(TransportError):
     """The replica does not accept the call (a key that it does not hold, rows of another width); others may."""
 
 
-class AdapterNotHeld(TransportError):
-    """The replica does not hold an adapter of the call (any more); it can load it, and others may hold it."""
+class AdapterNotHeld(CallRefused):
+    """The replica, or this process, does not hold an adapter that a call names; names it. It may be loaded there."""
 
 
 class ReplicaBusy(TransportError):

@@ -13,7 +13,7 @@ class AdaptersSection(Section):
     modules: dict[str, str] = Field(default_factory=dict)
     """Adapters that are served from the start: the name by which clients ask for one (as `model`, or TGI's
     `adapter_id`) to its directory, which every node has, or its Hugging Face repo id."""
-    max_loaded: int = Field(default=16, ge=1)
+    max_loaded: int = Field(default=16, ge=1, le=63)
     """Most adapters that a trunk holds at a time. A further one takes the place of the one that was not used for
     longest; while all are in use, requests for it wait."""
     max_rank: int = Field(default=256, ge=1, le=256)

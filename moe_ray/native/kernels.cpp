@@ -3,6 +3,7 @@
 // outlives a call, except pools. `dtype` is that of rows and KV cache, as the wire numbers it (Kind); a matrix is a block of
 // matrix.h.
 
+#include "adapter_run.h"
 #include "bare.h"
 #include "rounding.h"
 #include "trunk.h"
@@ -116,7 +117,7 @@ struct Expert {  // what `expert_forward` is given as its handle
 
 // `Forward` of calls.h over packed weights: what a host calls.
 int32_t expert_forward(void* handle, const void* rows, const float* weights, int64_t count, int64_t row_bytes, void* out,
-                       char* why) {
+                       const AdapterRun*, int64_t, char* why) {
   const auto& e = *static_cast<const Expert*>(handle);
   if (row_bytes != matrix_at(e.w13).k() * (e.dtype == kFloat32 ? 4 : 2)) {
     std::strcpy(why, "rows of another width than the weights'");

@@ -21,6 +21,7 @@ class CallStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSED: _ClassVar[CallStatus]
     CANCELLED: _ClassVar[CallStatus]
     BUSY: _ClassVar[CallStatus]
+    NO_ADAPTER: _ClassVar[CallStatus]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -30,9 +31,10 @@ FAILED: CallStatus
 REFUSED: CallStatus
 CANCELLED: CallStatus
 BUSY: CallStatus
+NO_ADAPTER: CallStatus
 
 class ExpertCallHeader(_message.Message):
-    __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel", "adapter_id")
+    __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel", "adapter_ids", "adapter_rows")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
@@ -40,7 +42,8 @@ class ExpertCallHeader(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
-    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ROWS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
     expert: int
@@ -48,8 +51,9 @@ class ExpertCallHeader(_message.Message):
     hidden_size: int
     dtype: DType
     cancel: bool
-    adapter_id: int
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., cancel: _Optional[bool] = ..., adapter_id: _Optional[int] = ...) -> None: ...
+    adapter_ids: _containers.RepeatedScalarFieldContainer[int]
+    adapter_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., cancel: _Optional[bool] = ..., adapter_ids: _Optional[_Iterable[int]] = ..., adapter_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpertCall(_message.Message):
     __slots__ = ("header", "rows", "weights")

@@ -11,7 +11,7 @@ from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.expert_process import packed
 from moe_ray.bench.lab.emulate import ServiceTime
 from moe_ray.bench.lab.skew_process import sleep_until
-from moe_ray.core import ReplicaInfo
+from moe_ray.core import AdapterRows, ReplicaInfo
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -31,7 +31,9 @@ class EmulatedFFN:
     def __init__(self, service: ServiceTime) -> None:
         self._service = service
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
         done = time.perf_counter() + self._service.seconds(rows.shape[0])
         out = rows * weights[:, None]
         sleep_until(done)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from moe_ray.core import AdapterRows
 from moe_ray.experts.client.accounting import Accounting
-from moe_ray.experts.client.call import Call, cut_runs, ids_of
+from moe_ray.experts.client.call import Call, ids_of
 from moe_ray.experts.client.replica import Replica
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.client.selection import select_replica, split_rows
+from moe_ray.model.moe import cut_runs
 
 
 class Assigner:
@@ -26,7 +27,7 @@ class Assigner:
         self._draw = random.Random(0)
 
     def assign(
-        self, layer: int, counts: Sequence[int], adapters: Sequence[Sequence[AdapterRows]] = ()
+        self, layer: int, counts: Sequence[int], adapters: Sequence[tuple[AdapterRows, ...]] = ()
     ) -> list[tuple[Call, Replica | None]]:
         """Calls for `counts[e]` rows of each expert e, in row order, and the replica of each; None: none is usable.
 
@@ -38,7 +39,7 @@ class Assigner:
         for expert, count in enumerate(counts):
             if not count:
                 continue
-            runs = cut_runs(adapters[expert], 0, count) if adapters else ()
+            runs = adapters[expert] if adapters else ()
             replicas = self._replicas_of(layer, expert, ids_of(runs))
             if len(replicas) == 1 and not replicas[0].link.broken:
                 assigned.append((Call(layer, expert, start, count, runs), replicas[0]))

@@ -68,22 +68,6 @@ def next_state(state: CallState, event: CallEvent) -> CallState:
     return after
 
 
-def cut_runs(runs: Sequence[AdapterRows], start: int, count: int) -> tuple[AdapterRows, ...]:
-    """The runs of rows [start, start + count) of those that `runs` are of; () where none of them has an adapter.
-
-    >>> cut_runs([AdapterRows(0, 2), AdapterRows(7, 3)], 1, 3)
-    (AdapterRows(adapter_id=0, count=1), AdapterRows(adapter_id=7, count=2))
-    """
-    cut: list[AdapterRows] = []
-    at = 0
-    for run in runs:
-        low, high = max(at, start), min(at + run.count, start + count)
-        if low < high:
-            cut.append(AdapterRows(run.adapter_id, high - low))
-        at += run.count
-    return tuple(cut) if any(run.adapter_id for run in cut) else ()
-
-
 def ids_of(runs: Sequence[AdapterRows]) -> frozenset[int]:
     """The adapters of runs: what a replica must hold besides the key."""
     return frozenset(run.adapter_id for run in runs if run.adapter_id) if runs else frozenset()

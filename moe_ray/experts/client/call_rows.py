@@ -16,7 +16,7 @@ def batch_of(calls: Sequence[Call], routed: Routed, whole: bool = False) -> Call
     layer = calls[0].layer
     experts = [call.expert for call in calls]
     counts = [call.count for call in calls]
-    adapters = [call.adapters for call in calls] if routed.adapters else []
+    adapters = () if routed.token_adapters is None else [call.adapters for call in calls]
     if whole:
         return CallBatch(layer, experts, counts, routed.rows, routed.weights, adapters)
     rows = [routed.rows[call.row_range] for call in calls]

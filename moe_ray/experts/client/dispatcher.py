@@ -84,7 +84,8 @@ class ExpertDispatcher:
         """Send the rows of one layer, without waiting. Raises `InvalidCall` for rows that no carrier could carry."""
         if not self.options.in_process:
             routed = routed.on_host()
-        assigned = self._assigner.assign(layer, routed.counts, routed.adapters)
+        adapters = () if routed.token_adapters is None else routed.adapters
+        assigned = self._assigner.assign(layer, routed.counts, adapters)
         flight = InFlightLayer(self, layer, routed, [call for call, _ in assigned], time.monotonic())
         sendable = [(call, replica) for call, replica in assigned if replica is not None]
         if sendable:

@@ -10,12 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
-from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed, KernelsUnavailable, ReplicaBusy
+from moe_ray.core import AdapterRows, ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
+from moe_ray.errors import (
+    AdapterNotHeld,
+    CallCancelled,
+    CallRefused,
+    ExpertFailed,
+    KernelsUnavailable,
+    ReplicaBusy,
+)
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
-from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert import ExpertFFN, joined_runs
 from moe_ray.native.host import Host, HostEntry
 
 if TYPE_CHECKING:
@@ -133,9 +140,9 @@ class ExpertWorker:
             return entry
         from moe_ray.model.compute.torch.hosted import tensor_entry
 
-        def forward(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        def forward(rows: torch.Tensor, weights: torch.Tensor, *adapters: tuple[AdapterRows, ...]) -> torch.Tensor:
             with self._device:
-                return ffn.forward(rows, weights)
+                return ffn.forward(rows, weights, *adapters)
 
         return tensor_entry(forward, self.compute.torch_dtype, self.compute.torch_device)
 
@@ -214,9 +221,10 @@ class ExpertWorker:
         try:
             rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
             weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
+            adapters = joined_runs([(c.adapters, c.rows.shape[0]) for c in calls])
             device = self.compute.torch_device
             with self._device:
-                out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device))
+                out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device), adapters)
             out = out.to(call.rows.device)
             outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
         except RuntimeError as failure:  # torch: out of memory, a lost device
@@ -264,8 +272,6 @@ class ExpertWorker:
     def _check(self, call: ExpertCall) -> None:
         import torch
 
-        if call.adapter_id:
-            raise CallRefused(f"adapter {call.adapter_id} is asked for, and this replica knows no adapters")
         if (call.layer, call.expert) not in self._ffn.keys:
             raise CallRefused(f"layer {call.layer} expert {call.expert} is not held by this replica")
         if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
@@ -274,3 +280,6 @@ class ExpertWorker:
             raise CallRefused(f"rows are {call.rows.dtype}, this replica computes in torch.{self.compute.dtype}")
         if call.weights.shape != (call.rows.shape[0],) or call.weights.dtype != torch.float32:
             raise CallRefused(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")
+        for run in call.adapters:
+            if run.adapter_id and not self._ffn.has_adapter((call.layer, call.expert), run.adapter_id):
+                raise AdapterNotHeld(f"adapter {run.adapter_id} is not held by this replica")

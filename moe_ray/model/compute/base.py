@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from moe_ray.core import Batch
+    from moe_ray.core import AdapterRows, Batch
     from moe_ray.model.moe import Routed
     from moe_ray.native.host import HostEntry
 
@@ -68,8 +68,13 @@ class FFN(Protocol):
     nbytes: int
     """Bytes of weights held in memory."""
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
+        """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32).
+
+        `adapters`: which is added to its weights for which rows, as `ExpertCall.adapters`. Raises `AdapterNotHeld`.
+        """
         ...
 
     def buffers(self) -> list[memoryview]:

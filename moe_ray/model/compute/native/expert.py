@@ -10,6 +10,8 @@ from moe_ray.native.kernels import Kernels, Packed
 if TYPE_CHECKING:
     import torch
 
+    from moe_ray.core import AdapterRows
+
 
 class NativeFFN:
     """`base.FFN` by the native kernels: sums in float32, a row's result independent of its neighbours."""
@@ -19,7 +21,9 @@ class NativeFFN:
         self.w13, self.w2, self.kernels, self.dtype = w13, w2, kernels, dtype
         self.nbytes = w13.nbytes + w2.nbytes
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
         return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2)
 
     def buffers(self) -> list[memoryview]:

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from moe_ray.core import AdapterRows
+
 ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -49,7 +51,9 @@ class TorchFFN:
         return
 
     @torch.inference_mode()
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
         """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
         gate, up = F.linear(rows, self._w13).chunk(2, dim=-1)  # [T, I] each
         out = F.linear(self._act(gate) * up, self._w2)  # [T, D]
