@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from moe_ray.engine_stats import EngineStats as EngineStats
@@ -49,6 +49,10 @@ class Request:
     def adapter(self) -> AdapterRef | None:
         """The adapter with its source; None: it has none."""
         return AdapterRef(self.adapter_id, self.adapter_source) if self.adapter_id else None
+
+    def with_adapter(self, adapter: AdapterRef) -> Request:
+        """The same sequence, computed with an adapter."""
+        return replace(self, adapter_id=adapter.adapter_id, adapter_source=adapter.source)
 
 
 @dataclass(frozen=True, slots=True)

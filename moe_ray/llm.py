@@ -201,7 +201,7 @@ class LLM:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             request = Request(f"llm-{next(self._ids)}", tuple(ids), with_bad_words(params, self.tokenizer))
             if each is not None:
-                request = replace(request, adapter_id=each.adapter_id, adapter_source=each.source)
+                request = request.with_adapter(each)
             if not params.empty:
                 self._engine.check(request)
             choices.append(ChoiceOutput(self.tokenizer, request))

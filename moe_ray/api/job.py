@@ -88,8 +88,8 @@ class GenerationJob:
         """The same job, its sequences computed with an adapter."""
         if adapter is None:
             return self
-        new = {"adapter_id": adapter.adapter_id, "adapter_source": adapter.source}
-        return replace(self, choices=tuple(replace(c, request=replace(c.request, **new)) for c in self.choices))
+        choices = (replace(each, request=each.request.with_adapter(adapter)) for each in self.choices)
+        return replace(self, choices=tuple(choices))
 
     def traced_by(self, traceparent: str) -> GenerationJob:
         """The same job, its requests as parts of a trace."""

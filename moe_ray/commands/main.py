@@ -51,12 +51,9 @@ bench_app = typer.Typer(
 for _group, _verbs in ((app, VERBS), (convert_app, CONVERSIONS), (bench_app, BENCHES)):
     for _verb in _verbs:
         _group.command()(_verb)
-for _name, _verb in (
-    ("list", adapters.list_adapters),
-    ("load", adapters.load_adapter),
-    ("unload", adapters.unload_adapter),
-):
-    adapters_app.command(_name)(_verb)
+adapters_app.command("list")(adapters.list_adapters)
+adapters_app.command("load")(adapters.load_adapter)
+adapters_app.command("unload")(adapters.unload_adapter)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")

@@ -26,7 +26,8 @@ def test_what_was_removed_stays_removed_for_those_who_come_later() -> None:
     book, late = AdapterBook(), AdapterBook()
     entry = book.put("poet", POET)
     book.remove(entry)
-    assert book.find("poet") is None and book.served() == []
+    assert book.find("poet") is None
+    assert book.served() == []
     late.merge([entry])  # as the configuration of a gateway that starts anew says
     late.merge(book.all())
     assert late.find("poet") is None

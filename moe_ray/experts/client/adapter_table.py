@@ -29,8 +29,8 @@ class AdapterAsker(Protocol):
 class AdapterTable:
     """`engine.adapter_shelf.AdapterHolder` over the replicas of a table. From any thread."""
 
-    def __init__(self, table: ReplicaTable, asker: AdapterAsker, deadline_s: float) -> None:
-        """`deadline_s`: how long `hold` waits."""
+    def __init__(self, table: ReplicaTable, asker: AdapterAsker | None, deadline_s: float) -> None:
+        """`asker`: None where replicas hold no adapters. `deadline_s`: how long `hold` waits."""
         self._table, self._asker, self._deadline_s = table, asker, deadline_s
         self._lock = threading.Lock()
         self._wanted: dict[int, str] = {}
@@ -48,6 +48,8 @@ class AdapterTable:
 
         Raises `AdapterUnavailable` when a replica cannot load it and no other has it, or after `deadline_s`.
         """
+        if self._asker is None:
+            raise AdapterUnavailable(f"adapter {adapter.source}: it changes experts, and these hold no adapters")
         adapter_id = adapter.adapter_id
         self._tell(adapter_id, adapter.source)
         deadline = time.monotonic() + self._deadline_s
@@ -73,7 +75,8 @@ class AdapterTable:
     def lost(self, replica: Replica, adapters: Collection[int]) -> None:
         """Note that a replica has refused a call for want of adapters: it is asked to load them again."""
         replica.info = replace(replica.info, adapters=replica.info.adapters - set(adapters))
-        self._asker.lost(replica.replica_id, adapters)
+        if self._asker is not None:
+            self._asker.lost(replica.replica_id, adapters)
         self._table.look_again()
 
     def _fault(self, adapter_id: int, key: ExpertKey) -> str | None:
@@ -87,5 +90,6 @@ class AdapterTable:
                 self._wanted.pop(adapter_id, None)
             else:
                 self._wanted[adapter_id] = source
-            self._asker.want(dict(self._wanted))
+            if self._asker is not None:
+                self._asker.want(dict(self._wanted))
         self._table.look_again()

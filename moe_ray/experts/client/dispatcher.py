@@ -10,7 +10,6 @@ from typing import Final
 from moe_ray.core import AdapterRef, ReplicaLoad
 from moe_ray.errors import (
     AdapterNotHeld,
-    AdapterUnavailable,
     ExpertUnavailable,
     LinkBroken,
     LinkTimeout,
@@ -51,7 +50,7 @@ class ExpertDispatcher:
         """`asker` tells the replicas of `table` which adapters are wanted; None: they hold none."""
         self.table = table
         self.options = options or DispatchOptions()
-        self._adapters = None if asker is None else AdapterTable(table, asker, self.options.deadline_s)
+        self._adapters = AdapterTable(table, asker, self.options.deadline_s)
         self.hedging = HedgePolicy(budget=self.options.hedge_budget)
         self._accounting = Accounting()
         self._assigner = Assigner(table, self._accounting, self.options.node_id, self.options.split)
@@ -71,14 +70,11 @@ class ExpertDispatcher:
 
     def hold(self, adapter: AdapterRef) -> None:
         """`AdapterTable.hold`: return once every expert holds its part of an adapter. Raises `AdapterUnavailable`."""
-        if self._adapters is None:
-            raise AdapterUnavailable(f"adapter {adapter.source}: it changes experts, and these hold no adapters")
         self._adapters.hold(adapter)
 
     def drop(self, adapter_id: int) -> None:
         """Have the experts forget an adapter."""
-        if self._adapters is not None:
-            self._adapters.drop(adapter_id)
+        self._adapters.drop(adapter_id)
 
     def submit(self, layer: int, routed: Routed) -> InFlightLayer:
         """Send the rows of one layer, without waiting. Raises `InvalidCall` for rows that no carrier could carry."""
@@ -238,7 +234,7 @@ class ExpertDispatcher:
             call.deadline = time.monotonic() + self.options.deadline_s
         if isinstance(error, LinkBroken | LinkTimeout):
             self.table.report_broken(replica)
-        elif isinstance(error, AdapterNotHeld) and self._adapters is not None:
+        elif isinstance(error, AdapterNotHeld):
             self._adapters.lost(replica, ids_of(call.adapters))
         elif isinstance(error, ReplicaBusy):
             call.retry_at = time.monotonic() + BUSY_RETRY_S
