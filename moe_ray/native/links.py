@@ -82,8 +82,8 @@ class Links:
     ) -> None:
         """Send call i (`counts[i]` of the rows [R, D], in order) on links[i]; replies will come into target [R, D].
 
-        `adapters`: of each call its runs of rows with one adapter, as (id, rows), at most 64. `target` must live until each call was gathered or forgotten. A link that
-        breaks says so in `gather`.
+        `adapters`: of each call its runs of rows with one adapter, as (id, rows), at most 64. `target` must live until
+        each call was gathered or forgotten. A link that breaks says so in `gather`.
         """
         n = len(links)
         runs = [run for call in adapters for run in call]
