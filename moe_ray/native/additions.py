@@ -55,7 +55,7 @@ class Factors(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BlockPart:
     """What is added to the outputs of one matrix of a block."""
 
     factors: Factors | None
@@ -77,7 +77,7 @@ class AdditionPacker:
     def nbytes(self) -> int:
         return sum(memory.nbytes for memory in self.memory)
 
-    def pack(self, parts: Sequence[Part], alternate: bool = False) -> Addition:
+    def pack(self, parts: Sequence[BlockPart], alternate: bool = False) -> Addition:
         """The addition to a block whose matrices lie one above the other, or alternate by panel; all take one input."""
         import numpy as np
 

@@ -77,7 +77,7 @@ KERNELS: Final = {
 }
 """The same source for each instruction set, best first."""
 HOST: Final = Library(
-    "host", HERE, ("host.cpp", "host.h", "calls.h", "adapter_run.h", "connection.h", "cores.h", "frames.h")
+    "host", HERE, ("host.cpp", "host.h", "calls.h", "memory.h", "adapter_run.h", "connection.h", "cores.h", "frames.h")
 )
 LINKS: Final = Library("links", HERE, ("links.cpp", "link.h", "frames.h"))
 

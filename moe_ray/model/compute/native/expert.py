@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_ray.errors import AdapterNotHeld
 from moe_ray.model.lora.parts import ExpertPart
-from moe_ray.native.additions import AdditionPacker, ExpertAdapter, Part, run_array
+from moe_ray.native.additions import AdditionPacker, BlockPart, ExpertAdapter, run_array
 from moe_ray.native.host import HostEntry
 from moe_ray.native.kernels import Kernels, Packed
 
@@ -55,8 +55,8 @@ class NativeFFN:
         held = None
         if part.gate or part.up or part.down:
             packer = AdditionPacker(self.kernels, self.dtype)
-            w13 = packer.pack([Part(part.gate, inner), Part(part.up, inner)], alternate=True)
-            held = _Held(ExpertAdapter(w13, packer.pack([Part(part.down, hidden)])), packer)
+            w13 = packer.pack([BlockPart(part.gate, inner), BlockPart(part.up, inner)], alternate=True)
+            held = _Held(ExpertAdapter(w13, packer.pack([BlockPart(part.down, hidden)])), packer)
         self._adapters = {**self._adapters, adapter_id: held}
 
     def remove_adapter(self, adapter_id: int) -> None:

@@ -16,7 +16,7 @@ from moe_ray.model.lora.parts import LayerPart, LowRank, MatrixPart
 from moe_ray.model.lora.step import StepAdapters, TokenRun
 from moe_ray.model.matrix import FloatMatrix, tensor_of
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.native.additions import AdditionPacker, HeadAdapter, LayerAdapter, Part, run_array
+from moe_ray.native.additions import AdditionPacker, BlockPart, HeadAdapter, LayerAdapter, run_array
 from moe_ray.native.kernels import Kernels, Packed, RunArray
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class TrunkAdapter:
         """By layer, one behind the other."""
         self.embed = None if part.embed is None else _Embedding(part.embed, kernels)
         head = part.head or MatrixPart()
-        addition = self._packer.pack([Part(head.low_rank, config.vocab_size)])
+        addition = self._packer.pack([BlockPart(head.low_rank, config.vocab_size)])
         self.head_addition = None if head.low_rank is None else HeadAdapter(addition)
         self.head: Packed | None = None
         """In the model's stead."""
@@ -52,9 +52,9 @@ class TrunkAdapter:
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         pack = self._packer.pack
         return LayerAdapter(
-            pack([Part(part.q, q), Part(part.k, kv), Part(part.v, kv)]),
-            pack([Part(part.out, c.hidden_size)]),
-            pack([Part(part.router, c.num_local_experts)]),
+            pack([BlockPart(part.q, q), BlockPart(part.k, kv), BlockPart(part.v, kv)]),
+            pack([BlockPart(part.out, c.hidden_size)]),
+            pack([BlockPart(part.router, c.num_local_experts)]),
         )
 
 
