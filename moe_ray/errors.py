@@ -16,7 +16,7 @@ class CheckpointError(MoeRayError):
 
 
 class AdapterError(MoeRayError):
-    """An adapter is missing, misshapen, of a refused kind, or not of this model; names the file and key or tensor."""
+    """An adapter is missing, misshapen, of a refused kind or of another model; names the file and the key or tensor."""
 
 
 class KernelsUnavailable(MoeRayError):

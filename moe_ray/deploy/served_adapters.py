@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from moe_ray.core import AdapterRef
 from moe_ray.errors import AdapterError
 from moe_ray.hub import resolve_adapter
-from moe_ray.model.lora.adapter_config import ADAPTER_CONFIG
+from moe_ray.model.lora.adapter_config import FILE
 from moe_ray.model.lora.adapter_file import read_adapter
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.trunk.adapter_book import AdapterEntry
@@ -35,6 +35,6 @@ def configured_adapters(modules: Mapping[str, str], opened: Opener) -> list[Adap
     entries = []
     for name, source in modules.items():
         adapter = opened(source)
-        age = (resolve_adapter(source) / ADAPTER_CONFIG).stat().st_mtime_ns
+        age = (resolve_adapter(source) / FILE).stat().st_mtime_ns
         entries.append(AdapterEntry(name, adapter.adapter_id, source, age))
     return entries

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_ray.core import AdapterRows, ExpertKey
 from moe_ray.model.compute.base import FFN
+from moe_ray.model.lora.parts import ExpertPart
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,20 @@ class ExpertFFN:
 
     def has_adapter(self, key: ExpertKey, adapter_id: int) -> bool:
         """Whether calls of a key may name this adapter. Raises `KeyError` where the key is not held."""
-        return False
+        return self._ffns[key].has_adapter(adapter_id)
+
+    def add_adapter(self, key: ExpertKey, adapter_id: int, part: ExpertPart) -> None:
+        """Hold what an adapter adds to one key's network. Raises `KeyError` where the key is not held."""
+        self._ffns[key].add_adapter(adapter_id, part)
+
+    def remove_adapter(self, key: ExpertKey, adapter_id: int) -> None:
+        """Hold it no more: `FFN.remove_adapter`. Idempotent. Raises `KeyError` where the key is not held."""
+        self._ffns[key].remove_adapter(adapter_id)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of what adapters add, in memory."""
+        return sum(ffn.adapter_bytes for ffn in self._ffns.values())
 
     def buffers(self, key: ExpertKey) -> list[memoryview]:
         """The bytes of one key's weights. Raises `KeyError` where it is not held."""

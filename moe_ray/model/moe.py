@@ -146,7 +146,12 @@ def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int, router: Router) 
     Softmax over all experts in float32, then the top k, as transformers computes it; renormalised, they sum to 1
     (Mixtral, arXiv:2401.04088 section 2.1). hidden [T, D], gate [E, D].
     """
-    probabilities = F.linear(hidden, gate).softmax(dim=-1, dtype=torch.float32)
+    return choose(F.linear(hidden, gate), top_k, router)
+
+
+def choose(logits: torch.Tensor, top_k: int, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` for the router's logits [T, E]."""
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     weights, experts = probabilities.topk(top_k, dim=-1)
     if router.renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -52,7 +52,7 @@ class Library:
 
 
 KERNEL_SOURCES: Final = (
-    *("kernels.cpp", "adapter_run.h", "trunk.h", "attention.h", "cache.h"),
+    *("kernels.cpp", "adapter_run.h", "low_rank.h", "trunk.h", "attention.h", "cache.h"),
     *("linear.h", "activations.h", "matrix.h", "rounding.h", "bare.h", "pool.h"),
     *("dots.h", "dots_x86.h", "dots_neon.h", "simd.h", "whole.h", "simd_avx512.h", "simd_avx2.h", "simd_neon.h"),
 )
@@ -77,7 +77,7 @@ KERNELS: Final = {
 }
 """The same source for each instruction set, best first."""
 HOST: Final = Library(
-    "host", HERE, ("host.cpp", "host.h", "calls.h", "adapter_run.h", "connection.h", "cores.h", "frames.h")
+    "host", HERE, ("host.cpp", "host.h", "calls.h", "memory.h", "adapter_run.h", "connection.h", "cores.h", "frames.h")
 )
 LINKS: Final = Library("links", HERE, ("links.cpp", "link.h", "frames.h"))
 

@@ -9,17 +9,16 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "adapter_run.h"
+#include "memory.h"
 
 namespace moe_ray {
 
@@ -49,27 +48,6 @@ struct Network {  // of one (layer, expert)
   void* handle;
   KeyStats stats;                                               // this and the next: under the mutex of the queue
   std::map<uint64_t, std::unique_ptr<HeldAdapter>> adapters{};  // by id
-};
-
-// Memory that only grows and is never cleared, aligned for vector instructions.
-class Memory {
- public:
-  uint8_t* room(size_t size) {
-    if (size > size_) {
-      data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (size + 63) / 64 * 64)));
-      size_ = data_ ? size : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_.get();
-  }
-  uint8_t* data() { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> data_;
-  size_t size_ = 0;
 };
 
 struct Call {

@@ -16,6 +16,7 @@ from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.lora.parts import ExpertPart
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.socket import SocketExpertServer
 
@@ -45,6 +46,20 @@ class EmulatedFFN:
 
     def buffers(self) -> list[memoryview]:
         return []
+
+    adapter_bytes = 0
+
+    def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
+        """Nothing is added: its weights are none."""
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Nothing."""
+
+    def has_adapter(self, adapter_id: int) -> bool:
+        return False
+
+    def adapter_handle(self, adapter_id: int) -> None:
+        """None: computed through the interpreter."""
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ from moe_ray.native.host import Host, HostEntry
 if TYPE_CHECKING:
     import torch
 
+    from moe_ray.model.lora.adapter_file import Adapter
+
 logger = logging.getLogger(__name__)
 
 MAX_BATCHED_ROWS: Final = 1024
@@ -111,6 +113,30 @@ class ExpertWorker:
         if self.native is not None:
             self.native.add(*key, self._entry(ffn))
         self._ffn.add(key, ffn)
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Let calls name an adapter, once its parts of all keys are read. From one thread at a time.
+
+        Raises `AdapterError`, and then holds none of it.
+        """
+        try:
+            for key in sorted(self.keys):
+                if adapter.touches_experts(key[0]):
+                    self._ffn.add_adapter(key, adapter.adapter_id, adapter.expert_part(*key))
+                    if self.native is not None:
+                        ffn = self._ffn[key]
+                        handle = ffn.adapter_handle(adapter.adapter_id)
+                        self.native.add_adapter(*key, adapter.adapter_id, handle, ffn)
+        except BaseException:
+            self.remove_adapter(adapter.adapter_id)
+            raise
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Refuse calls that name an adapter from now on, and wait for those that came before. Idempotent."""
+        for key in self.keys:
+            if self.native is not None:
+                self.native.remove_adapter(*key, adapter_id)
+            self._ffn.remove_adapter(key, adapter_id)
 
     def buffers(self, key: ExpertKey) -> list[memoryview]:
         """The bytes of one key's weights, which must not be written to. Raises `KeyError` where it is not served."""

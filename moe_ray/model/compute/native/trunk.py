@@ -19,7 +19,9 @@ from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.compute.native.held_form import HeldForm, form_of, hold
+from moe_ray.model.compute.native.trunk_adapters import NativeStepAdapters, TrunkAdapter
 from moe_ray.model.layers import rope_table
+from moe_ray.model.lora.adapter_file import Adapter
 from moe_ray.model.matrix import FloatMatrix, Matrix
 from moe_ray.model.trunk_weights import TrunkWeights
 from moe_ray.native.host import DTYPE_CODES
@@ -43,6 +45,7 @@ class NativeTrunk:
         self.dtype_code, self.dtype = DTYPE_CODES[dtype], weights.dtype
         self._dtype, self._quantize = dtype, quantize
         self._held: list[torch.Tensor | Packed] = []
+        self._adapters: dict[int, TrunkAdapter] = {}
         self.held: dict[str, None] = {}
         """What the matrices are held as, in words."""
         embed = weights.embed()  # [V, D]
@@ -64,6 +67,20 @@ class NativeTrunk:
     def begin(self, batch: Batch, cache: KVCacheView) -> NativePass:
         """Look the batch's tokens up and plan its attention."""
         return NativePass(self, batch, cache)
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        self._adapters[adapter.adapter_id] = TrunkAdapter(adapter, self.config, self.kernels, self._dtype)
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        self._adapters.pop(adapter_id, None)
+
+    @property
+    def adapter_ids(self) -> frozenset[int]:
+        return frozenset(self._adapters)
+
+    def step_adapters(self, batch: Batch) -> NativeStepAdapters:
+        """The adapters of a batch. Raises `AdapterNotHeld`."""
+        return NativeStepAdapters(batch, self._adapters)
 
     def lookup(self, token_ids: list[int]) -> torch.Tensor:
         """Embeddings, float32 [T, D]."""
@@ -99,7 +116,10 @@ class NativePass:
 
     def __init__(self, trunk: NativeTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
+        self._adapters = trunk.step_adapters(batch)
         self._hidden = trunk.lookup(batch.token_ids)  # [T, D]
+        if self._adapters.runs:
+            self._adapters.embed(torch.tensor(batch.token_ids), self._hidden)
         tables = [seq.block_table for seq in batch.sequences]
         lengths = np.diff(batch.query_start)
         self._positions = np.array(batch.positions, dtype=np.int32)
@@ -111,11 +131,14 @@ class NativePass:
         self._step = StepInputs(
             *(batch.num_tokens, cache.block_size), *(array.ctypes.data for array in arrays), trunk.rope.data_ptr()
         )
+        if (runs := self._adapters.layer_runs) is not None:
+            self._step.runs, self._step.num_runs = ctypes.addressof(runs), len(runs)
         self._counts = np.zeros(trunk.config.num_local_experts, dtype=np.int64)
 
     def route(self, layer: int) -> moe.Routed:
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         trunk, kernels = self._trunk, self._trunk.kernels
+        self._adapters.at_layer(layer)
         kv, pointers = self._cache.layer(layer), trunk.layers[layer]
         pointers.k_cache, pointers.v_cache = kv.k.data_ptr(), kv.v.data_ptr()
         pointers.k_scales, pointers.v_scales = address(kv.k_scales), address(kv.v_scales)
@@ -134,7 +157,7 @@ class NativePass:
             *(self._hidden.data_ptr(), rows.data_ptr(), weights.data_ptr()),
             *(self._counts.ctypes.data, row_of.data_ptr()),
         )
-        return moe.Routed(rows, weights, self._counts.tolist(), row_of)
+        return moe.Routed(rows, weights, self._counts.tolist(), row_of, self._adapters.token_adapters(layer))
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
@@ -144,4 +167,12 @@ class NativePass:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
         trunk = self._trunk
         which = torch.tensor(rows, dtype=torch.int64)
-        return trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)
+        if not self._adapters.runs:
+            return trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)
+        computed, start = [], 0
+        for count, matrix, runs in self._adapters.heads(rows, trunk.head):
+            some = which[start : start + count]
+            eps = trunk.config.rms_norm_eps
+            computed.append(trunk.kernels.head(self._hidden, some, trunk.norm, eps, matrix, runs))
+            start += count
+        return torch.cat(computed) if computed else torch.empty((0, trunk.config.vocab_size))

@@ -11,8 +11,10 @@ from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.compute.torch.attention import attend
+from moe_ray.model.compute.torch.low_rank import TorchAdapter, TorchStepAdapters
 from moe_ray.model.compute.torch.plan import plan_step
 from moe_ray.model.layers import apply_rope, rms_norm, rope_table
+from moe_ray.model.lora.adapter_file import Adapter
 from moe_ray.model.trunk_weights import TrunkWeights
 
 
@@ -44,6 +46,7 @@ class TorchTrunk:
         """Read the weights. `static_shapes`: pad decodes (see `plan`); default: on a card. Raises `CheckpointError`."""
         self.config, self.device = weights.config, weights.device
         self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
+        self.adapters: dict[int, TorchAdapter] = {}
         self.embed = weights.embed()  # [V, D]
         self.layers = [LayerTensors.read(weights, index) for index in range(self.config.num_hidden_layers)]
         self.norm = weights.norm()  # [D]
@@ -57,6 +60,19 @@ class TorchTrunk:
         """Look the batch's tokens up and plan its attention."""
         return TorchPass(self, batch, cache)
 
+    def add_adapter(self, adapter: Adapter) -> None:
+        c = self.config
+        kv = c.num_key_value_heads * c.head_dim
+        outputs = ((c.num_attention_heads * c.head_dim, kv, kv), c.num_local_experts)
+        self.adapters[adapter.adapter_id] = TorchAdapter(adapter, [outputs] * len(self.layers), self.embed)
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        self.adapters.pop(adapter_id, None)
+
+    @property
+    def adapter_ids(self) -> frozenset[int]:
+        return frozenset(self.adapters)
+
 
 class TorchPass:
     """`Pass` by torch. Nothing in it waits for the device; a padded batch has P tokens, of which the first T count."""
@@ -64,24 +80,33 @@ class TorchPass:
     def __init__(self, trunk: TorchTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
         self._plan = plan_step(batch, cache, trunk.config.sliding_window, trunk.device, trunk.static_shapes)
-        self._hidden = F.embedding(self._plan.token_ids, trunk.embed)  # [P, D]
+        self._adapters = TorchStepAdapters(batch, trunk.adapters, trunk.device)
+        ids = self._plan.token_ids
+        self._hidden = self._adapters.embed(ids, F.embedding(ids, trunk.embed))  # [P, D]
         self._cos_sin = trunk.cos_sin[self._plan.positions]
 
     def route(self, layer: int) -> moe.Routed:
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         c, w = self._trunk.config, self._trunk.layers[layer]
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        qkv = F.linear(rms_norm(self._hidden, w.input_norm, c.rms_norm_eps), w.qkv)
+        added = self._adapters.layer(layer)
+        normed = rms_norm(self._hidden, w.input_norm, c.rms_norm_eps)
+        qkv = self._adapters.add(F.linear(normed, w.qkv), normed, [each.qkv for each in added])
         qkv = qkv.view(-1, heads + 2 * kv_heads, c.head_dim)
         rotated = apply_rope(qkv[:, : heads + kv_heads], self._cos_sin)
         attended = attend(
             self._plan, rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :], self._cache.layer(layer)
         )
-        self._hidden = self._hidden + F.linear(attended.flatten(1), w.out)
+        attended = attended.flatten(1)
+        out = self._adapters.add(F.linear(attended, w.out), attended, [each.out for each in added])
+        self._hidden = self._hidden + out
         rows = rms_norm(self._hidden, w.post_norm, c.rms_norm_eps)
-        chosen, weights = moe.route(rows, w.gate, c.num_experts_per_tok, c.router)
+        logits = self._adapters.add(F.linear(rows, w.gate), rows, [each.gate for each in added])
+        chosen, weights = moe.choose(logits, c.num_experts_per_tok, c.router)
         tokens = self._plan.num_tokens
-        return moe.group(rows[:tokens], chosen[:tokens], weights[:tokens], c.num_local_experts)
+        routed = moe.group(rows[:tokens], chosen[:tokens], weights[:tokens], c.num_local_experts)
+        routed.token_adapters = self._adapters.token_adapters(layer)
+        return routed
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
@@ -92,5 +117,5 @@ class TorchPass:
     def logits(self, rows: list[int]) -> torch.Tensor:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
         which = torch.tensor(rows, dtype=torch.long).to(self._trunk.device, non_blocking=True)
-        picked = self._hidden[which]
-        return F.linear(rms_norm(picked, self._trunk.norm, self._trunk.config.rms_norm_eps), self._trunk.head).float()
+        picked = rms_norm(self._hidden[which], self._trunk.norm, self._trunk.config.rms_norm_eps)
+        return self._adapters.logits(rows, picked, self._trunk.head).float()
