@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,12 @@ class AdaptedModel:
         self.ffn = read_experts(checkpoint, keys, compute, quantize=quantize)
         worker = ExpertWorker(self.ffn, config.hidden_size, compute)
         info = ReplicaInfo("all#local", "local", 1, keys, config.hidden_size, compute.dtype, {"local": "all"})
-        table = ReplicaTable(lambda: [info], lambda info: LocalLink(info, worker.forward), keys)
-        table.refresh()
-        experts = ExpertDispatcher(table, DispatchOptions(in_process=True))
+        self._held: frozenset[int] = frozenset()
+        self._table = ReplicaTable(
+            lambda: [replace(info, adapters=self._held)], lambda info: LocalLink(info, worker.forward), keys
+        )
+        self._table.refresh()
+        experts = ExpertDispatcher(self._table, DispatchOptions(in_process=True))
         self.trunk = Trunk.load(checkpoint, experts, compute, 64, quantize=quantize)
         self._compute = compute
 
@@ -139,6 +142,8 @@ class AdaptedModel:
         for layer in filter(adapter.touches_experts, range(self.config.num_hidden_layers)):
             for expert in range(self.config.num_local_experts):
                 self.ffn.add_adapter((layer, expert), adapter.adapter_id, adapter.expert_part(layer, expert))
+        self._held |= {adapter.adapter_id}
+        self._table.refresh()
         return adapter
 
     def cache(self, texts: int) -> KVCache:

@@ -20,6 +20,7 @@ from moe_ray.errors import (
     ReplicaBusy,
 )
 from moe_ray.experts.server.load_counters import KeyLoad
+from moe_ray.experts.server.worker_stats import WorkerStats
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.expert import ExpertFFN, joined_runs
@@ -36,23 +37,6 @@ MAX_BATCHED_ROWS: Final = 1024
 MAX_QUEUED_ROWS: Final = 65_536
 """Rows that wait or compute, beyond which further calls are not accepted: 512 MiB of a Mixtral's in bfloat16."""
 """Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """A snapshot of a replica's counters since its start."""
-
-    calls: int
-    batches: int
-    """Forward passes; fewer than calls where several were computed together."""
-    rows: int
-    busy_s: float
-    queue_s: float
-    """Waiting of all calls together, each from its arrival to its start."""
-    queued_rows: int
-    weight_bytes: int
-    cancelled: int
-    """Calls that were taken back before they began."""
 
 
 @dataclass(slots=True, eq=False)
