@@ -78,16 +78,20 @@ def adapter_runs(
     """
     of_row = np.empty(row_of.size, dtype=token_adapters.dtype)
     of_row[row_of] = token_adapters[:, None]
-    ends = np.cumsum(counts)
+    begins = np.ones(len(of_row) + 1, dtype=bool)  # of a run, and the end of the last
+    begins[1:-1] = of_row[1:] != of_row[:-1]
+    begins[np.cumsum(counts)[:-1]] = True
+    starts = np.flatnonzero(begins).tolist()
+    ids = of_row[starts[:-1]].tolist()
     runs: list[tuple[AdapterRows, ...]] = []
-    for start, end in zip(ends - counts, ends, strict=True):
-        ids = of_row[start:end]
-        if not ids.any():
-            runs.append(())
-            continue
-        starts = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))
-        lengths = np.diff(starts, append=len(ids))
-        runs.append(tuple(map(AdapterRows, ids[starts].tolist(), lengths.tolist())))
+    index = end = 0
+    for count in counts:
+        end += count
+        first = index
+        while starts[index] < end:
+            index += 1
+        of_expert = tuple([AdapterRows(ids[i], starts[i + 1] - starts[i]) for i in range(first, index)])
+        runs.append(of_expert if any(ids[first:index]) else ())
     return runs
 
 

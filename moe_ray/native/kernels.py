@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-RunArray = ctypes.Array[AdapterRun]
-"""Runs of rows that sum to all of a product's."""
+RUN_BYTES: Final = ctypes.sizeof(AdapterRun)
 INT8, INT4 = 4, 5
 """Kinds of matrix beside those of `DTYPE_CODES`; see matrix.h."""
 
@@ -223,18 +222,18 @@ class Kernels:
         return out
 
     def expert_ffn(
-        self, x: torch.Tensor, weights: torch.Tensor, w13: Packed, w2: Packed, runs: RunArray | None = None
+        self, x: torch.Tensor, weights: torch.Tensor, w13: Packed, w2: Packed, runs: bytes = b""
     ) -> torch.Tensor:
         """Return (silu(x w1^T) * (x w3^T)) w2^T * weights, [T, D] as x; w13 is w1 and w3 in one block.
 
-        `runs`: which ExpertAdapter (`additions.py`) is added for which rows.
+        `runs`: which ExpertAdapter is added for which rows, of `additions.packed_runs`.
         """
         import torch
 
         out = torch.empty_like(x)
         self.library.expert_ffn(
             *(self._pool, dtype_code(x), x.data_ptr(), weights.data_ptr(), x.shape[0]),
-            *(w13.address, w2.address, out.data_ptr(), runs, 0 if runs is None else len(runs)),
+            *(w13.address, w2.address, out.data_ptr(), runs or None, len(runs) // RUN_BYTES),
         )
         return out
 
@@ -258,18 +257,18 @@ class Kernels:
         norm: torch.Tensor,
         eps: float,
         packed: Packed,
-        runs: RunArray | None = None,
+        runs: bytes = b"",
     ) -> torch.Tensor:
         """Return the logits float32 [S, N] of rows `which` (int64 [S]) of hidden [T, D] after the final norm.
 
-        `runs`: which HeadAdapter (`additions.py`) is added for which of the S rows.
+        `runs`: which HeadAdapter is added for which of the S rows, of `additions.packed_runs`.
         """
         import torch
 
         out = torch.empty((which.shape[0], packed.shape.n))
         self.library.head(
             *(self._pool, hidden.data_ptr(), hidden.shape[1], which.data_ptr(), which.shape[0]),
-            *(norm.data_ptr(), eps, packed.address, out.data_ptr(), runs, 0 if runs is None else len(runs)),
+            *(norm.data_ptr(), eps, packed.address, out.data_ptr(), runs or None, len(runs) // RUN_BYTES),
         )
         return out
 

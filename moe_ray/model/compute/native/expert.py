@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_ray.errors import AdapterNotHeld
 from moe_ray.model.lora.parts import ExpertPart
-from moe_ray.native.additions import AdditionPacker, BlockPart, ExpertAdapter, run_array
+from moe_ray.native.additions import AdditionPacker, BlockPart, ExpertAdapter, packed_runs
 from moe_ray.native.host import HostEntry
 from moe_ray.native.kernels import Kernels, Packed
 
@@ -42,11 +42,14 @@ class NativeFFN:
     def forward(
         self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
     ) -> torch.Tensor:
-        held = [(run.adapter_id, self._held(run.adapter_id), run.count) for run in adapters]  # lives while it computes
-        runs = (
-            run_array([(number, None if each is None else each.address, count) for number, each, count in held])
-            if held
-            else None
+        if not adapters:
+            return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2)
+        held = [self._held(run.adapter_id) for run in adapters]  # lives while it computes
+        runs = packed_runs(
+            [
+                (run.adapter_id, None if each is None else each.address, run.count)
+                for run, each in zip(adapters, held, strict=True)
+            ]
         )
         return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2, runs)
 

@@ -131,8 +131,8 @@ class NativePass:
         self._step = StepInputs(
             *(batch.num_tokens, cache.block_size), *(array.ctypes.data for array in arrays), trunk.rope.data_ptr()
         )
-        if (runs := self._adapters.layer_runs) is not None:
-            self._step.runs, self._step.num_runs = ctypes.addressof(runs), len(runs)
+        runs = self._adapters.layer_runs
+        self._step.runs, self._step.num_runs = ctypes.addressof(runs), len(runs)
         self._counts = np.zeros(trunk.config.num_local_experts, dtype=np.int64)
 
     def route(self, layer: int) -> moe.Routed:

@@ -16,8 +16,9 @@ from moe_ray.model.lora.parts import LayerPart, LowRank, MatrixPart
 from moe_ray.model.lora.step import StepAdapters, TokenRun
 from moe_ray.model.matrix import FloatMatrix, tensor_of
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.native.additions import AdditionPacker, BlockPart, HeadAdapter, LayerAdapter, run_array
-from moe_ray.native.kernels import Kernels, Packed, RunArray
+from moe_ray.native.additions import AdditionPacker, BlockPart, HeadAdapter, LayerAdapter, packed_runs
+from moe_ray.native.host import AdapterRun
+from moe_ray.native.kernels import Kernels, Packed
 
 if TYPE_CHECKING:
     from moe_ray.model.lora.adapter_file import Adapter
@@ -84,16 +85,17 @@ class NativeStepAdapters(StepAdapters[TrunkAdapter]):
 
     def __init__(self, batch: Batch, held: Mapping[int, TrunkAdapter]) -> None:
         super().__init__(batch, held)
-        lengths = [(run.adapter_id, None, run.end - run.start) for run in self.runs]
-        self.layer_runs = run_array(lengths) if self.runs else None
+        self.layer_runs = (AdapterRun * len(self.runs))()
         """Of the layer that `at_layer` was called for last."""
+        for layer_run, run in zip(self.layer_runs, self.runs, strict=True):
+            layer_run.id, layer_run.count = run.adapter_id, run.end - run.start
         self._starts = [None if run.held is None else ctypes.addressof(run.held.layers) for run in self.runs]
 
     def at_layer(self, layer: int) -> None:
         """Let `layer_runs` be those of a layer."""
         size = ctypes.sizeof(LayerAdapter)
         for index, start in enumerate(self._starts):
-            if start is not None and self.layer_runs is not None:
+            if start is not None:
                 self.layer_runs[index].adapter = start + layer * size
 
     def embed(self, ids: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -102,7 +104,7 @@ class NativeStepAdapters(StepAdapters[TrunkAdapter]):
             if run.held is not None and run.held.embed is not None:
                 run.held.embed.apply(ids[run.start : run.end], hidden[run.start : run.end])
 
-    def heads(self, rows: Sequence[int], head: Packed) -> list[tuple[int, Packed, RunArray | None]]:
+    def heads(self, rows: Sequence[int], head: Packed) -> list[tuple[int, Packed, bytes]]:
         """How the logits of these flat positions, ascending, are computed: (how many, matrix, additions) in order."""
         ends = [run.end for run in self.runs]
         counts = np.bincount(np.searchsorted(ends, rows, side="right"), minlength=len(ends)).tolist()
@@ -111,9 +113,9 @@ class NativeStepAdapters(StepAdapters[TrunkAdapter]):
         for matrix, some in groupby(picked, key=lambda each: _head_of(each[0], head)):
             runs = list(some)
             addresses = [_addition_of(run) for run, _ in runs]
-            additions = None
+            additions = b""
             if any(addresses):
-                additions = run_array(
+                additions = packed_runs(
                     [(run.adapter_id, address, count) for (run, count), address in zip(runs, addresses, strict=True)]
                 )
             computed.append((sum(count for _, count in runs), matrix, additions))
