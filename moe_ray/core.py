@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from moe_ray.engine_stats import EngineStats as EngineStats
@@ -21,6 +21,16 @@ ExpertKey = tuple[int, int]  # (layer, expert)
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """Which adapter, and where it is read from."""
+
+    adapter_id: int
+    """Of its contents, the same in every process: 1 .. 2^63 - 1."""
+    source: str
+    """A directory, which every node has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate, in token ids. `output_token_ids` is non-empty when a stream is replayed elsewhere."""
 
@@ -30,6 +40,19 @@ class Request:
     output_token_ids: tuple[int, ...] = ()
     traceparent: str = ""
     """W3C trace context of the span that the trunk's spans belong to; "": the request is not traced."""
+    adapter_id: int = 0
+    """The adapter that is added to the model's weights for this sequence; 0: none."""
+    adapter_source: str = ""
+    """The directory that a process which does not hold the adapter yet reads it from."""
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        """The adapter with its source; None: it has none."""
+        return AdapterRef(self.adapter_id, self.adapter_source) if self.adapter_id else None
+
+    def with_adapter(self, adapter: AdapterRef) -> Request:
+        """The same sequence, computed with an adapter."""
+        return replace(self, adapter_id=adapter.adapter_id, adapter_source=adapter.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +207,8 @@ class Batch:
     """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to."""
     layer_times: list[LayerTimes] | None = None
     """Where a sequence is traced: filled by the forward pass."""
+    adapter_ids: list[int] = field(default_factory=list)
+    """[S] the adapter of each sequence, ascending, 0 where it has none. Empty: no sequence has one."""
 
     @property
     def num_tokens(self) -> int:
@@ -202,6 +227,15 @@ class Batch:
         return self.token_ids[end - max(self.num_sampled[index] - 1, 0) : end]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Consecutive rows of one adapter."""
+
+    adapter_id: int
+    """0: of none."""
+    count: int
+
+
 @dataclass(slots=True, eq=False)
 class ExpertCall:
     """Rows of one layer for one expert. Stateless: it may be sent again, elsewhere, or twice."""
@@ -213,8 +247,8 @@ class ExpertCall:
     call_id: int = 0  # set by the link, unique on it
     taken_back: Callable[[], bool] | None = None
     """At the replica: asks, without waiting, whether the trunk has taken the call back."""
-    adapter_id: int = 0
-    """The adapter that is added to the expert's weights; 0: none."""
+    adapters: tuple[AdapterRows, ...] = ()
+    """Which adapter is added to the expert's weights for which rows: their counts sum to T. (): none for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +303,10 @@ class ReplicaInfo:
     addresses: Mapping[str, str]  # carrier → address, e.g. {"grpc": "10.0.0.3:43117", "ray": "SERVE_REPLICA::…"}
     loading: bool = False
     """It still loads: `keys` will grow."""
+    adapters: frozenset[int] = frozenset()
+    """Ids of the adapters that it holds for all its keys."""
+    adapter_faults: Mapping[int, str] = field(default_factory=dict)
+    """Adapter id → why it could not be loaded when it was last asked for."""
 
 
 @dataclass(frozen=True, slots=True)

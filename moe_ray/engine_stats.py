@@ -29,3 +29,5 @@ class EngineStats:
     """Those of them that are in the output."""
     degraded_tokens: int = 0
     """Tokens that were computed without one of their experts."""
+    adapters: int = 0
+    """Adapters that can be computed with now."""

@@ -15,6 +15,10 @@ class CheckpointError(MoeRayError):
     """A checkpoint is missing, truncated, misshapen or of a refused format; names the file and the tensor."""
 
 
+class AdapterError(MoeRayError):
+    """An adapter is missing, misshapen, of a refused kind or of another model; names the file and the key or tensor."""
+
+
 class KernelsUnavailable(MoeRayError):
     """The native kernels cannot be built or run on this machine; says what is lacking."""
 
@@ -68,6 +72,10 @@ class NotReady(MoeRayError):
     """The trunk or an expert is not up yet, or is gone (HTTP 503)."""
 
 
+class AdapterUnavailable(NotReady):
+    """An adapter that is served cannot be loaded now (HTTP 503); names it and says why."""
+
+
 class ExpertUnavailable(NotReady):
     """No replica of an expert answered before the deadline (HTTP 503); names layer and expert."""
 
@@ -82,6 +90,10 @@ class InvalidCall(TransportError):
 
 class CallRefused(TransportError):
     """The replica does not accept the call (a key that it does not hold, rows of another width); others may."""
+
+
+class AdapterNotHeld(CallRefused):
+    """The replica, or this process, does not hold an adapter that a call names; names it. It may be loaded there."""
 
 
 class ReplicaBusy(TransportError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.config import DEMO_MODEL, Config
-from moe_ray.errors import CheckpointError
+from moe_ray.errors import AdapterError, CheckpointError
 from moe_ray.model.foreign import (
     CONFIG,
     CONSOLIDATED,
@@ -65,6 +65,22 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     if repo["file"] is not None:
         return _unpacked(_download_gguf(repo["repo"], repo["file"], config.model.revision), config)
     return _download(name, config.model.revision)
+
+
+def resolve_adapter(source: str) -> Path:
+    """Return the directory of an adapter: found, or downloaded (a Hub repo id). Raises `AdapterError`."""
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory.resolve()
+    if directory.exists() or not is_repo_id(source) or source.endswith(".gguf"):
+        raise AdapterError(f"adapter {source!r}: neither a directory nor a Hugging Face repo id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _said(source):
+            return Path(snapshot_download(source, allow_patterns=["adapter_*"], ignore_patterns=[IN_FOLDERS]))
+    except CheckpointError as error:
+        raise AdapterError(str(error).replace("model", "adapter", 1)) from error
 
 
 def is_repo_id(name: str) -> bool:

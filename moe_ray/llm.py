@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, overload
 
 import numpy as np
 
-from moe_ray.api.job import sampling_seed
 from moe_ray.api.output import ChoiceOutput
 from moe_ray.config import load_config
-from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
+from moe_ray.core import AdapterRef, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
 from moe_ray.engine.build import build_engine
 from moe_ray.errors import InvalidRequest
 from moe_ray.experts.local import local_experts
-from moe_ray.hub import resolve_model
+from moe_ray.hub import resolve_adapter, resolve_model
+from moe_ray.llm_inputs import Prompt, as_params, as_prompts
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.lora.adapter_file import read_adapter
 from moe_ray.text.bad_words import with_bad_words
 from moe_ray.text.tokenizer import Tokenizer
 from moe_ray.text.vocabulary import token_bytes
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, or one of them in vLLM's dictionaries: {"prompt": …}, {"prompt_token_ids": …}."""
 Message = Mapping[str, Any]
-_PROMPT_KEYS: Final = ("prompt_token_ids", "prompt")
-"""Of a prompt's dictionary; the first that is there counts, as for vLLM."""
 
 
 @dataclass(slots=True)
@@ -70,6 +66,7 @@ class LLM:
         quantize_trunk: str | None = None,
         kv_cache_dtype: str | None = None,
         max_model_len: int | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
     ) -> None:
@@ -77,8 +74,10 @@ class LLM:
 
         `quantize`, `quantize_trunk`: hold the experts', the trunk's matrices in fewer bits: "int8", "int4" or "nf4".
         `kv_cache_dtype`: "auto", or "int8": half of bfloat16's memory for the KV cache.
-        `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is called
-        with (what, done, total) while things load. Raises `CheckpointError`, `ConfigError`.
+        `adapters`: LoRA adapters in PEFT's format, the name by which `generate` is asked for one to its directory or
+        repo id. `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is
+        called with (what, done, total) while things load.
+        Raises `CheckpointError`, `ConfigError`, `AdapterError`.
         """
         compute = {"dtype": dtype, "device": device, "kernels": kernels}
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
@@ -93,6 +92,10 @@ class LLM:
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
         checkpoint = Checkpoint.open(directory)
+        self._model = checkpoint.config
+        self._adapters: dict[str, AdapterRef] = {}
+        for name, source in {**self.config.adapters.modules, **(adapters or {})}.items():
+            self.add_adapter(name, source)
 
         def watch(what: str) -> Callable[[int, int], None] | None:
             return None if progress is None else lambda done, total: progress(what, done, total)
@@ -100,12 +103,20 @@ class LLM:
         self._engine = build_engine(
             self.config,
             checkpoint,
-            lambda compute: local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}") or _ignore, quantize_of),
+            lambda compute: local_experts(
+                checkpoint, compute, lambda e: watch(f"Expert{e}") or _ignore, quantize_of, resolve_adapter
+            ),
             watch("Trunk"),
             lambda: token_bytes(self.tokenizer),
+            resolve_adapter,
         )
         checkpoint.close()
         self._ids = itertools.count()
+
+    def add_adapter(self, name: str, source: str | Path) -> None:
+        """Have a LoRA adapter under a name, in the place of one that has it. Raises `AdapterError`."""
+        adapter = read_adapter(resolve_adapter(str(source)), self._model)
+        self._adapters[name] = AdapterRef(adapter.adapter_id, str(source))
 
     @property
     def max_model_len(self) -> int:
@@ -120,14 +131,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete any number of prompts in one continuous batch; outputs in the order of the prompts.
 
-        One prompt may stand without a list, one `SamplingParams` for all prompts. `on_step` is called with (finished,
+        One prompt may stand without a list, one `SamplingParams` for all prompts, one name of an adapter, too; None is
+        the model itself. `on_step` is called with (finished,
         total) whenever a prompt is finished. Raises `InvalidRequest` before anything runs, and whatever error ended a
         sequence.
         """
-        choices = self._choices(_as_prompts(prompts), sampling_params)
+        choices = self._choices(as_prompts(prompts), sampling_params, adapter)
         finished = 0
         for index, _ in self._run(choices):
             if choices[index].finish_reason is not None:
@@ -137,47 +150,73 @@ class LLM:
         return [_output(choice) for choice in choices]
 
     @overload
-    def chat(self, messages: Sequence[Message], sampling_params: SamplingParams | None = None) -> RequestOutput: ...
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        adapter: str | None = None,
+    ) -> RequestOutput: ...
 
     @overload
     def chat(
         self,
         messages: Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]: ...
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer one conversation (a list of messages), or each of a list of conversations, by the chat template."""
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         prompts = [self.tokenizer.apply_chat_template(list(conversation)) for conversation in conversations]
-        outputs = self.generate(prompts, sampling_params)
+        outputs = self.generate(prompts, sampling_params, adapter=adapter)
         return outputs[0] if one else outputs
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[str]:
         """Complete one prompt, yielding text as it comes."""
-        prompts = _as_prompts(prompt)
+        prompts = as_prompts(prompt)
         if len(prompts) != 1:
             raise InvalidRequest(f"`prompt` must be one prompt, got {len(prompts)}", "prompt")
-        for _, delta in self._run(self._choices(prompts, sampling_params)):
+        for _, delta in self._run(self._choices(prompts, sampling_params, adapter)):
             if delta:
                 yield delta
 
     def _choices(
-        self, prompts: Sequence[str | list[int]], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[str | list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str | None] | None,
     ) -> list[ChoiceOutput]:
         choices = []
-        for prompt, params in zip(prompts, _as_params(sampling_params, len(prompts)), strict=True):
+        params_of_each, adapters = as_params(sampling_params, len(prompts)), self._as_adapters(adapter, len(prompts))
+        for prompt, params, each in zip(prompts, params_of_each, adapters, strict=True):
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             request = Request(f"llm-{next(self._ids)}", tuple(ids), with_bad_words(params, self.tokenizer))
+            if each is not None:
+                request = request.with_adapter(each)
             if not params.empty:
                 self._engine.check(request)
             choices.append(ChoiceOutput(self.tokenizer, request))
         return choices
+
+    def _as_adapters(self, given: str | Sequence[str | None] | None, count: int) -> list[AdapterRef | None]:
+        """The adapter of each prompt. Raises `InvalidRequest` for a name that is not there."""
+        names = [given] * count if given is None or isinstance(given, str) else list(given)
+        if len(names) != count:
+            raise InvalidRequest(f"{len(names)} names of adapters for {count} prompts", "adapter")
+        for name in names:
+            if name is not None and name not in self._adapters:
+                known = ", ".join(map(repr, self._adapters)) or "none"
+                raise InvalidRequest(f"there is no adapter {name!r}; there are: {known}", "adapter")
+        return [None if name is None else self._adapters[name] for name in names]
 
     def _run(self, choices: Sequence[ChoiceOutput]) -> Iterator[tuple[int, str]]:
         """Generate until every choice is finished; yield (index, text that is certain now) for each of their steps."""
@@ -216,63 +255,6 @@ def _output(choice: ChoiceOutput) -> RequestOutput:
         num_cached_tokens=choice.num_cached,
         routed_experts=choice.routed_experts() if choice.request.sampling.return_routed_experts else None,
     )
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
-    """The prompts as texts or token ids. Raises `InvalidRequest` for anything that is neither."""
-    if isinstance(prompts, str | Mapping) or _is_ids(prompts):
-        return [_as_prompt(prompts)]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray):
-        raise _no_prompt(prompts)
-    return [_as_prompt(prompt) for prompt in prompts]
-
-
-def _as_prompt(prompt: Any) -> str | list[int]:
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Mapping):
-        given = {key: value for key, value in prompt.items() if value is not None}
-        if unknown := sorted(map(str, given.keys() - set(_PROMPT_KEYS))):
-            raise InvalidRequest(f"a prompt's `{unknown[0]}` is not supported", unknown[0])
-        for key in _PROMPT_KEYS:
-            if key in given and isinstance(given[key], str) == (key == "prompt"):
-                return _as_prompt(given[key])
-        raise _no_prompt(prompt)
-    if not _is_ids(prompt):
-        raise _no_prompt(prompt)
-    return [operator.index(token_id) for token_id in prompt]
-
-
-def _is_ids(prompt: Any) -> bool:
-    """A list, tuple or array of whole numbers, not empty."""
-    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, str | bytes) or len(prompt) == 0:
-        return False
-    return all(type(each) is int or _is_scalar(each) for each in prompt)
-
-
-def _is_scalar(value: Any) -> bool:
-    """A whole number of numpy or torch; arrays are not, though they may have the method, too."""
-    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
-
-
-def _no_prompt(given: object) -> InvalidRequest:
-    shown = repr(given)[:80]
-    return InvalidRequest(
-        f'a prompt is a text, a list of token ids, {{"prompt": …}} or {{"prompt_token_ids": …}}, got {shown}', "prompt"
-    )
-
-
-def _as_params(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """One for each prompt, all with a seed of their own. Raises `InvalidRequest` where they do not fit the prompts."""
-    if given is None or isinstance(given, SamplingParams):
-        params = [given or SamplingParams()] * count
-    else:
-        params = list(given)
-    if not all(isinstance(each, SamplingParams) for each in params):
-        raise InvalidRequest("`sampling_params` must be a SamplingParams or a list of them", "sampling_params")
-    if len(params) != count:
-        raise InvalidRequest(f"{len(params)} sampling parameters for {count} prompts", "sampling_params")
-    return [replace(each, seed=sampling_seed(each)) for each in params]
 
 
 def _ignore(done: int, total: int) -> None:

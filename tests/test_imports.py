@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "gateway": {*BASE, "pb", "transport", "engine", "trunk", "observe"},
     # of model: what a checkpoint says of itself
     "api": {*BASE, "__init__", "model", "engine", "text", "gateway", "observe"},
-    "llm": {*MODEL, "config", "hub", "text", "experts", "engine", "api"},
+    "llm_inputs": {*BASE, "api"},
+    "llm": {*MODEL, "llm_inputs", "config", "hub", "text", "experts", "engine", "api"},
     "quality": {*MODEL, "config", "experts", "engine"},
     "deploy": {
         *MODEL,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from moe_ray.errors import (
+    AdapterError,
     ContextLengthExceeded,
     Forbidden,
     IncompleteGeneration,
@@ -60,6 +61,7 @@ _UNFORESEEN: Final[tuple[int, str | None]] = (500, "The server failed to process
 # exception → status, message (None: the exception's own)
 _STATUSES: Final[dict[type, tuple[int, str | None]]] = {
     InvalidRequest: (400, None),
+    AdapterError: (400, None),
     Unauthorized: (401, None),
     Forbidden: (403, None),
     ModelNotFound: (404, None),

@@ -28,6 +28,7 @@ from moe_ray.api.metrics_route import EXPOSITION, metrics_route
 from moe_ray.api.observation import REQUEST_ID, Watching
 from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
+from moe_ray.api.openai import adapters as adapter_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.openai.answers import OpenAIError
@@ -117,6 +118,7 @@ def build_app(
     app.add_api_route("/metrics", metrics, response_class=Response, responses=EXPOSITION)
     app.add_route("/metrics", metrics, methods=["HEAD"], include_in_schema=False)
     models.add_routes(app, service)
+    adapter_routes.add_routes(app, service)
     for api in APIS:
         api.add_routes(app, service)
     shared_paths.add_routes(app, service)

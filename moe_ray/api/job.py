@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from moe_ray.core import Request, SamplingParams
+from moe_ray.core import AdapterRef, Request, SamplingParams
 from moe_ray.errors import ContextLengthExceeded, InvalidRequest
 from moe_ray.sampling import DRAW_SEED, MAX_SEED, MIN_SEED, Grammar
 from moe_ray.text.answers.parts import AnswerReader
@@ -83,6 +83,13 @@ class GenerationJob:
     def requests(self) -> list[tuple[int, Request]]:
         """(choice index, request) of the choices of which something is asked of the engine."""
         return [(i, each.request) for i, each in enumerate(self.choices) if not each.request.sampling.empty]
+
+    def with_adapter(self, adapter: AdapterRef | None) -> GenerationJob:
+        """The same job, its sequences computed with an adapter."""
+        if adapter is None:
+            return self
+        choices = (replace(each, request=each.request.with_adapter(adapter)) for each in self.choices)
+        return replace(self, choices=tuple(choices))
 
     def traced_by(self, traceparent: str) -> GenerationJob:
         """The same job, its requests as parts of a trace."""

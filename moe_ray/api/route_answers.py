@@ -14,7 +14,7 @@ Kind = type[BaseModel] | UnionType
 _FAILURES: Final = {
     400: "A field of the request is wrong or not supported; the message names it",
     401: "No valid API key",
-    403: "The request does not come from the page of this server",
+    403: "The request does not come from the page of this server, or the server does not permit it",
     404: "No such model or response",
     413: "The body is too large",
     422: "A field of the request is wrong or not supported; the message names it",

@@ -19,11 +19,13 @@ from moe_ray.api.observation import Observation
 from moe_ray.api.output import JobOutput
 from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.api.tgi.limits import TgiLimits
-from moe_ray.errors import ModelNotFound
+from moe_ray.core import AdapterRef
+from moe_ray.errors import InvalidRequest, ModelNotFound
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.text.tokenizer import Tokenizer
+from moe_ray.trunk.adapter_book import AdapterEntry
 
 LONG_BODY = 16_384
 """Bodies longer than this many bytes are tokenized on another thread, so that running streams do not stall."""
@@ -76,6 +78,15 @@ class HttpOptions:
     """Most requests in flight, beyond that 503; None where a proxy before us sees to it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks to generate with."""
+
+    name: str
+    """What responses call it."""
+    adapter: AdapterRef | None = None
+
+
 class ServedModel:
     """One model over its trunks. Runs on the loop of its `Sessions`."""
 
@@ -88,10 +99,12 @@ class ServedModel:
         aliases: Sequence[str] = (),
         observation: Observation | None = None,
         responses: ResponseStore | None = None,
+        open_adapter: Callable[[str], AdapterRef] | None = None,
     ) -> None:
         """`aliases` are further names that requests may use; in them `*` stands for anything.
 
-        `responses` keeps what clients of /v1/responses may ask for again; None: nothing is kept.
+        `responses` keeps what clients of /v1/responses may ask for again; None: nothing is kept. `open_adapter` checks
+        the adapter of a source, which takes a moment, and raises `AdapterError`; None: clients may not add any.
         """
         self.observation = observation or Observation(served_name)
         self.served_name = served_name
@@ -99,6 +112,7 @@ class ServedModel:
         self.tokenizer = tokenizer
         self.options = options or HttpOptions()
         self.responses = responses
+        self.open_adapter = open_adapter
         self.created = int(time.time())
         self._sessions = sessions
 
@@ -134,21 +148,50 @@ class ServedModel:
 
     @property
     def names(self) -> list[str]:
-        """The names that can be listed: the served one, then the aliases without a `*`."""
-        return [self.served_name, *(alias for alias in self.aliases if "*" not in alias)]
+        """The names that can be listed: the served one, the aliases without a `*`, then the adapters'."""
+        adapters = (entry.name for entry in self._sessions.adapters)
+        return [self.served_name, *(alias for alias in self.aliases if "*" not in alias), *adapters]
+
+    def adapter(self, name: str) -> AdapterEntry | None:
+        """The adapter that is served under a name; None: none is, or the name is the model's own."""
+        return None if self._is_own(name) else self._sessions.find_adapter(name)
+
+    def add_adapter(self, name: str, adapter: AdapterRef) -> None:
+        """Serve an adapter under a name. Raises `InvalidRequest` where something is served under it."""
+        if self._is_own(name) or self._sessions.find_adapter(name) is not None:
+            raise InvalidRequest(f"The lora adapter '{name}' has already been loaded.", "lora_name")
+        self._sessions.add_adapter(name, adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Serve an adapter no longer. Raises `ModelNotFound`."""
+        entry = self._sessions.find_adapter(name)
+        if entry is None:
+            raise ModelNotFound(f"The lora adapter '{name}' cannot be found.")
+        self._sessions.remove_adapter(entry)
 
     @cached_property
     def facts(self) -> CheckpointFacts:
         """What the checkpoint is. Raises `CheckpointError`."""
         return checkpoint_facts(self.tokenizer.directory)
 
-    def check_model(self, requested: str | None) -> None:
-        """Raise `ModelNotFound` unless a request names the served model by one of its names, or names none."""
-        if requested in (None, self.served_name, *UNNAMED):
-            return
-        patterns = (re.escape(alias).replace(r"\*", ".*") for alias in self.aliases)
-        if not any(re.fullmatch(pattern, str(requested)) for pattern in patterns):
+    def check_model(self, requested: str | None) -> Asked:
+        """What a request asks for: the served model by one of its names, or by none, or an adapter by its own.
+
+        Raises `ModelNotFound` for any other name.
+        """
+        if requested is None or self._is_own(requested):
+            return Asked(self.served_name)
+        entry = self._sessions.find_adapter(requested)
+        if entry is None:
             raise ModelNotFound(f"The model `{requested}` does not exist.")
+        return Asked(entry.name, entry.ref)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a name is the model's."""
+        if name in (self.served_name, *UNNAMED):
+            return True
+        patterns = (re.escape(alias).replace(r"\*", ".*") for alias in self.aliases)
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
 
     async def parse(self, body_bytes: int, parse: Callable[[ModelLimits], _T]) -> _T:
         """Run `parse`, which tokenizes a body of so many bytes, against the model's limits. Raises `NotReady`, too."""

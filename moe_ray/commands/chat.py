@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import urlsplit
 
 import typer
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from moe_ray.config import Config
-
-OWN_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def chat(
@@ -53,6 +50,7 @@ def chat(
 ) -> None:
     """Talk to a running server in this terminal, or ask it one question."""
     from moe_ray.commands.chat_loop import ChatOptions, chat_loop
+    from moe_ray.commands.server_client import own_key
     from moe_ray.config import load_config
 
     config = load_config()
@@ -63,21 +61,12 @@ def chat(
         model=model,
         system=system,
         settings=[*(settings or []), *(f"{name}={value}" for name, value in flags.items() if value is not None)],
-        api_key=api_key or _own_key(config, url),
+        api_key=api_key or own_key(config, url),
         history=_history(config) if history and sys.stdin.isatty() else None,
         plain=plain,
     )
     if not chat_loop(options, text, output_console(), error_console()):
         raise typer.Exit(1)
-
-
-def _own_key(config: Config, url: str) -> str | None:
-    """The key of a server of this machine that the environment configures, too; other servers must not see it."""
-    try:
-        own = urlsplit(url).hostname in OWN_HOSTS
-    except ValueError:  # brackets that are no address: told when it is asked
-        own = False
-    return next(iter(config.gateway.api_keys), None) if own else None
 
 
 def _history(config: Config) -> Path | None:

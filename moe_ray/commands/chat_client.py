@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
 from moe_ray.api.sse import SseReader
-from moe_ray.errors import ConfigError, NotReady
+from moe_ray.commands.server_client import ServerClient, message_of
+from moe_ray.errors import NotReady
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +36,13 @@ class AnswerPiece:
     """Tokens of the prompt and of the answer so far."""
 
 
-class ChatClient:
-    """A server of OpenAI's chat API at one URL; past every proxy that the environment names. Not thread-safe."""
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        """Connects to nothing yet. Raises `ConfigError` for a URL or key that cannot be sent."""
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if api_key and not (api_key.isascii() and api_key.isprintable()):
-            raise ConfigError("--api-key: an API key is printable ASCII")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        timeout = httpx.Timeout(10, read=600)
-        try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"--url {url}: {error}") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
+class ChatClient(ServerClient):
+    """A server of OpenAI's chat API at one URL. Not thread-safe."""
 
     def models(self) -> list[ServedCard]:
         """The models of the server, at least one. Raises `NotReady` in one line when none answers."""
         try:
-            response = self._client.get("/v1/models")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise NotReady(f"no server answers at {self.url} ({error}); start one with `moe-ray serve`") from None
-        if response.status_code != 200:
-            raise NotReady(f"{self.url} answers {_message(response.content, response.status_code)}")
-        try:
-            cards = [_card(each) for each in response.json()["data"]]
+            cards = [_card(each) for each in self.model_entries()]
         except (ValueError, KeyError, TypeError):
             cards = []
         if not cards:
@@ -79,9 +56,9 @@ class ChatClient:
         body = {"model": model, "messages": messages, **settings}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         try:
-            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
-                    raise NotReady(_message(response.read(), response.status_code))
+                    raise NotReady(message_of(response.read(), response.status_code))
                 yield from read_pieces(response.iter_bytes())
         except httpx.HTTPError as error:
             raise NotReady(str(error) or type(error).__name__) from None
@@ -120,10 +97,3 @@ def _piece(data: str) -> AnswerPiece:
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise NotReady(f"an event that is none of OpenAI's chat API: {data[:200]!r}") from None
-
-
-def _message(content: bytes, status: int) -> str:
-    try:
-        return str(json.loads(content)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {status}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moe_ray.commands import bench, bench_lab
+from moe_ray.commands import adapters, bench, bench_lab
 from moe_ray.commands.chat import chat
 from moe_ray.commands.command_line import run_command
 from moe_ray.commands.compare import compare
@@ -44,12 +44,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 convert_app = typer.Typer(help="Make Mixtral-format checkpoints out of other models.", no_args_is_help=True)
+adapters_app = typer.Typer(help="The LoRA adapters of a running server.", no_args_is_help=True)
 bench_app = typer.Typer(
     help="Measure this machine and what runs on it: a table, or one JSON object.", no_args_is_help=True
 )
 for _group, _verbs in ((app, VERBS), (convert_app, CONVERSIONS), (bench_app, BENCHES)):
     for _verb in _verbs:
         _group.command()(_verb)
+adapters_app.command("list")(adapters.list_adapters)
+adapters_app.command("load")(adapters.load_adapter)
+adapters_app.command("unload")(adapters.unload_adapter)
+app.add_typer(adapters_app, name="adapters")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(version)

@@ -67,6 +67,15 @@ def serve(
             show_default="last part of --model",
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "--lora-modules",
+            metavar="NAME=PATH",
+            help="Serve a LoRA adapter (PEFT) under this name: of a directory or a Hugging Face repo. May be repeated.",
+        ),
+    ] = None,
     tool_call_parser: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +125,7 @@ def serve(
 
     if address is None:
         prepare_local_ray()
+    from moe_ray.commands.adapter_option import named_sources
     from moe_ray.commands.launch import LaunchOptions, run
 
     flags = {
@@ -139,6 +149,7 @@ def serve(
         "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss, "quantize": quantize},
         "trunk": {"quantize": quantize_trunk},
         "gateway": {"tool_call_parser": tool_call_parser, "page": {"control": page_control}},
+        "adapters": {"modules": named_sources(adapter)},
         "transport": transport,
         "log_level": log_level,
         "log_format": log_format,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from moe_ray.commands.adapter_option import named_sources
 from moe_ray.commands.tgi_arguments import TgiArguments, flag_of
 from moe_ray.errors import ConfigError
 
@@ -39,6 +40,7 @@ KEYS: Final[dict[str, str]] = {
     "graceful_termination_timeout": "trunk.drain_s",
     "json_output": "log_format: json",
     "otlp_endpoint": "tracing.otlp_endpoint",
+    "lora_adapters": "adapters.modules: NAME=PATH, or PATH, which is its own name; several separated by commas",
 }
 """Arguments that count → what they become."""
 NOTES: Final[dict[str, str]] = {
@@ -69,7 +71,6 @@ REFUSED: Final[dict[str, str]] = {
     "ngrok_authtoken": "no tunnel is opened; run one beside this server",
     "ngrok_edge": "no tunnel is opened; run one beside this server",
     "tokenizer_config_path": "put the tokenizer_config.json with its chat_template into the model's directory",
-    "lora_adapters": "adapters cannot be served yet",
     "weights_cache_override": "give the directory of the weights as --model-id",
 }
 """Arguments that would change answers or reach, and cannot be had → what to do instead."""
@@ -125,6 +126,7 @@ def mapped(arguments: TgiArguments, environ: Mapping[str, str]) -> Mapped:
             "kv_cache_dtype": _kv_cache_dtype(arguments),
             **_speculation(arguments),
         },
+        "adapters": {"modules": _adapters(arguments.lora_adapters)},
         "log_format": "json" if arguments.json_output else None,
         "tracing": {"otlp_endpoint": arguments.otlp_endpoint},
         "trunk": {"quantize": on_load, "drain_s": arguments.graceful_termination_timeout},
@@ -199,6 +201,12 @@ def _speculation(arguments: TgiArguments) -> dict[str, Any]:
     if not arguments.speculate:
         return {}
     return {"speculative": "ngram", "num_speculative_tokens": arguments.speculate}
+
+
+def _adapters(given: str | None) -> dict[str, str] | None:
+    """TGI's list: NAME=PATH, or PATH, by which requests then ask for the adapter."""
+    parts = [part.strip() for part in (given or "").split(",") if part.strip()]
+    return named_sources([part if "=" in part else f"{part}={part}" for part in parts])
 
 
 def _max_input_tokens(arguments: TgiArguments) -> int | None:

@@ -22,6 +22,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from moe_ray.config.adapters import AdaptersSection
 from moe_ray.config.engine import EngineSection
 from moe_ray.config.experts import ExpertsSection
 from moe_ray.config.gateway import GatewaySection
@@ -55,6 +56,7 @@ class Config(BaseSettings):
     trunk: TrunkSection = TrunkSection()
     experts: ExpertsSection = ExpertsSection()
     gateway: GatewaySection = GatewaySection()
+    adapters: AdaptersSection = AdaptersSection()
     tracing: TracingSection = Field(default_factory=TracingSection)
     transport: Transport = "auto"
     """Carrier of the calls to experts. auto: the first of socket, grpc and ray that reaches the replica. local: experts
@@ -116,7 +118,8 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
             merged.experts.of(expert)  # now, rather than when that expert is started
         _check_growth(merged)
         values = {name: getattr(merged, name) for name in Config.model_fields}
-        return Config.model_construct(**{**values, "model": located(merged.model)})
+        located_parts = {"model": located(merged.model), "adapters": _located_adapters(merged.adapters)}
+        return Config.model_construct(**{**values, **located_parts})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
     except SettingsError as error:  # an environment variable of a nested key that is no JSON
@@ -133,6 +136,12 @@ def located(model: ModelSection) -> ModelSection:
     if model.path == DEMO_MODEL or stays or not path.is_dir():
         return model
     return model.model_copy(update={"path": os.path.abspath(path)})
+
+
+def _located_adapters(adapters: AdaptersSection) -> AdaptersSection:
+    """`adapters` with relative paths of directories on this machine made absolute, as `located` does."""
+    modules = {name: os.path.abspath(s) if Path(s).is_dir() else s for name, s in adapters.modules.items()}
+    return adapters.model_copy(update={"modules": modules})
 
 
 def _check_growth(config: Config) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray.exceptions import RayError
@@ -30,7 +31,8 @@ _AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
 
 def as_metadata(info: ReplicaInfo) -> dict[str, Any]:
     """What a replica answers to Serve's `record_replica_metadata`, which Serve pushes to all that hold its handle."""
-    return {"endpoint": {**asdict(info), "keys": sorted(info.keys), "addresses": dict(info.addresses)}}
+    sets = {"keys": sorted(info.keys), "adapters": sorted(info.adapters)}
+    return {"endpoint": {**asdict(info), **sets, "addresses": dict(info.addresses)}}
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> ReplicaInfo | None:
@@ -39,7 +41,8 @@ def from_metadata(metadata: Mapping[str, Any]) -> ReplicaInfo | None:
     if told is None:
         return None
     try:
-        return ReplicaInfo(**{**told, "keys": frozenset(map(tuple, told["keys"]))})
+        sets = {"keys": frozenset(map(tuple, told["keys"])), "adapters": frozenset(told["adapters"])}
+        return ReplicaInfo(**{**told, **sets})
     except (TypeError, KeyError, ValueError) as error:
         logger.warning("a replica reports itself in a form that this version does not know: %r", error)
         return None
@@ -49,8 +52,9 @@ class ExpertDiscovery:
     """Lists the replicas of expert deployments; for one thread, outside event loops.
 
     Serve pushes the list of replicas to the handles in this process, with what each replica reported when it was ready.
-    Replicas are asked only for what that cannot tell: the keys of one that still loads, or anything at all where the
-    handles are built otherwise (`ray_internals.routed_replicas` sees none then).
+    Replicas are asked only for what that cannot tell: the keys of one that still loads, the adapters of one that lacks
+    some, or anything at all where the handles are built otherwise (`ray_internals.routed_replicas` sees none then).
+    With the question they are told which adapters are wanted.
     """
 
     def __init__(self, handles: Sequence[DeploymentHandle]) -> None:
@@ -58,6 +62,23 @@ class ExpertDiscovery:
         self._known: dict[str, dict[str, ReplicaInfo]] = {handle.deployment_name: {} for handle in handles}
         # A broadcast is sent when its results are asked for, so it takes a thread each.
         self._threads = ThreadPoolExecutor(MOST_ASKED, thread_name_prefix="expert-discovery")
+        self._adapters = threading.Lock()
+        self._wanted: dict[int, str] = {}
+        self._unwanted: set[int] = set()
+        """Ids of adapters that replicas are to be told to forget."""
+        self._lost: set[tuple[str, int]] = set()
+        """(replica id, adapter) that were lost since the replica was asked last."""
+
+    def want(self, wanted: Mapping[int, str]) -> None:
+        """`AdapterAsker.want`; from any thread."""
+        with self._adapters:
+            self._unwanted |= self._wanted.keys() - wanted.keys()
+            self._wanted = dict(wanted)
+
+    def lost(self, replica_id: str, adapters: Collection[int]) -> None:
+        """`AdapterAsker.lost`; from any thread."""
+        with self._adapters:
+            self._lost.update((replica_id, adapter_id) for adapter_id in adapters)
 
     def members(self) -> frozenset[str]:
         """Name the replicas that Serve routes to, by what it has pushed to this process: no call."""
@@ -71,14 +92,17 @@ class ExpertDiscovery:
         """
         failures: list[str] = []
         asked = []
+        wanted, unwanted = self._take_adapters()
         for handle in self._handles:
             name, pushed = handle.deployment_name, _pushed(handle)
             if pushed is not None:
                 self._known[name] = {each: self._known[name].get(each, info) for each, info in pushed.items()}
-                if not any(info.loading for info in self._known[name].values()):
+                known = self._known[name].values()
+                if not unwanted and not any(info.loading or wanted.keys() - info.adapters for info in known):
                     continue
             try:
-                asked.append((name, pushed, handle.broadcast("endpoint")))
+                question = ("hold_adapters", wanted, unwanted) if wanted or unwanted else ("endpoint",)
+                asked.append((name, pushed, handle.broadcast(*question)))
             except _AWAY as error:
                 failures.append(f"{name}: {error}")
                 if pushed is None:
@@ -93,6 +117,18 @@ class ExpertDiscovery:
         if not found and len(failures) == len(self._handles):
             raise NotReady(f"no expert deployment answers: {failures[0]}")
         return found
+
+    def _take_adapters(self) -> tuple[dict[int, str], list[int]]:
+        """The adapters that are wanted, and those to be forgotten; what was lost is no longer known as held."""
+        with self._adapters:
+            wanted, unwanted, lost = dict(self._wanted), sorted(self._unwanted - self._wanted.keys()), self._lost
+            self._unwanted, self._lost = set(), set()
+        for infos in self._known.values():
+            for replica_id, info in infos.items():
+                gone = {adapter_id for each, adapter_id in lost if each == replica_id}
+                if gone or unwanted:
+                    infos[replica_id] = replace(info, adapters=info.adapters - gone - set(unwanted))
+        return wanted, unwanted
 
     def _answers(self, responses: Sequence[Any]) -> list[list[Any] | Exception]:
         """What came of each broadcast, all waited for at once: one that stays away takes no time from the others."""

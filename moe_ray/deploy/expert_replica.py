@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,9 +25,10 @@ from moe_ray.deploy.peers import find_peers, is_ending, wait_for_successor
 from moe_ray.deploy.replica_targets import BATCHES, BUSY, CALLS, QUEUE, wait_until_quiet
 from moe_ray.errors import EngineError
 from moe_ray.experts.planning.placement import Holding
+from moe_ray.experts.server.adapter_loader import AdapterLoader
 from moe_ray.experts.server.load_counters import WINDOW_S, LoadSampler
 from moe_ray.experts.server.weight_loader import CARRIER, WeightLoader
-from moe_ray.hub import resolve_model
+from moe_ray.hub import resolve_adapter, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import limit_torch_threads, open_compute
 from moe_ray.model.compute.resolve import Wanted
@@ -60,6 +62,13 @@ class ExpertReplica:
         }
         self._weight_loader = WeightLoader(name, reader, model.hidden_size, compute, link_options(config).native_dir)
         self._worker = self._weight_loader.worker
+        self._adapters = AdapterLoader(
+            name,
+            self._worker,
+            model,
+            resolve_adapter,
+            lambda: not self._weight_loader.loading,
+        )
         self._servers = self._listen(config)
         self._linger_s, self._handover_s = config.experts.refresh_s + 1, config.experts.handover_s
         context, replica = ray.get_runtime_context(), serve.get_replica_context()
@@ -114,7 +123,13 @@ class ExpertReplica:
     async def endpoint(self) -> ReplicaInfo:
         """Who this replica is, where it listens and what it serves by now."""
         loading = self._weight_loader.loading  # asked first: once it is False, the keys are all there
-        return replace(self._info, keys=self._worker.keys, loading=loading)
+        adapters, faults = self._adapters.held, self._adapters.faults
+        return replace(self._info, keys=self._worker.keys, loading=loading, adapters=adapters, adapter_faults=faults)
+
+    async def hold_adapters(self, wanted: Mapping[int, str], unwanted: Sequence[int]) -> ReplicaInfo:
+        """`endpoint`; what is wanted of adapters (id → source) and not here is loaded, the unwanted is forgotten."""
+        self._adapters.ask(wanted, unwanted)
+        return await self.endpoint()
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """What Serve pushes to trunks once this replica is ready, so that they link to it without asking."""
@@ -169,6 +184,8 @@ class ExpertReplica:
             mine = self._info.replica_id
             wait_for_successor(self._find_peers, lambda: is_ending(self._application), mine, self._handover_s)
             wait_until_quiet(lambda: self._worker.stats().calls, self._linger_s)
+        if hasattr(self, "_adapters"):
+            self._adapters.close()
         if hasattr(self, "_sampler"):
             self._sampler.close()
         for server in getattr(self, "_servers", {}).values():

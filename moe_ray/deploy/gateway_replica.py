@@ -26,6 +26,7 @@ from moe_ray.deploy.load_overview import overview
 from moe_ray.deploy.metrics import Reporter
 from moe_ray.deploy.open_tracing import open_tracing
 from moe_ray.deploy.own_port import OwnPort
+from moe_ray.deploy.served_adapters import adapter_opener, configured_adapters
 from moe_ray.deploy.served_house import ServedHouse
 from moe_ray.deploy.stored_responses import response_store
 from moe_ray.deploy.vllm_metrics import SequenceMetrics
@@ -70,6 +71,9 @@ class Gateway:
         self._tracing = open_tracing(config.tracing, "Gateway")
         sequences = SequenceMetrics(config.served_name)
         self._reporter = Reporter(sequences.report)
+        model = ModelConfig.load(directory)
+        open_adapter = adapter_opener(model, config.adapters.max_rank)
+        self._sessions.serve_adapters(configured_adapters(config.adapters.modules, open_adapter))
         self._service = ServedModel(
             config.served_name,
             Tokenizer(directory, http.tool_call_parser),
@@ -78,8 +82,8 @@ class Gateway:
             config.model.aliases,
             Observation(config.served_name, self._tracing, sequences.take),
             response_store(http, responses),
+            open_adapter if config.adapters.runtime_loading else None,
         )
-        model = ModelConfig.load(directory)
         facts = ModelFacts(
             config.served_name, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
         )

@@ -12,7 +12,7 @@ from ray.util.metrics import Counter, Gauge
 
 from moe_ray.core import EngineStats, ExpertKey
 from moe_ray.experts.server.load_counters import REPORT_S, LoadSample, LoadWindow
-from moe_ray.experts.server.worker import WorkerStats
+from moe_ray.experts.server.worker_stats import WorkerStats
 
 if TYPE_CHECKING:
     from moe_ray.experts.client.accounting import Counters  # needs torch, which experts may do without

@@ -24,7 +24,7 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_experts, model_keys
-from moe_ray.hub import resolve_model
+from moe_ray.hub import resolve_adapter, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.model.model_config import ModelConfig
@@ -52,12 +52,18 @@ class TrunkActor:
                 made.append(_remote_experts(config, checkpoint.config, experts))
             else:
                 made.append(
-                    local_experts(checkpoint, compute, lambda e: reporter(f"Expert{e}"), config.experts.quantize_of)
+                    local_experts(
+                        checkpoint,
+                        compute,
+                        lambda e: reporter(f"Expert{e}"),
+                        config.experts.quantize_of,
+                        resolve_adapter,
+                    )
                 )
             return made[0]
 
         vocabulary = partial(token_bytes_of, checkpoint.directory)
-        engine = build_engine(config, checkpoint, make_experts, reporter(deployment), vocabulary)
+        engine = build_engine(config, checkpoint, make_experts, reporter(deployment), vocabulary, resolve_adapter)
         checkpoint.close()
         node_id = ray.get_runtime_context().get_node_id()
         place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())
@@ -137,4 +143,5 @@ def _remote_experts(config: Config, model: ModelConfig, handles: Sequence[Deploy
             on_loss=config.experts.on_expert_loss,
             node_id=ray.get_runtime_context().get_node_id(),
         ),
+        discovery,
     )

@@ -8,6 +8,14 @@ from moe_ray.core import Batch, Sequence
 from moe_ray.engine.prompt_positions import num_wanted
 
 
+def by_adapter(
+    chosen: Seq[tuple[Sequence, int]], drafts: Seq[list[int]]
+) -> tuple[list[tuple[Sequence, int]], list[list[int]]]:
+    """The same with sequences of one adapter side by side, ids ascending, so that an expert's rows of one are, too."""
+    order = sorted(range(len(chosen)), key=lambda index: chosen[index][0].request.adapter_id)
+    return [chosen[index] for index in order], [drafts[index] for index in order]
+
+
 def make_batch(chosen: Seq[tuple[Sequence, int]], drafts: Seq[list[int]], block_size: int) -> Batch:
     """The batch of the next `count` tokens of each chosen sequence, its drafts behind them; its blocks are there."""
     batch = Batch([], [], [], [], [0], [], [])
@@ -29,6 +37,9 @@ def make_batch(chosen: Seq[tuple[Sequence, int]], drafts: Seq[list[int]], block_
         batch.num_sampled.append(1 + len(draft) if last else 0)
     if any(scored):
         batch.num_scored = scored
+    adapter_ids = [seq.request.adapter_id for seq in batch.sequences]
+    if any(adapter_ids):
+        batch.adapter_ids = adapter_ids
     return batch
 
 
@@ -59,6 +70,7 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
         num_scored=batch.num_scored[first:end],
         routed=None if batch.routed is None else batch.routed[low:high],  # a view: what a part fills, the whole has
         layer_times=batch.layer_times,  # one list for all parts
+        adapter_ids=batch.adapter_ids[first:end],
     )
 
 

@@ -10,6 +10,11 @@ from collections.abc import Iterable, Sequence
 ROOT_KEY = b""
 
 
+def root_key(adapter_id: int) -> bytes:
+    """The parent's key of a first block: what different adapters make of one prefix is different."""
+    return adapter_id.to_bytes(8, "little") if adapter_id else ROOT_KEY
+
+
 def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Key of a full block: 16 bytes of BLAKE2b over its parent's key and its tokens; equal keys mean equal prefixes."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()

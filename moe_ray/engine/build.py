@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
 
 from moe_ray.config import Config
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.adapter_shelf import AdapterShelf, HoldingExperts
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars, TokenBytes
 from moe_ray.engine.kv_cache import num_blocks_for
 from moe_ray.engine.scheduler import SchedulerLimits
@@ -88,17 +91,25 @@ def load_trunk(
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
-    make_experts: Callable[[Compute], Experts],
+    make_experts: Callable[[Compute], HoldingExperts],
     progress: Progress | None = None,
     token_bytes: TokenBytes | None = None,
+    locate_adapter: Callable[[str], Path] = Path,
 ) -> Engine:
     """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`.
 
     `token_bytes` is called when the first request with a grammar comes; without it such requests are refused.
+    `locate_adapter`: from the source of an adapter to its directory.
     """
     model = checkpoint.config
+    made: list[HoldingExperts] = []
+
+    def make(compute: Compute) -> Experts:
+        made.append(make_experts(compute))
+        return made[0]
+
     # On a GPU the cache takes what the weights leave, so they are loaded first.
-    trunk, compute = load_trunk(config, checkpoint, make_experts, progress)
+    trunk, compute = load_trunk(config, checkpoint, make, progress)
     blocks = num_blocks(config, model, compute)
     options = EngineOptions(
         num_blocks=blocks,
@@ -118,4 +129,5 @@ def build_engine(
         kv_cache_dtype=config.engine.kv_cache_dtype,
     )
     end = options.eos_token_ids
-    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end))
+    adapters = AdapterShelf(trunk, made[0], config.adapters.max_loaded, config.adapters.max_rank, locate_adapter)
+    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end), adapters)

@@ -4,54 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 
-from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent, TokenLogprobs
+from moe_ray.core import AdapterRef, Batch, EngineStats, Request, Sequence, TokenEvent, TokenLogprobs
 from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
+from moe_ray.engine.adapter_shelf import AdapterShelf
 from moe_ray.engine.admission import check_request
 from moe_ray.engine.batches import sampled_sequences, split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.drafts import StepCosts
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars
 from moe_ray.engine.grammar.state import grammar_masks
-from moe_ray.engine.grammar.unready import Unready
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
-from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
+from moe_ray.engine.scheduler import Scheduler
 from moe_ray.engine.step_times import StepTimes
+from moe_ray.engine.torch_threads import torch_threads
 from moe_ray.engine.traced_step import StepTracer
+from moe_ray.engine.unready import Unready
 from moe_ray.errors import ConfigError, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
 from moe_ray.timings import SequenceTimes
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Everything an engine is told at construction."""
-
-    num_blocks: int
-    block_size: int = 16
-    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
-    max_model_len: int = 4096
-    micro_batches: int | None = 1
-    """None: as many as turn out to be fastest."""
-    eos_token_ids: frozenset[int] = frozenset()
-    kv_cache_dtype: str = "auto"
-    """"auto": as the trunk's rows; or "int8"."""
-
-
 class Engine:
     """Continuous batching over one trunk. `submit` and `abort` between calls of `step`; all from one thread."""
 
-    def __init__(self, trunk: Trunk, options: EngineOptions, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        options: EngineOptions,
+        grammars: Grammars | None = None,
+        adapters: AdapterShelf | None = None,
+    ) -> None:
         """Allocate the KV cache. Raises `ConfigError` if it cannot hold one sequence of max_model_len.
 
-        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused.
+        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused. `adapters`: of
+        `trunk`; None: requests that have an adapter touch the trunk alone.
         """
         capacity = options.num_blocks * options.block_size
         if capacity < options.max_model_len:
@@ -70,15 +64,16 @@ class Engine:
         )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
-        self._unready = Unready(grammars)
-        """Those of them that wait for their grammar, and are not in the scheduler."""
+        self._adapters = adapters or AdapterShelf(trunk)
+        self._unready = Unready(grammars, self._adapters)
+        """Those of them that wait for their grammar or adapter, and are not in the scheduler."""
         self.times = StepTimes()
         self._tracer: StepTracer | None = None
         self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        """A step has something to do; not while all that is live waits for its grammar."""
+        """A step has something to do; not while all that is live waits for its grammar or adapter."""
         return len(self._live) > len(self._unready) or self._unready.some_ready
 
     @property
@@ -131,13 +126,28 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks; False if it is not live. No event follows."""
-        seq = self._live.pop(request_id, None)
+        seq = self._forget(request_id)
         if seq is not None and not self._unready.drop(seq):
             self._scheduler.finish(seq)
         return seq is not None
 
+    def _forget(self, request_id: str) -> Sequence | None:
+        """Take a request out of those that are live."""
+        seq = self._live.pop(request_id, None)
+        if seq is not None and seq.request.adapter_id:
+            self._adapters.release(seq.request.adapter_id)
+        return seq
+
+    def load_adapter(self, adapter: AdapterRef) -> None:
+        """Begin to load an adapter before the first request for it comes, if there is room for it."""
+        self._adapters.preload(adapter)
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Forget an adapter as soon as no live request has it."""
+        self._adapters.drop(adapter_id)
+
     def wake_with(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called, on any thread, whenever a grammar that was waited for is ready."""
+        """Have `wake` called, on any thread, whenever a grammar or an adapter that was waited for is ready."""
         self._unready.wake_with(wake)
 
     def wait(self) -> None:
@@ -146,7 +156,7 @@ class Engine:
             self._unready.wait()
 
     def close(self) -> None:
-        """End what compiles grammars. Idempotent."""
+        """End what compiles grammars and loads adapters. Idempotent."""
         self._unready.close()
 
     @torch.inference_mode()
@@ -195,7 +205,7 @@ class Engine:
             seq, tokens = outcome.seq, outcome.token_ids
             told = scored.pop(outcome.index, ())
             if outcome.finish_reason is not None or outcome.stuck:
-                del self._live[seq.request.request_id]
+                self._forget(seq.request.request_id)
             self._generated_tokens += len(tokens)
             events.append(
                 TokenEvent(
@@ -224,7 +234,7 @@ class Engine:
             if error is None:
                 self._scheduler.add(seq)
             else:
-                del self._live[seq.request.request_id]
+                self._forget(seq.request.request_id)
                 refused.append(TokenEvent(seq.request.request_id, error=error))
         return refused
 
@@ -270,6 +280,7 @@ class Engine:
             draft_tokens=self._scheduler.draft_tokens,
             accepted_draft_tokens=self._scheduler.accepted_draft_tokens,
             degraded_tokens=self._degraded_tokens,
+            adapters=len(self._adapters.held),
         )
 
     def check_integrity(self) -> None:
@@ -287,14 +298,3 @@ def _why_stuck(seq: Sequence) -> MoeRayError:
     if seq.constraint is not None and seq.constraint.failure is not None:
         return seq.constraint.failure
     return InvalidRequest("`grammar` and the other parameters of the request leave no token to go on with", "grammar")
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

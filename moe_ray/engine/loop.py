@@ -6,9 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from moe_ray.core import EngineStats, Request, TokenEvent
+from moe_ray.core import AdapterRef, EngineStats, Request, TokenEvent
 from moe_ray.engine.busy_report import BusyReport
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.step_times import StepTimes
@@ -26,6 +26,10 @@ class _Inbox:
     """With the moment at which each came."""
     aborts: list[str]
     gone: list[Sink]
+    load: list[AdapterRef] = field(default_factory=list)
+    """Adapters that requests may come for."""
+    unload: list[int] = field(default_factory=list)
+    """Ids of adapters that they no longer come for."""
 
 
 class EngineLoop:
@@ -76,6 +80,18 @@ class EngineLoop:
             self._inbox.gone.append(sink)
             self._condition.notify()
 
+    def load_adapter(self, adapter: AdapterRef) -> None:
+        """Begin to load an adapter before the first request for it comes."""
+        with self._condition:
+            self._inbox.load.append(adapter)
+            self._condition.notify()
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Forget an adapter once the last request for it has ended."""
+        with self._condition:
+            self._inbox.unload.append(adapter_id)
+            self._condition.notify()
+
     @property
     def times(self) -> StepTimes:
         """Of the engine's steps."""
@@ -116,6 +132,10 @@ class EngineLoop:
             if self._closed:
                 return False  # what came last is told so by _fail_all
             inbox, self._inbox = self._inbox, _Inbox([], [], [])
+        for adapter in inbox.load:
+            self._engine.load_adapter(adapter)
+        for adapter_id in inbox.unload:
+            self._engine.drop_adapter(adapter_id)
         for request, sink, arrived_s in inbox.submits:
             try:
                 self._engine.submit(request, arrived_s)
@@ -131,7 +151,8 @@ class EngineLoop:
 
     def _is_asked(self) -> bool:
         mail = self._inbox
-        return bool(self._closed or self._engine.has_work or mail.submits or mail.aborts or mail.gone)
+        asked = mail.submits or mail.aborts or mail.gone or mail.load or mail.unload
+        return bool(self._closed or self._engine.has_work or asked)
 
     def _hand_out(self, events: list[TokenEvent]) -> None:
         by_sink: dict[int, tuple[Sink, list[TokenEvent]]] = {}

@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from moe_ray.core import Batch, FinishReason, Sequence, Status
-from moe_ray.engine.batches import make_batch
-from moe_ray.engine.blocks import ROOT_KEY, BlockAllocator, block_key
+from moe_ray.engine.batches import by_adapter, make_batch
+from moe_ray.engine.blocks import BlockAllocator, block_key, root_key
 from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, StepCosts, num_accepted
 from moe_ray.engine.prompt_positions import chunk_size, wants_logits
 
@@ -118,7 +118,10 @@ class Scheduler:
             insort(self.running, seq, key=_turn)
             chosen.append((seq, count))
             budget -= count
-        return make_batch(chosen, self._drafts(chosen, budget), self.allocator.block_size) if chosen else None
+        if not chosen:
+            return None
+        drafts = self._drafts(chosen, budget)
+        return make_batch(*by_adapter(chosen, drafts), self.allocator.block_size)
 
     def update(self, batch: Batch, sampled: list[int]) -> list[Outcome]:
         """Take in a computed step and what was sampled at its `num_sampled` positions, in order.
@@ -262,7 +265,7 @@ class Scheduler:
     def _extend_keys(self, seq: Sequence, blocks: int) -> None:
         size = self.allocator.block_size
         for i in range(len(seq.block_keys), blocks):
-            parent = seq.block_keys[-1] if seq.block_keys else ROOT_KEY
+            parent = seq.block_keys[-1] if seq.block_keys else root_key(seq.request.adapter_id)
             seq.block_keys.append(block_key(parent, seq.token_ids[i * size : (i + 1) * size]))
 
     def _advance(self, seq: Sequence, context: int) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from moe_ray.core import ReplicaInfo
+from moe_ray.errors import AdapterError
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
@@ -13,6 +16,8 @@ from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.expert_reader import read_experts
+from moe_ray.model.lora.adapter_file import read_adapter
+from moe_ray.model.model_config import ModelConfig
 from moe_ray.transport.local import LocalLink
 
 
@@ -26,14 +31,16 @@ def local_experts(
     compute: Compute,
     progress: Callable[[int], Progress] | None = None,
     quantize: Callable[[int], str | None] = lambda _: None,
+    locate_adapter: Callable[[str], Path] = Path,
 ) -> ExpertDispatcher:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
-    `progress(expert)` gives the progress callback of one expert, `quantize(expert)` what its weights are quantised to.
+    `progress(expert)` gives the progress callback of one expert, `quantize(expert)` what its weights are quantised to,
+    `locate_adapter(source)` the directory of an adapter.
     """
     config = checkpoint.config
     workers: dict[str, ExpertWorker] = {}
-    infos = []
+    infos: list[ReplicaInfo] = []
     for expert in range(config.num_local_experts):
         keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
         bar = progress(expert) if progress else None
@@ -52,6 +59,45 @@ def local_experts(
             )
         )
     keys = model_keys(config.num_hidden_layers, config.num_local_experts)
-    table = ReplicaTable(lambda: infos, lambda info: LocalLink(info, workers[info.replica_id].forward), keys)
-    table.refresh()  # nothing here changes, so no thread is started
-    return ExpertDispatcher(table, DispatchOptions(in_process=True))
+    adapters = _LocalAdapters(config, workers.values(), locate_adapter)
+    table = ReplicaTable(
+        lambda: [adapters.known_to(info) for info in infos],
+        lambda info: LocalLink(info, workers[info.replica_id].forward),
+        keys,
+    )
+    table.refresh()  # nothing here changes by itself, so no thread is started
+    return ExpertDispatcher(table, DispatchOptions(in_process=True), adapters)
+
+
+class _LocalAdapters:
+    """`adapter_table.AdapterAsker` of the experts in this process: they load at once."""
+
+    def __init__(self, config: ModelConfig, workers: Collection[ExpertWorker], locate: Callable[[str], Path]) -> None:
+        self._config, self._workers, self._locate = config, workers, locate
+        self._held: frozenset[int] = frozenset()
+        self._faults: dict[int, str] = {}
+
+    def known_to(self, info: ReplicaInfo) -> ReplicaInfo:
+        """A replica with the adapters that it holds by now."""
+        return replace(info, adapters=self._held, adapter_faults=dict(self._faults))
+
+    def want(self, wanted: Mapping[int, str]) -> None:
+        for adapter_id in self._held - wanted.keys():
+            self._held -= {adapter_id}
+            for worker in self._workers:
+                worker.remove_adapter(adapter_id)
+        self._faults = {}
+        for adapter_id, source in wanted.items():
+            if adapter_id in self._held:
+                continue
+            try:
+                adapter = read_adapter(self._locate(source), self._config)
+                for worker in self._workers:
+                    worker.add_adapter(adapter)
+            except AdapterError as error:
+                self._faults[adapter_id] = str(error)
+            else:
+                self._held |= {adapter_id}
+
+    def lost(self, replica_id: str, adapters: Collection[int]) -> None:
+        """They lose none."""

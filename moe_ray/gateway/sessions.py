@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc.aio
 
-from moe_ray.core import Request, TokenEvent, TrunkInfo
+from moe_ray.core import AdapterRef, Request, TokenEvent, TrunkInfo
 from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.gateway.session import Live, Session
 from moe_ray.gateway.trunk_choice import choose, extend_keys
@@ -21,6 +21,7 @@ from moe_ray.gateway.trunk_link import TrunkLink
 from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport.base import LinkOptions
+from moe_ray.trunk.adapter_book import AdapterBook, AdapterEntry
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Sessions:
         self._links: dict[str, tuple[TrunkLink, asyncio.Task[None]]] = {}
         self._live: dict[str, Live] = {}
         self._draw = random.Random()
+        self._adapters = AdapterBook()
         self._changed = asyncio.Event()
         self._look = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,6 +80,36 @@ class Sessions:
         return [status for status in results if status is not None]
 
     @property
+    def adapters(self) -> list[AdapterEntry]:
+        """The adapters that are served, by name."""
+        return self._adapters.served()
+
+    def find_adapter(self, name: str) -> AdapterEntry | None:
+        """The adapter that is served under a name."""
+        return self._adapters.find(name)
+
+    def serve_adapters(self, entries: Sequence[AdapterEntry]) -> None:
+        """Serve adapters that no request has brought: those that are there from the start."""
+        self._note_adapters(entries)
+
+    def add_adapter(self, name: str, adapter: AdapterRef) -> None:
+        """Serve an adapter under a name; trunks begin to load it."""
+        self._tell_adapters([self._adapters.put(name, adapter)])
+
+    def remove_adapter(self, entry: AdapterEntry) -> None:
+        """Serve an adapter no longer; requests that have it go on."""
+        self._tell_adapters([self._adapters.remove(entry)])
+
+    def _note_adapters(self, entries: Sequence[AdapterEntry]) -> None:
+        """Take in what a trunk knows of adapters, and tell the others what was news."""
+        self._tell_adapters(self._adapters.merge(entries))
+
+    def _tell_adapters(self, news: Sequence[AdapterEntry]) -> None:
+        for link, _ in self._links.values():
+            if news:
+                link.tell_adapters(news)
+
+    @property
     def trunks(self) -> list[TrunkInfo]:
         """The linked trunks."""
         return [link.info for link, _ in self._links.values()]
@@ -101,14 +133,14 @@ class Sessions:
         if not links:
             self._spawn(self._place_later(lives))
             return
-        same: dict[tuple[int, ...], list[Live]] = {}
+        same: dict[tuple[int, tuple[int, ...]], list[Live]] = {}
         for live in lives:
-            same.setdefault(live.request.prompt_token_ids, []).append(live)
-        for together in same.values():
-            shared = together[0].token_ids if len(together) == 1 else together[0].request.prompt_token_ids
+            same.setdefault((live.request.adapter_id, live.request.prompt_token_ids), []).append(live)
+        for (adapter_id, prompt), together in same.items():
+            shared = together[0].token_ids if len(together) == 1 else prompt
             keys: dict[int, list[bytes]] = {link.view.block_size: [] for link in links}
             for size, own in keys.items():
-                extend_keys(own, shared, size)
+                extend_keys(own, shared, size, adapter_id)
             candidates = [link.view.candidate(keys[link.view.block_size], len(shared)) for link in links]
             chosen = choose(candidates, self._draw)
             link, known = links[chosen], candidates[chosen].known_tokens
@@ -127,7 +159,7 @@ class Sessions:
     def _note_keys(self, live: Live) -> None:
         """Remember that its trunk computes the blocks of a sequence."""
         assert live.trunk is not None
-        extend_keys(live.keys, live.token_ids, live.trunk.view.block_size)
+        extend_keys(live.keys, live.token_ids, live.trunk.view.block_size, live.request.adapter_id)
         live.trunk.view.known.add(live.keys)
 
     def _answered(self, live: Live) -> None:
@@ -208,7 +240,8 @@ class Sessions:
 
     def _link(self, info: TrunkInfo) -> None:
         """Begin a stream to a trunk. Raises `ConfigError` where that cannot be."""
-        link = TrunkLink(info, self._options, self._on_event)
+        link = TrunkLink(info, self._options, self._on_event, self._note_adapters)
+        link.tell_adapters(self._adapters.all())
         self._link_faults.pop(info.replica_id, None)
         self._links[info.replica_id] = (link, self._spawn(self._follow(link)))
         self._changed.set()

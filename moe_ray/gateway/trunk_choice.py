@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moe_ray.engine.blocks import ROOT_KEY, block_key
+from moe_ray.engine.blocks import block_key, root_key
 
 REQUEST_TOKENS: Final = 32
 """One request in flight weighs as much as so many prompt tokens: it makes the others wait about as long."""
@@ -28,12 +28,13 @@ MOST_KEYS: Final = 131_072
 """Blocks remembered per trunk, however large its cache is: about 16 MB."""
 
 
-def extend_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+def extend_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int, adapter_id: int = 0) -> None:
     """Append the keys of all full blocks of `token_ids` that follow those in `keys`; none for block size 0."""
     if not block_size:
         return
     for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
-        keys.append(block_key(keys[-1] if keys else ROOT_KEY, token_ids[start : start + block_size]))
+        parent = keys[-1] if keys else root_key(adapter_id)
+        keys.append(block_key(parent, token_ids[start : start + block_size]))
 
 
 class KnownPrefixes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grpc.aio
 
@@ -16,16 +16,29 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.grpc_channel import open_aio_channel, token_metadata
-from moe_ray.trunk.wire import pack_request, unpack_event
+from moe_ray.trunk.adapter_book import AdapterEntry
+from moe_ray.trunk.wire import pack_adapter, pack_request, unpack_adapter, unpack_event
 
 logger = logging.getLogger(__name__)
+
+
+def _not_kept(entries: list[AdapterEntry]) -> None:
+    """For whom adapters do not matter."""
 
 
 class TrunkLink:
     """One stream to one trunk. Sends what has gathered since its last message, in one message."""
 
-    def __init__(self, info: TrunkInfo, options: LinkOptions, on_event: Callable[[TokenEvent], None]) -> None:
+    def __init__(
+        self,
+        info: TrunkInfo,
+        options: LinkOptions,
+        on_event: Callable[[TokenEvent], None],
+        on_adapters: Callable[[list[AdapterEntry]], None] = _not_kept,
+    ) -> None:
+        """`on_adapters` is told what the trunk knows of adapters."""
         self.info = info
+        self._on_adapters = on_adapters
         self.view = TrunkView.of(info.block_size, info.kv_cache_tokens)
         self.load, self.counters = pb.TrunkLoad(), pb.TrunkCounters()
         """What it last said of itself."""
@@ -44,6 +57,11 @@ class TrunkLink:
     def abort(self, request_id: str) -> None:
         """End a request with the next message."""
         self._outgoing.abort.append(request_id)
+        self._wake.set()
+
+    def tell_adapters(self, entries: Iterable[AdapterEntry]) -> None:
+        """Tell the trunk what it may not know of adapters, with the next message."""
+        self._outgoing.adapters.extend(map(pack_adapter, entries))
         self._wake.set()
 
     async def run(self) -> None:
@@ -68,6 +86,8 @@ class TrunkLink:
     async def _read(self, stream: grpc.aio.StreamStreamCall) -> None:
         try:
             async for message in stream:
+                if message.adapters:
+                    self._on_adapters(list(map(unpack_adapter, message.adapters)))
                 for event in message.events:
                     self._on_event(unpack_event(event))
                 if message.HasField("load"):

@@ -10,22 +10,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from moe_ray.core import AdapterRows
 from moe_ray.model.families import Router
 
 
 class Routed:
     """Token rows in the order of their experts, and where each token's rows are."""
 
-    __slots__ = ("_counts", "_on_host", "row_of", "rows", "weights")
+    __slots__ = ("_adapters", "_counts", "_on_host", "row_of", "rows", "token_adapters", "weights")
 
     def __init__(
-        self, rows: torch.Tensor, weights: torch.Tensor, counts: list[int] | torch.Tensor, row_of: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        counts: list[int] | torch.Tensor,
+        row_of: torch.Tensor,
+        token_adapters: np.ndarray | None = None,
     ) -> None:
         """`counts`, rows of each expert [E], may still be on its way on the device."""
         self.rows = rows  # [T * K, D] expert by expert, tokens ascending within one
         self.weights = weights  # [T * K] float32 routing weight of each row
         self.row_of = row_of  # [T, K] where each token's k-th row is, experts ascending
+        self.token_adapters = token_adapters
+        """uint64 [T] the adapter that is added to the layer's experts for each token, ascending; None: for no token."""
         self._counts = counts
+        self._adapters: list[tuple[AdapterRows, ...]] | None = None
         self._on_host: Routed | None = None
 
     @property
@@ -34,6 +43,16 @@ class Routed:
         if isinstance(self._counts, torch.Tensor):
             self._counts = self._counts.tolist()
         return self._counts
+
+    @property
+    def adapters(self) -> list[tuple[AdapterRows, ...]]:
+        """Of each expert [E] which adapter is added for which of its rows, as `ExpertCall.adapters`."""
+        if self._adapters is None:
+            if self.token_adapters is None:
+                self._adapters = [()] * len(self.counts)
+            else:
+                self._adapters = adapter_runs(self.token_adapters, self.on_host().row_of.numpy(), self.counts)
+        return self._adapters
 
     def on_host(self) -> Routed:
         """The same in host memory, for experts elsewhere: everything is copied at once and waited for once.
@@ -46,8 +65,45 @@ class Routed:
             counts = torch.as_tensor(self._counts)
             rows, weights, row_of, counts = map(_copy_to_host, (self.rows, self.weights, self.row_of, counts))
             torch.cuda.current_stream(self.rows.device).synchronize()
-            self._on_host = Routed(rows, weights, counts, row_of)
+            self._on_host = Routed(rows, weights, counts, row_of, self.token_adapters)
         return self._on_host
+
+
+def adapter_runs(
+    token_adapters: np.ndarray, row_of: np.ndarray, counts: Sequence[int]
+) -> list[tuple[AdapterRows, ...]]:
+    """The runs of rows with one adapter of each expert [E]; () where none of its rows has one.
+
+    token_adapters [T]; row_of [T, K] and counts [E] as `Routed` has them.
+    """
+    of_row = np.empty(row_of.size, dtype=token_adapters.dtype)
+    of_row[row_of] = token_adapters[:, None]
+    begins = np.ones(len(of_row) + 1, dtype=bool)  # of a run, and the end of the last
+    begins[1:-1] = of_row[1:] != of_row[:-1]
+    begins[np.cumsum(counts)[:-1]] = True
+    starts = np.flatnonzero(begins).tolist()
+    ids = of_row[starts[:-1]].tolist()
+    runs: list[tuple[AdapterRows, ...]] = []
+    index = end = 0
+    for count in counts:
+        end += count
+        first = index
+        while starts[index] < end:
+            index += 1
+        of_expert = tuple([AdapterRows(ids[i], starts[i + 1] - starts[i]) for i in range(first, index)])
+        runs.append(of_expert if any(ids[first:index]) else ())
+    return runs
+
+
+def cut_runs(runs: tuple[AdapterRows, ...], start: int, count: int) -> tuple[AdapterRows, ...]:
+    """The runs of rows [start, start + count) of those that `runs` tells of; () where none of them has an adapter."""
+    cut: list[AdapterRows] = []
+    for run in runs:
+        common = min(run.count, start + count) - max(start, 0)
+        if common > 0:
+            cut.append(AdapterRows(run.adapter_id, common))
+        start -= run.count
+    return tuple(cut) if any(run.adapter_id for run in cut) else ()
 
 
 def _copy_to_host(source: torch.Tensor) -> torch.Tensor:
@@ -94,7 +150,11 @@ def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int, router: Router) 
     Softmax over all experts in float32, then the top k, as transformers computes it; renormalised, they sum to 1
     (Mixtral, arXiv:2401.04088 section 2.1). hidden [T, D], gate [E, D].
     """
-    logits = F.linear(hidden, gate)
+    return choose(F.linear(hidden, gate), top_k, router)
+
+
+def choose(logits: torch.Tensor, top_k: int, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` for the router's logits [T, E]."""
     if router.jitter is not None:
         weights, experts = sparse_mixer(logits, router.jitter)
     else:

@@ -16,6 +16,7 @@ from moe_ray.model.compute.base import KVCacheView, TrunkCompute
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.trunk import NativeTrunk
 from moe_ray.model.compute.torch.trunk import TorchTrunk
+from moe_ray.model.lora.adapter_file import Adapter
 from moe_ray.model.trunk_weights import TrunkWeights
 from moe_ray.timings import LayerTimes
 
@@ -79,12 +80,28 @@ class Trunk:
         """Bytes of weights held in memory."""
         return self._compute.nbytes
 
+    @property
+    def adapter_ids(self) -> frozenset[int]:
+        """Of the adapters that are held."""
+        return self._compute.adapter_ids
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Read and hold what an adapter adds to the trunk, for batches to name it; not while a pass is under way.
+
+        Its experts' parts are added where the experts are. Raises `AdapterError`.
+        """
+        self._compute.add_adapter(adapter)
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Hold it no more; not while a pass is under way. Idempotent."""
+        self._compute.remove_adapter(adapter_id)
+
     def forward(self, batch: Batch, cache: KVCacheView) -> ForwardSteps:
         """Run one batch; a generator that yields where it waits for experts (see `interleave`).
 
         Returns float32 logits [sum(num_logits), V] of the wanted positions, in order; fills `batch.degraded`
         and, where there is one, `batch.routed`.
-        Raises `ExpertUnavailable` when an expert does not answer.
+        Raises `ExpertUnavailable` when an expert does not answer, `AdapterNotHeld` for an adapter that is not held.
         """
         work = self._compute.begin(batch, cache)
         for layer in range(self.config.num_hidden_layers):

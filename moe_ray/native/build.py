@@ -52,7 +52,7 @@ class Library:
 
 
 KERNEL_SOURCES: Final = (
-    *("kernels.cpp", "trunk.h", "attention.h", "cache.h"),
+    *("kernels.cpp", "adapter_run.h", "low_rank.h", "trunk.h", "attention.h", "cache.h"),
     *("linear.h", "activations.h", "matrix.h", "rounding.h", "bare.h", "pool.h"),
     *("dots.h", "dots_x86.h", "dots_neon.h", "simd.h", "whole.h", "simd_avx512.h", "simd_avx2.h", "simd_neon.h"),
 )
@@ -76,7 +76,9 @@ KERNELS: Final = {
     "neon": _kernels("neon", ARM64, "asimd", ("-march=armv8-a",)),
 }
 """The same source for each instruction set, best first."""
-HOST: Final = Library("host", HERE, ("host.cpp", "host.h", "calls.h", "connection.h", "cores.h", "frames.h"))
+HOST: Final = Library(
+    "host", HERE, ("host.cpp", "host.h", "calls.h", "memory.h", "adapter_run.h", "connection.h", "cores.h", "frames.h")
+)
 LINKS: Final = Library("links", HERE, ("links.cpp", "link.h", "frames.h"))
 
 

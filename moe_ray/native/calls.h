@@ -9,23 +9,26 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "adapter_run.h"
+#include "memory.h"
 
 namespace moe_ray {
 
 constexpr size_t kWhy = 512;  // bytes of the text that says why a computation failed, its end included
 
-// Computes `count` rows of `row_bytes` each into `out`, each times its weight. Returns 1; 0 if it could not, with the
-// reason in `why` (kWhy bytes, zero-terminated). `handle` is what was given with the function.
+// Computes `count` rows of `row_bytes` each into `out`, each times its weight; `runs` say which adapter is added for which
+// rows and sum to `count`; none: no row has one. Returns 1; 0 if it could not, with the reason in `why` (kWhy bytes,
+// zero-terminated). `handle` is what was given with the function.
 using Forward = int32_t (*)(void* handle, const void* rows, const float* weights, int64_t count, int64_t row_bytes,
-                            void* out, char* why);
+                            void* out, const AdapterRun* runs, int64_t num_runs, char* why);
 
 struct HostStats {
   uint64_t calls, batches, rows, queued_rows, busy_ns, queue_ns, cancelled;
@@ -35,36 +38,23 @@ struct KeyStats {
   uint64_t layer, expert, calls, rows, busy_ns, queue_ns;
 };
 
+struct HeldAdapter {
+  const void* handle;
+  int64_t users;  // calls that name it and have not been answered
+};
+
 struct Network {  // of one (layer, expert)
   Forward forward;
   void* handle;
-  KeyStats stats;  // under the mutex of the queue
-};
-
-// Memory that only grows and is never cleared, aligned for vector instructions.
-class Memory {
- public:
-  uint8_t* room(size_t size) {
-    if (size > size_) {
-      data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (size + 63) / 64 * 64)));
-      size_ = data_ ? size : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_.get();
-  }
-  uint8_t* data() { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> data_;
-  size_t size_ = 0;
+  KeyStats stats;                                               // this and the next: under the mutex of the queue
+  std::map<uint64_t, std::unique_ptr<HeldAdapter>> adapters{};  // by id
 };
 
 struct Call {
   Network* network = nullptr;
   Memory rows, weights, out;
+  std::vector<AdapterRun> runs;    // none: no row has an adapter
+  std::vector<HeldAdapter*> uses;  // until it is answered
   int64_t count = 0, row_bytes = 0;
   uint64_t id = 0, arrived = 0, started = 0, ended = 0, queued = 0;
   bool done = false, cancelled = false, failed = false, busy = false;
@@ -123,6 +113,40 @@ class CallQueue {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 
+  // Resolves the adapters of a call, which are held until `release`. Returns the id of one that is not held, else 0.
+  uint64_t hold(Call& call, const std::vector<uint64_t>& ids, const std::vector<uint64_t>& rows) {
+    call.runs.clear();
+    call.uses.clear();
+    std::lock_guard<std::mutex> lock(state);
+    for (size_t i = 0; i < ids.size(); i++) {
+      const auto found = call.network->adapters.find(ids[i]);
+      if (ids[i] && found == call.network->adapters.end()) return ids[i];
+      HeldAdapter* held = ids[i] ? found->second.get() : nullptr;
+      call.runs.push_back({ids[i], held ? held->handle : nullptr, static_cast<int64_t>(rows[i])});
+      if (held) call.uses.push_back(held);
+    }
+    for (HeldAdapter* held : call.uses) held->users++;
+    return 0;
+  }
+
+  void release(Call& call) {
+    if (call.uses.empty()) return;
+    std::lock_guard<std::mutex> lock(state);
+    for (HeldAdapter* held : call.uses) held->users--;
+    call.uses.clear();
+    released_.notify_all();
+  }
+
+  // Lets no call name the adapter any more and waits for those that do.
+  void remove(Network& network, uint64_t id) {
+    std::unique_lock<std::mutex> lock(state);
+    const auto found = network.adapters.find(id);
+    if (found == network.adapters.end()) return;
+    const std::unique_ptr<HeldAdapter> held = std::move(found->second);
+    network.adapters.erase(found);
+    released_.wait(lock, [&] { return held->users == 0; });
+  }
+
   std::mutex state;
 
  private:
@@ -158,16 +182,26 @@ class CallQueue {
   }
 
   static bool forward(const Network& network, const uint8_t* rows, const float* weights, int64_t count,
-                      int64_t row_bytes, uint8_t* out, char* why) {
+                      int64_t row_bytes, uint8_t* out, const std::vector<AdapterRun>& runs, char* why) {
     computations().fetch_add(1);
     if (ending().load()) {
       computations().fetch_sub(1);
       for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
     }
     why[0] = 0;
-    const bool computed = network.forward(network.handle, rows, weights, count, row_bytes, out, why) == 1;
+    const bool computed = network.forward(network.handle, rows, weights, count, row_bytes, out, runs.data(),
+                                          static_cast<int64_t>(runs.size()), why) == 1;
     computations().fetch_sub(1);
     return computed;
+  }
+
+  void join_runs(const std::vector<Call*>& batch) {
+    runs_.clear();
+    const bool any = std::any_of(batch.begin(), batch.end(), [](const Call* c) { return !c->runs.empty(); });
+    for (const Call* c : batch) {
+      if (any && c->runs.empty()) runs_.push_back({0, nullptr, c->count});
+      runs_.insert(runs_.end(), c->runs.begin(), c->runs.end());
+    }
   }
 
   void run(Call& first) {  // its turn
@@ -188,7 +222,7 @@ class CallQueue {
     bool computed;
     if (batch.size() == 1) {
       const auto* weights = reinterpret_cast<const float*>(first.weights.data());
-      computed = forward(network, first.rows.data(), weights, rows, width, first.out.data(), first.why);
+      computed = forward(network, first.rows.data(), weights, rows, width, first.out.data(), first.runs, first.why);
     } else {
       uint8_t* x = rows_.room(rows * width);
       uint8_t* factors = weights_.room(rows * sizeof(float));
@@ -199,7 +233,8 @@ class CallQueue {
         std::memcpy(factors + at * sizeof(float), c->weights.data(), c->count * sizeof(float));
         at += c->count;
       }
-      computed = forward(network, x, reinterpret_cast<const float*>(factors), rows, width, out, first.why);
+      join_runs(batch);
+      computed = forward(network, x, reinterpret_cast<const float*>(factors), rows, width, out, runs_, first.why);
       at = 0;
       for (Call* c : batch) {
         if (computed) std::memcpy(c->out.data(), out + at * width, c->count * width);
@@ -236,7 +271,9 @@ class CallQueue {
   std::vector<Call*> waiting_;   // in the order in which they came
   bool computing_ = false;
   HostStats stats_{};
-  Memory rows_, weights_, out_;  // of the batch that computes
+  Memory rows_, weights_, out_;   // this and the next: of the batch that computes
+  std::vector<AdapterRun> runs_;
+  std::condition_variable released_;  // an adapter has fewer users
 };
 
 }  // namespace moe_ray

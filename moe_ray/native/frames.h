@@ -12,6 +12,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace moe_ray {
 
@@ -19,14 +20,16 @@ constexpr uint32_t kMaxHeader = 64 << 10;
 constexpr int kStallMs = 30000;  // a peer that neither sends nor takes a byte for so long amid a message is given up
 constexpr uint64_t kMaxTensor = 1ull << 30;
 constexpr int kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3;  // DType
-constexpr int kOk = 0, kFailed = 1, kRefused = 2, kCancelled = 3, kBusy = 4;  // CallStatus
+constexpr int kOk = 0, kFailed = 1, kRefused = 2, kCancelled = 3, kBusy = 4, kNoAdapter = 5;  // CallStatus
+constexpr size_t kMaxRuns = 64;  // of rows with one adapter that a call may have
 
 struct Closed : std::runtime_error { using std::runtime_error::runtime_error; };    // the connection is over
 struct Malformed : std::runtime_error { using std::runtime_error::runtime_error; };  // what came is no frame of ours
 
 // Both headers; what a message lacks stays 0.
 struct Header {
-  uint64_t call_id = 0, layer = 0, expert = 0, cancel = 0, adapter_id = 0;  // of a call
+  uint64_t call_id = 0, layer = 0, expert = 0, cancel = 0;              // of a call
+  std::vector<uint64_t> adapter_ids, adapter_rows;                      // runs of its rows; none: no row has an adapter
   uint64_t status = 0, queued_rows = 0, compute_us = 0, queue_us = 0;  // of a reply
   uint64_t num_rows = 0, hidden_size = 0, dtype = 0;
   std::string error;
@@ -40,6 +43,19 @@ struct Header {
                       std::to_string(hidden_size));
     return num_rows * hidden_size * item();
   }
+  void check_runs() const {
+    if (adapter_ids.size() != adapter_rows.size() || adapter_ids.size() > kMaxRuns)
+      throw Malformed("header.adapter_ids has " + std::to_string(adapter_ids.size()) +
+                      " items, header.adapter_rows " + std::to_string(adapter_rows.size()));
+    uint64_t rows = 0;
+    for (const uint64_t count : adapter_rows) {
+      if (!count || count > num_rows) throw Malformed("header.adapter_rows has " + std::to_string(count));
+      rows += count;
+    }
+    if (!adapter_rows.empty() && rows != num_rows)
+      throw Malformed("header.adapter_rows sum to " + std::to_string(rows) + ", the rows are " +
+                      std::to_string(num_rows));
+  }
 };
 
 class Writer {  // one frame's length and header
@@ -47,16 +63,24 @@ class Writer {  // one frame's length and header
   void number(int field, uint64_t value) {
     if (!value) return;
     bytes_[size_++] = static_cast<uint8_t>(field << 3);
-    for (; value >= 0x80; value >>= 7) bytes_[size_++] = static_cast<uint8_t>(value | 0x80);
-    bytes_[size_++] = static_cast<uint8_t>(value);
+    varint(value);
+  }
+  template <class Number>
+  void numbers(int field, const Number* values, size_t count) {  // packed; at most kMaxRuns
+    size_t length = 0;
+    for (size_t i = 0; i < count; i++) {
+      length++;
+      for (uint64_t left = values[i]; left >= 0x80; left >>= 7) length++;
+    }
+    bytes_[size_++] = static_cast<uint8_t>(field << 3 | 2);
+    varint(length);
+    for (size_t i = 0; i < count; i++) varint(values[i]);
   }
   void text(int field, const std::string& value) {
     size_t length = std::min<size_t>(value.size(), kMaxText);
     while (length < value.size() && length && (value[length] & 0xc0) == 0x80) length--;  // whole characters: UTF-8
     bytes_[size_++] = static_cast<uint8_t>(field << 3 | 2);
-    size_t left = length;
-    for (; left >= 0x80; left >>= 7) bytes_[size_++] = static_cast<uint8_t>(left | 0x80);
-    bytes_[size_++] = static_cast<uint8_t>(left);
+    varint(length);
     std::memcpy(bytes_ + size_, value.data(), length);
     size_ += length;
   }
@@ -67,9 +91,14 @@ class Writer {  // one frame's length and header
   }
 
  private:
-  static constexpr size_t kMaxText = 600;
+  static constexpr size_t kMaxText = 600, kMostOfRuns = kMaxRuns * (10 + 5) + 8;  // ids and rows
 
-  uint8_t bytes_[128 + kMaxText];
+  void varint(uint64_t value) {
+    for (; value >= 0x80; value >>= 7) bytes_[size_++] = static_cast<uint8_t>(value | 0x80);
+    bytes_[size_++] = static_cast<uint8_t>(value);
+  }
+
+  uint8_t bytes_[128 + std::max(kMaxText, kMostOfRuns)];
   size_t size_ = 4;
 };
 
@@ -83,24 +112,33 @@ inline uint64_t varint(const uint8_t*& p, const uint8_t* end) {
   throw Malformed("a header that ends within a number");
 }
 
+inline void add_run(std::vector<uint64_t>& runs, uint64_t value) {
+  if (runs.size() == kMaxRuns) throw Malformed("a header with more than " + std::to_string(kMaxRuns) + " adapter runs");
+  runs.push_back(value);
+}
+
 // Fields by number; `reply` says which message it is. Unknown fields are skipped, as protobuf demands.
 inline Header parse(const uint8_t* p, size_t size, bool reply) {
   Header h;
   uint64_t other = 0;
   uint64_t* const call_fields[] = {&h.call_id, &h.layer, &h.expert, &h.num_rows, &h.hidden_size, &h.dtype,
-                                  &h.cancel,  &h.adapter_id};
+                                  &h.cancel};
   uint64_t* const reply_fields[] = {&h.call_id, &h.status, &other,         &h.num_rows, &h.hidden_size,
                                     &h.dtype,   &h.queued_rows, &h.compute_us, &h.queue_us};
   const uint8_t* const end = p + size;
   while (p < end) {
-    const uint64_t tag = varint(p, end), field = tag >> 3, count = reply ? 9 : 8;
+    const uint64_t tag = varint(p, end), field = tag >> 3, count = reply ? 9 : 7;
+    auto* const runs = reply ? nullptr : field == 9 ? &h.adapter_ids : field == 10 ? &h.adapter_rows : nullptr;
     if ((tag & 7) == 0) {
       const uint64_t value = varint(p, end);
-      if (field >= 1 && field <= count) *(reply ? reply_fields : call_fields)[field - 1] = value;
+      if (runs) add_run(*runs, value);
+      else if (field >= 1 && field <= count) *(reply ? reply_fields : call_fields)[field - 1] = value;
     } else if ((tag & 7) == 2) {
       const uint64_t length = varint(p, end);
       if (length > static_cast<uint64_t>(end - p)) throw Malformed("a header that ends within a text");
       if (reply && field == 3) h.error.assign(reinterpret_cast<const char*>(p), length);
+      if (runs)  // packed
+        for (const uint8_t* at = p; at < p + length;) add_run(*runs, varint(at, p + length));
       p += length;
     } else if ((tag & 7) == 1 && end - p >= 8) {
       p += 8;

@@ -15,8 +15,16 @@ void host_add(void* host, uint64_t layer, uint64_t expert, Forward forward, void
   static_cast<Host*>(host)->add(layer, expert, forward, handle);
 }
 
+void host_add_adapter(void* host, uint64_t layer, uint64_t expert, uint64_t adapter_id, const void* handle) {
+  static_cast<Host*>(host)->add_adapter(layer, expert, adapter_id, handle);
+}
+void host_remove_adapter(void* host, uint64_t layer, uint64_t expert, uint64_t adapter_id) {
+  static_cast<Host*>(host)->remove_adapter(layer, expert, adapter_id);
+}
+
 // A `Forward` that returns every row as it came: the carrier without the expert.
-int32_t echo(void*, const void* rows, const float*, int64_t count, int64_t row_bytes, void* out, char*) {
+int32_t echo(void*, const void* rows, const float*, int64_t count, int64_t row_bytes, void* out, const AdapterRun*,
+             int64_t, char*) {
   std::memcpy(out, rows, count * row_bytes);
   return 1;
 }

@@ -33,6 +33,18 @@ class Host {
     networks_.emplace(Key{layer, expert}, Network{forward, handle, {layer, expert, 0, 0, 0, 0}});
   }
 
+  // Lets calls for a held key name an adapter, by a handle of what computes. The id: not 0, not held for the key.
+  void add_adapter(uint64_t layer, uint64_t expert, uint64_t id, const void* handle) {
+    Network& network = *find(layer, expert);
+    std::lock_guard<std::mutex> lock(queue_.state);
+    network.adapters.emplace(id, std::make_unique<HeldAdapter>(HeldAdapter{handle, 0}));
+  }
+
+  // Refuses calls that name an adapter from now on, and returns when those that came before have been computed.
+  void remove_adapter(uint64_t layer, uint64_t expert, uint64_t id) {
+    if (Network* network = find(layer, expert)) queue_.remove(*network, id);
+  }
+
   // Answers calls until the connection ends.
   //
   // On a machine of few cores, as many threads as cores wait for the next call, each bound to its own core, and the one
@@ -93,6 +105,7 @@ class Host {
     if (h.cancel) return;  // too late: that call has been answered
     // What does not fit is read, so that the calls behind it are found, and refused.
     const uint64_t bytes = h.row_bytes();
+    h.check_runs();
     Call& call = c.call;
     c.read_into(call.rows.room(bytes), bytes);
     c.read_into(call.weights.room(h.num_rows * sizeof(float)), h.num_rows * sizeof(float));
@@ -100,10 +113,15 @@ class Host {
     if (!why.empty()) return no_rows(c, h.call_id, kRefused, why);
     call.out.room(bytes);
     call.id = h.call_id;
-    call.network = find(h);
+    call.network = find(h.layer, h.expert);
+    if (const uint64_t id = queue_.hold(call, h.adapter_ids, h.adapter_rows))
+      return no_rows(c, h.call_id, kNoAdapter, "adapter " + std::to_string(id) + " is not held by this replica");
     call.count = static_cast<int64_t>(h.num_rows);
     call.row_bytes = static_cast<int64_t>(h.hidden_size * h.item());
-    place.during(call.count > kShortCall, [&] { queue_.compute(call, [&] { return c.taken_back(call.id); }); });
+    {
+      const Holding holding{queue_, call};
+      place.during(call.count > kShortCall, [&] { queue_.compute(call, [&] { return c.taken_back(call.id); }); });
+    }
     if (call.busy) return no_rows(c, h.call_id, kBusy, "as many rows are queued as this replica accepts");
     if (call.cancelled) return no_rows(c, h.call_id, kCancelled, "");
     if (call.failed) return no_rows(c, h.call_id, kFailed, failure(h, call.why));
@@ -128,16 +146,20 @@ class Host {
     c.reply(&part, 1);
   }
 
-  Network* find(const Header& h) {
+  struct Holding {  // a call's adapters
+    CallQueue& queue;
+    Call& call;
+    ~Holding() { queue.release(call); }
+  };
+
+  Network* find(uint64_t layer, uint64_t expert) {
     std::lock_guard<std::mutex> lock(queue_.state);
-    const auto found = networks_.find({h.layer, h.expert});
+    const auto found = networks_.find({layer, expert});
     return found == networks_.end() ? nullptr : &found->second;
   }
 
   std::string refusal(const Header& h) {
-    if (h.adapter_id)
-      return "adapter " + std::to_string(h.adapter_id) + " is asked for, and this replica knows no adapters";
-    if (!find(h)) return key_of(h) + " is not held by this replica";
+    if (!find(h.layer, h.expert)) return key_of(h) + " is not held by this replica";
     if (hidden_ && static_cast<int64_t>(h.hidden_size) != hidden_)
       return "rows have " + std::to_string(h.hidden_size) + " columns, expected " + std::to_string(hidden_);
     if (dtype_ && h.dtype != dtype_)

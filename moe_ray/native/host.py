@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import CFUNCTYPE, c_char, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_char, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from moe_ray.native.build import HOST, declare, shared_library
 
@@ -34,17 +34,30 @@ class KeyStats(ctypes.Structure):
     _fields_ = tuple((name, c_uint64) for name in ("layer", "expert", "calls", "rows", "busy_ns", "queue_ns"))
 
 
+class AdapterRun(ctypes.Structure):
+    """`AdapterRun` of adapter_run.h."""
+
+    _fields_ = (("id", c_uint64), ("adapter", c_void_p), ("count", c_int64))
+
+
 _SIGNATURES: Final = {
     "host_new": (c_void_p, (c_int64, c_uint64, c_int64, c_uint64, c_int)),
     "host_free": (None, (c_void_p,)),
     "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
+    "host_add_adapter": (None, (c_void_p, c_uint64, c_uint64, c_uint64, c_void_p)),
+    "host_remove_adapter": (None, (c_void_p, c_uint64, c_uint64, c_uint64)),
     "host_stats": (None, (c_void_p, c_void_p)),
     "host_key_stats": (c_uint64, (c_void_p, c_void_p, c_uint64)),
     "host_serve": (None, (c_void_p, c_int)),
     "hosts_end": (None, (c_int,)),
 }
-_FORWARD: Final = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)
+_FORWARD: Final = CFUNCTYPE(
+    c_int32, *(c_void_p,) * 3, c_int64, c_int64, c_void_p, POINTER(AdapterRun), c_int64, c_void_p
+)
 """`Forward` of calls.h."""
+
+Runs = tuple[tuple[int, int], ...]
+"""Which adapter is added for which rows: (id, rows) of consecutive rows, 0 for none; (): no row has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +89,15 @@ def memory_at(address: int, size: int) -> memoryview:
     return memoryview((c_char * size).from_address(address)).cast("B")
 
 
-def interpreted(compute: Callable[[Buffers], None]) -> HostEntry:
+def interpreted(compute: Callable[[Buffers, Runs], None]) -> HostEntry:
     """An entry that runs `compute` in this interpreter, which fills `out`. What it raises, the trunk is told."""
 
-    def forward(_: int, rows: int, weights: int, count: int, row_bytes: int, out: int, why: int) -> int:
+    def forward(
+        _: int, rows: int, weights: int, count: int, row_bytes: int, out: int, runs: Any, num_runs: int, why: int
+    ) -> int:
         try:
-            compute(Buffers(rows, weights, count, row_bytes, out))
+            adapters = tuple((runs[i].id, runs[i].count) for i in range(num_runs))
+            compute(Buffers(rows, weights, count, row_bytes, out), adapters)
         except Exception as error:  # noqa: BLE001 - whatever it is, the host answers these calls with it, and goes on
             said = f"{type(error).__name__}: {error}".encode()[: _WHY_BYTES - 1]
             text = said.decode(errors="ignore").encode() + b"\0"  # whole characters
@@ -115,6 +131,7 @@ class Host:
         """
         self._library = _library(cache_dir)
         self._entries = list[HostEntry]()
+        self._adapters = dict[tuple[int, int, int], object]()
         code = 0 if dtype is None else DTYPE_CODES[dtype]
         self._host: int | None = self._library.host_new(
             hidden_size or 0, code, max_batched_rows, max_queued_rows, spread
@@ -136,6 +153,22 @@ class Host:
         """Serve this expert's layer from now on. Each key once."""
         self._entries.append(entry)
         self._library.host_add(self._host, layer, expert, entry.function, entry.handle)
+
+    def add_adapter(self, layer: int, expert: int, adapter_id: int, handle: int | None, keeps: object) -> None:
+        """Let calls of a key that is held name an adapter. `handle`: what its entry's function knows it by.
+
+        None: nothing is added, or the entry is interpreted, which goes by the id. `keeps` lives until it is removed.
+        """
+        self._adapters[layer, expert, adapter_id] = keeps
+        self._library.host_add_adapter(self._host, layer, expert, adapter_id, handle)
+
+    def remove_adapter(self, layer: int, expert: int, adapter_id: int) -> None:
+        """Refuse calls that name the adapter from now on, and wait for those that came before. Idempotent.
+
+        Not from a thread that computes a call.
+        """
+        self._library.host_remove_adapter(self._host, layer, expert, adapter_id)
+        self._adapters.pop((layer, expert, adapter_id), None)
 
     def serve(self, fd: int) -> None:
         """Answer calls that come on a connected socket until it ends."""

@@ -3,6 +3,7 @@
 // outlives a call, except pools. `dtype` is that of rows and KV cache, as the wire numbers it (Kind); a matrix is a block of
 // matrix.h.
 
+#include "adapter_run.h"
 #include "bare.h"
 #include "rounding.h"
 #include "trunk.h"
@@ -21,18 +22,28 @@ void with_dtype(int32_t dtype, const Work& work) {
   }
 }
 
-// out [rows, D] = (silu(x w1^T) * (x w3^T)) w2^T * weights, with w1 and w3 in alternate panels (w13).
+struct ExpertAdapter {  // what one adapter adds to an expert: to gate and up, two parts of one block, and to down
+  Addition w13, w2;
+};
+
+// out [rows, D] = (silu(x w1^T) * (x w3^T)) w2^T * weights, with w1 and w3 in alternate panels (w13), and the additions of
+// each run's ExpertAdapter to w1, w3 and w2.
 template <class T>
-void ffn(Pool& threads, const T* x, const float* weights, int64_t rows, const Matrix& w13, const Matrix& w2, T* out) {
+void ffn(Pool& threads, const T* x, const float* weights, int64_t rows, const Matrix& w13, const Matrix& w2, T* out,
+         const AdapterRun* runs, int64_t num_runs) {
   const int64_t hidden = w13.k(), inner = w2.k();
+  const Additions to_w13(threads, runs, num_runs, &ExpertAdapter::w13, x, hidden, rows);
   const Inputs in = inputs_for(threads, scratch.inputs, w13, x, hidden, rows);
   const auto second = [&](auto* h) {
     linear(threads, in, rows, w13, [&](int64_t i, int64_t p, const float* values) {
-      if (p % 2 == 0) store(h + i * inner + p / 2 * kPanel, silu(load(values)) * load(values + kPanel));
+      if (p % 2) return;
+      const Lanes gate = to_w13.to(load(values), i, p, 0), up = to_w13.to(load(values + kPanel), i, p + 1, 1);
+      store(h + i * inner + p / 2 * kPanel, silu(gate) * up);
     });
+    const Additions to_w2(threads, runs, num_runs, &ExpertAdapter::w2, h, inner, rows);
     const Inputs products = inputs_for(threads, scratch.inputs, w2, h, inner, rows);
     linear(threads, products, rows, w2, [&](int64_t i, int64_t p, const float* values) {
-      store(out + i * hidden + p * kPanel, load(values) * all(weights[i]));
+      store(out + i * hidden + p * kPanel, to_w2.to(load(values), i, p, 0) * all(weights[i]));
     });
   };
   float* memory = room(scratch.hidden, rows * inner);
@@ -99,12 +110,13 @@ int64_t bare_loop(void* pool, const void* memory, int64_t times) {
 }
 
 void expert_ffn(void* pool, int32_t dtype, const void* x, const float* weights, int64_t rows, const void* w13,
-                const void* w2, void* out) {
+                const void* w2, void* out, const AdapterRun* runs, int64_t num_runs) {
   Pool& threads = *static_cast<Pool*>(pool);
   std::lock_guard<std::mutex> lock(threads.using_);  // several carriers may serve one expert
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    ffn(threads, static_cast<const T*>(x), weights, rows, matrix_at(w13), matrix_at(w2), static_cast<T*>(out));
+    ffn(threads, static_cast<const T*>(x), weights, rows, matrix_at(w13), matrix_at(w2), static_cast<T*>(out),
+        runs, num_runs);
   });
 }
 
@@ -116,14 +128,14 @@ struct Expert {  // what `expert_forward` is given as its handle
 
 // `Forward` of calls.h over packed weights: what a host calls.
 int32_t expert_forward(void* handle, const void* rows, const float* weights, int64_t count, int64_t row_bytes, void* out,
-                       char* why) {
+                       const AdapterRun* runs, int64_t num_runs, char* why) {
   const auto& e = *static_cast<const Expert*>(handle);
   if (row_bytes != matrix_at(e.w13).k() * (e.dtype == kFloat32 ? 4 : 2)) {
     std::strcpy(why, "rows of another width than the weights'");
     return 0;
   }
   try {
-    expert_ffn(e.pool, static_cast<int32_t>(e.dtype), rows, weights, count, e.w13, e.w2, out);
+    expert_ffn(e.pool, static_cast<int32_t>(e.dtype), rows, weights, count, e.w13, e.w2, out, runs, num_runs);
   } catch (const std::bad_alloc&) {
     std::strcpy(why, "out of memory");
     return 0;
@@ -155,12 +167,15 @@ void combine(int32_t dtype, float* hidden, int64_t tokens, int64_t width, int64_
   });
 }
 
-// Logits [count, vocab] float32 of rows `which` of hidden.
+// Logits [count, vocab] float32 of rows `which` of hidden, with the additions of each run's HeadAdapter; runs are of the
+// rows picked.
 void head(void* pool, const float* hidden, int64_t width, const int64_t* which, int64_t count, const float* norm,
-          float eps, const void* memory, float* out) {
+          float eps, const void* memory, float* out, const AdapterRun* runs, int64_t num_runs) {
+  Pool& threads = *static_cast<Pool*>(pool);
   float* normed = room(scratch.normed, count * width);
   for (int64_t i = 0; i < count; i++) rms_norm(hidden + which[i] * width, norm, width, eps, normed + i * width);
-  linear_into(*static_cast<Pool*>(pool), normed, count, matrix_at(memory), out);
+  const Additions to_head(threads, runs, num_runs, &HeadAdapter::head, normed, width, count);
+  linear_into(threads, normed, count, matrix_at(memory), out, &to_head);
 }
 
 }  // extern "C"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.native.build import KERNELS, declare, shared_library
-from moe_ray.native.host import DTYPE_CODES, HostEntry
+from moe_ray.native.host import DTYPE_CODES, AdapterRun, HostEntry
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+RUN_BYTES: Final = ctypes.sizeof(AdapterRun)
 INT8, INT4 = 4, 5
 """Kinds of matrix beside those of `DTYPE_CODES`; see matrix.h."""
 
@@ -50,7 +51,8 @@ class StepInputs(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("tokens", "block_size")),
-        *((name, c_void_p) for name in ("positions", "slots", "sequence", "tables", "table_start", "rope")),
+        *((name, c_void_p) for name in ("positions", "slots", "sequence", "tables", "table_start", "rope", "runs")),
+        ("num_runs", c_int64),
     )
 
 
@@ -108,14 +110,14 @@ _SIGNATURES: Final = {
     "unpack_rows": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "linear_f32": (None, (c_void_p, c_int32, c_void_p, c_int64, c_void_p, c_void_p)),
     "bare_loop": (c_int64, (c_void_p, c_void_p, c_int64)),
-    "expert_ffn": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3)),
+    "expert_ffn": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int64, *(c_void_p,) * 4, c_int64)),
     "layer_supported": (c_int, (c_int64, c_int64, c_int64)),
     "layer_front": (
         None,
         (c_void_p, c_int32, POINTER(ModelShape), POINTER(Layer), POINTER(StepInputs), *(c_void_p,) * 5),
     ),
     "combine": (None, (c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
-    "head": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_void_p)),
+    "head": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, *(c_void_p,) * 3, c_int64)),
 }
 
 
@@ -186,6 +188,24 @@ class Kernels:
             self.library.pack_floats(self._pool, packed.address, index, source.ctypes.data)
         return packed
 
+    def pack_addition(self, dtype: str, *weights: np.ndarray) -> tuple[int, np.ndarray]:
+        """Pack matrices [N, K] of one float dtype, K a multiple of 16, for `additions.py`: address, and what holds it.
+
+        Unlike `Packed` it may be small: an adapter has thousands.
+        """
+        import numpy as np
+
+        n, k = weights[0].shape
+        header = Header(DTYPE_CODES[dtype], 0, n, k, len(weights))
+        header.multiplier = 1.0
+        memory = np.zeros(self.library.block_bytes(ctypes.byref(header)) + 64, dtype=np.uint8)
+        address = memory.ctypes.data + -memory.ctypes.data % 64
+        ctypes.memmove(address, ctypes.byref(header), ctypes.sizeof(header))
+        for index, weight in enumerate(weights):
+            source = np.ascontiguousarray(weight)
+            self.library.pack_floats(self._pool, address, index, source.ctypes.data)
+        return address, memory
+
     def unpack_rows(self, packed: Packed, rows: torch.Tensor) -> torch.Tensor:
         """Return `rows` (int64 [T]) of a block's first matrix, float32 [T, K]."""
         import torch
@@ -203,14 +223,19 @@ class Kernels:
         self.library.linear_f32(self._pool, dtype_code(x), x.data_ptr(), x.shape[0], packed.address, out.data_ptr())
         return out
 
-    def expert_ffn(self, x: torch.Tensor, weights: torch.Tensor, w13: Packed, w2: Packed) -> torch.Tensor:
-        """Return (silu(x w1^T) * (x w3^T)) w2^T * weights, [T, D] as x; w13 is w1 and w3 in one block."""
+    def expert_ffn(
+        self, x: torch.Tensor, weights: torch.Tensor, w13: Packed, w2: Packed, runs: bytes = b""
+    ) -> torch.Tensor:
+        """Return (silu(x w1^T) * (x w3^T)) w2^T * weights, [T, D] as x; w13 is w1 and w3 in one block.
+
+        `runs`: which ExpertAdapter is added for which rows, of `additions.packed_runs`.
+        """
         import torch
 
         out = torch.empty_like(x)
         self.library.expert_ffn(
             *(self._pool, dtype_code(x), x.data_ptr(), weights.data_ptr(), x.shape[0]),
-            *(w13.address, w2.address, out.data_ptr()),
+            *(w13.address, w2.address, out.data_ptr(), runs or None, len(runs) // RUN_BYTES),
         )
         return out
 
@@ -228,15 +253,24 @@ class Kernels:
         )
 
     def head(
-        self, hidden: torch.Tensor, which: torch.Tensor, norm: torch.Tensor, eps: float, packed: Packed
+        self,
+        hidden: torch.Tensor,
+        which: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        packed: Packed,
+        runs: bytes = b"",
     ) -> torch.Tensor:
-        """Return the logits float32 [S, N] of rows `which` (int64 [S]) of hidden [T, D] after the final norm."""
+        """Return the logits float32 [S, N] of rows `which` (int64 [S]) of hidden [T, D] after the final norm.
+
+        `runs`: which HeadAdapter is added for which of the S rows, of `additions.packed_runs`.
+        """
         import torch
 
         out = torch.empty((which.shape[0], packed.shape.n))
         self.library.head(
             *(self._pool, hidden.data_ptr(), hidden.shape[1], which.data_ptr(), which.shape[0]),
-            *(norm.data_ptr(), eps, packed.address, out.data_ptr()),
+            *(norm.data_ptr(), eps, packed.address, out.data_ptr(), runs or None, len(runs) // RUN_BYTES),
         )
         return out
 

@@ -38,7 +38,8 @@ class Link {
   explicit Link(int fd) : fd(fd) {}
 
   void send(uint64_t id, uint64_t layer, uint64_t expert, uint64_t rows, uint64_t hidden, uint64_t dtype,
-            const void* data, const void* weights, uint8_t* target, uint64_t adapter) {
+            const void* data, const void* weights, uint8_t* target, uint32_t runs, const uint64_t* adapter_ids,
+            const uint64_t* adapter_rows) {
     Pending p;
     p.id = id;
     p.num_rows = rows;
@@ -53,7 +54,10 @@ class Link {
     Writer w;
     const uint64_t fields[] = {id, layer, expert, rows, hidden, dtype};
     for (int i = 0; i < 6; i++) w.number(i + 1, fields[i]);
-    w.number(8, adapter);
+    if (runs) {
+      w.numbers(9, adapter_ids, runs);
+      w.numbers(10, adapter_rows, runs);
+    }
     iovec parts[] = {w.done(),
                      {const_cast<void*>(data), rows * hidden * (dtype == kFloat32 ? 4 : 2)},
                      {const_cast<void*>(weights), rows * 4}};

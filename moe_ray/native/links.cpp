@@ -69,18 +69,21 @@ int link_reason(void* link, char* out, int size) {
 }
 
 // Calls of one layer to n replicas: call i has counts[i] rows, which follow those of call i - 1 in `rows` [R, D] and
-// `weights` [R] float32; its reply goes to the same place in `target` [R, D]. `adapter`: of all calls, 0: none.
+// `weights` [R] float32; its reply goes to the same place in `target` [R, D]. Call i has runs[i] runs of rows
+// with one adapter, at most kMaxRuns, which follow those of call i - 1 in `adapter_ids` and `adapter_rows`; `runs` null:
+// no call has any.
 void scatter(int n, void* const* links, const uint64_t* ids, uint64_t layer, const uint64_t* experts,
              const uint64_t* counts, uint64_t hidden, uint64_t dtype, const uint8_t* rows, const float* weights,
-             uint8_t* target, uint64_t adapter) {
+             uint8_t* target, const uint32_t* runs, const uint64_t* adapter_ids, const uint64_t* adapter_rows) {
   uint64_t at = 0;
   for (int i = 0; i < n; i++) {
     auto* l = static_cast<Link*>(links[i]);
     const uint64_t offset = at * hidden * (dtype == kFloat32 ? 4 : 2);
     std::lock_guard<std::mutex> lock(l->using_);
     l->send(ids[i], layer, experts[i], counts[i], hidden, dtype, rows + offset, weights + at, target + offset,
-            adapter);
+            runs ? runs[i] : 0, adapter_ids, adapter_rows);
     at += counts[i];
+    if (runs) adapter_ids += runs[i], adapter_rows += runs[i];
   }
 }
 

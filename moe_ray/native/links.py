@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Final
 
@@ -32,7 +32,7 @@ _SIGNATURES: Final = {
     "link_reason": (c_int, (c_void_p, c_char_p, c_int)),
     "scatter": (
         None,
-        (c_int, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p, c_uint64, c_uint64, *(c_void_p,) * 3, c_uint64),
+        (c_int, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p, c_uint64, c_uint64, *(c_void_p,) * 6),
     ),
     "gather": (None, (c_int, c_void_p, c_void_p, c_int64, POINTER(Result))),
     "call_error": (c_int, (c_void_p, c_uint64, c_char_p, c_int)),
@@ -78,18 +78,25 @@ class Links:
         rows: torch.Tensor,
         weights: torch.Tensor,
         target: torch.Tensor,
-        adapter_id: int = 0,
+        adapters: Sequence[Sequence[tuple[int, int]]] = (),
     ) -> None:
         """Send call i (`counts[i]` of the rows [R, D], in order) on links[i]; replies will come into target [R, D].
 
-        `adapter_id` is that of every call. `target` must live until each call was gathered or forgotten. A link that
-        breaks says so in `gather`.
+        `adapters`: of each call its runs of rows with one adapter, as (id, rows), at most 64. `target` must live until
+        each call was gathered or forgotten. A link that breaks says so in `gather`.
         """
         n = len(links)
+        runs = [run for call in adapters for run in call]
+        told: tuple[object, ...] = (None, None, None)
+        if runs:
+            told = (
+                (c_uint32 * n)(*map(len, adapters)),
+                *((c_uint64 * len(runs))(*values) for values in zip(*runs, strict=True)),
+            )
         self._library.scatter(
             *(n, (c_void_p * n)(*links), (c_uint64 * n)(*ids), layer),
             *((c_uint64 * n)(*experts), (c_uint64 * n)(*counts), rows.shape[1], dtype),
-            *(rows.data_ptr(), weights.data_ptr(), target.data_ptr(), adapter_id),
+            *(rows.data_ptr(), weights.data_ptr(), target.data_ptr(), *told),
         )
 
     def gather(self, links: Sequence[int], ids: Sequence[int], timeout_s: float) -> Sequence[Result]:

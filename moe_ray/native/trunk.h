@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention.h"
-#include "linear.h"
+#include "low_rank.h"
 
 namespace moe_ray {
 
@@ -26,12 +26,22 @@ struct Layer {
   const float *qkv_bias, *out_bias;     // [q + 2 kv], [D]; null: none
 };
 
+struct LayerAdapter {  // what one adapter adds to a layer: to q, k and v, three parts of one block, and to the others
+  Addition qkv, out, gate;
+};
+
+struct HeadAdapter {
+  Addition head;
+};
+
 struct Step {  // T tokens
   int64_t tokens, block_size;
   const int32_t *positions, *slots, *sequence;  // [T]
   const int32_t* tables;                        // the sequences' block tables, one after the other
   const int64_t* table_start;                   // [S] where each begins
   const float* rope;                            // [positions, 2, head_dim / 2] cos, sin
+  const AdapterRun* runs;                       // which LayerAdapter is added for which tokens; none: for no token
+  int64_t num_runs;
 };
 
 struct Scratch {  // of the thread that calls; grows to the largest step
@@ -173,16 +183,22 @@ void layer_front(Pool& threads, const Shape& s, const Layer& layer, const Step& 
   float* attended = room(scratch.attended, tokens * q_width);
   const auto each_token = [&](const auto& work) { for_tokens(threads, tokens, work); };
   each_token([&](int64_t t) { rms_norm(hidden + t * D, layer.input_norm, D, s.eps, normed + t * D); });
+  const auto additions = [&](const Addition LayerAdapter::*of, const auto* x, int64_t ldx) {
+    return Additions(threads, step.runs, step.num_runs, of, x, ldx, tokens);
+  };
+  const int64_t k_panel = q_width / kPanel, v_panel = k_panel + s.kv_heads * s.head_dim / kPanel;
+  const Additions to_qkv = additions(&LayerAdapter::qkv, normed, D);
   Inputs in = inputs_for(threads, scratch.inputs, qkv_matrix, normed, D, tokens);
   linear(threads, in, tokens, qkv_matrix, [&](int64_t i, int64_t p, const float* values) {
-    store_lanes(qkv + i * width + p * kPanel, values, width - p * kPanel);
+    store(qkv + i * width + p * kPanel, to_qkv.to(load(values), i, p, (p >= k_panel) + (p >= v_panel)));
   });
   if (layer.k_scales) self_attention<int8_t>(threads, s, layer, step, qkv, attended);
   else self_attention<T>(threads, s, layer, step, qkv, attended);
+  const Additions to_out = additions(&LayerAdapter::out, attended, q_width);
   in = inputs_for(threads, scratch.inputs, out_matrix, attended, q_width, tokens);
   linear(threads, in, tokens, out_matrix, [&](int64_t i, int64_t p, const float* values) {
     float* at = hidden + i * D + p * kPanel;
-    Lanes added = load(values);
+    Lanes added = to_out.to(load(values), i, p, 0);
     if (layer.out_bias) added = added + load(layer.out_bias + p * kPanel);
     store(at, load(at) + added * all(s.residual));
   });
@@ -194,9 +210,10 @@ void layer_front(Pool& threads, const Shape& s, const Layer& layer, const Step& 
   float* logits = room(scratch.logits, tokens * padded);
   int32_t* chosen = room(scratch.chosen, tokens * s.top_k);
   float* weights = room(scratch.weights, tokens * s.top_k);
+  const Additions to_gate = additions(&LayerAdapter::gate, row, D);
   in = inputs_for(threads, scratch.inputs, gate, row, D, tokens);
   linear(threads, in, tokens, gate, [&](int64_t i, int64_t p, const float* values) {
-    std::memcpy(logits + i * padded + p * kPanel, values, kPanel * sizeof(float));
+    store(logits + i * padded + p * kPanel, to_gate.to(load(values), i, p, 0));
   });
   each_token([&](int64_t t) {
     choose(s, logits + t * padded, chosen + t * s.top_k, weights + t * s.top_k);
@@ -226,13 +243,15 @@ void combine(float* hidden, int64_t tokens, int64_t width, int64_t top_k, const 
   }
 }
 
-// out [rows, n] = x [rows, k] w^T.
+// out [rows, n] = x [rows, k] w^T, and what is added.
 template <class T>
-void linear_into(Pool& threads, const T* x, int64_t rows, const Matrix& m, float* out) {
+void linear_into(Pool& threads, const T* x, int64_t rows, const Matrix& m, float* out, const Additions* added = nullptr) {
   const int64_t n = m.head->n;
   const Inputs in = inputs_for(threads, scratch.inputs, m, x, m.k(), rows);
   linear(threads, in, rows, m, [&](int64_t i, int64_t p, const float* values) {
-    store_lanes(out + i * n + p * kPanel, values, n - p * kPanel);
+    alignas(64) float more[kPanel];
+    if (added) store(more, added->to(load(values), i, p, 0));
+    store_lanes(out + i * n + p * kPanel, added ? more : values, n - p * kPanel);
   });
 }
 

@@ -21,6 +21,7 @@ class CallStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSED: _ClassVar[CallStatus]
     CANCELLED: _ClassVar[CallStatus]
     BUSY: _ClassVar[CallStatus]
+    NO_ADAPTER: _ClassVar[CallStatus]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -30,9 +31,10 @@ FAILED: CallStatus
 REFUSED: CallStatus
 CANCELLED: CallStatus
 BUSY: CallStatus
+NO_ADAPTER: CallStatus
 
 class ExpertCallHeader(_message.Message):
-    __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel", "adapter_id")
+    __slots__ = ("call_id", "layer", "expert", "num_rows", "hidden_size", "dtype", "cancel", "adapter_ids", "adapter_rows")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
@@ -40,7 +42,8 @@ class ExpertCallHeader(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
-    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_IDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ROWS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     layer: int
     expert: int
@@ -48,8 +51,9 @@ class ExpertCallHeader(_message.Message):
     hidden_size: int
     dtype: DType
     cancel: bool
-    adapter_id: int
-    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., cancel: _Optional[bool] = ..., adapter_id: _Optional[int] = ...) -> None: ...
+    adapter_ids: _containers.RepeatedScalarFieldContainer[int]
+    adapter_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call_id: _Optional[int] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., num_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., cancel: _Optional[bool] = ..., adapter_ids: _Optional[_Iterable[int]] = ..., adapter_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpertCall(_message.Message):
     __slots__ = ("header", "rows", "weights")
@@ -212,26 +216,46 @@ class Grammar(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "output_token_ids", "sampling", "traceparent")
+    __slots__ = ("request_id", "prompt_token_ids", "output_token_ids", "sampling", "adapter_id", "adapter_source", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_SOURCE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
+    adapter_id: int
+    adapter_source: str
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapter_id: _Optional[int] = ..., adapter_source: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class TrunkRequest(_message.Message):
-    __slots__ = ("submit", "abort")
+    __slots__ = ("submit", "abort", "adapters")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     submit: _containers.RepeatedCompositeFieldContainer[Submit]
     abort: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, submit: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., abort: _Optional[_Iterable[str]] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterEntry]
+    def __init__(self, submit: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., abort: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[AdapterEntry, _Mapping]]] = ...) -> None: ...
+
+class AdapterEntry(_message.Message):
+    __slots__ = ("name", "adapter_id", "source", "version", "removed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    adapter_id: int
+    source: str
+    version: int
+    removed: bool
+    def __init__(self, name: _Optional[str] = ..., adapter_id: _Optional[int] = ..., source: _Optional[str] = ..., version: _Optional[int] = ..., removed: _Optional[bool] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs", "rank")
@@ -360,12 +384,14 @@ class TrunkCounters(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., steps: _Optional[int] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_draft_tokens: _Optional[int] = ..., degraded_tokens: _Optional[int] = ..., prefill: _Optional[_Union[StepTimes, _Mapping]] = ..., decode: _Optional[_Union[StepTimes, _Mapping]] = ..., step_tokens: _Optional[_Union[Distribution, _Mapping]] = ..., step_sequences: _Optional[_Union[Distribution, _Mapping]] = ..., joined_steps: _Optional[int] = ...) -> None: ...
 
 class StepEvents(_message.Message):
-    __slots__ = ("events", "load")
+    __slots__ = ("events", "load", "adapters")
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     events: _containers.RepeatedCompositeFieldContainer[TokenEvent]
     load: TrunkLoad
-    def __init__(self, events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., load: _Optional[_Union[TrunkLoad, _Mapping]] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterEntry]
+    def __init__(self, events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., load: _Optional[_Union[TrunkLoad, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterEntry, _Mapping]]] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()

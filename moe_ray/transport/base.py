@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.core import AdapterRows, ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import ConfigError, LinkBroken, LinkTimeout, TransportError, WrongAnswer
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class CallBatch:
     counts: Sequence[int]
     rows: torch.Tensor  # [R, D], R = sum(counts)
     weights: torch.Tensor  # [R] float32
-    adapter_id: int = 0
-    """Of every call; 0: the base model."""
+    adapters: Sequence[tuple[AdapterRows, ...]] = ()
+    """Of each call, as `ExpertCall.adapters`. Empty: no call has any."""
 
 
 Outcome = ReplicaLoad | TransportError | None
@@ -198,11 +198,11 @@ class OneByOne:
         replies = OneByOneReplies()
         start = 0
         try:
-            for link, expert, count in zip(links, batch.experts, batch.counts, strict=True):
+            adapters = batch.adapters or [()] * len(links)
+            for link, expert, count, runs in zip(links, batch.experts, batch.counts, adapters, strict=True):
                 part = slice(start, start + count)
                 rows = batch.rows[part]
-                call = ExpertCall(batch.layer, expert, rows, batch.weights[part], adapter_id=batch.adapter_id)
-                replies.add(link, call)
+                replies.add(link, ExpertCall(batch.layer, expert, rows, batch.weights[part], adapters=runs))
                 start += count
         except BaseException:
             replies.forget()

@@ -20,6 +20,7 @@ from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import KernelsUnavailable, LinkBroken, LinkTimeout, ProtocolError, TransportError, WrongAnswer
 from moe_ray.native.links import BROKEN, DONE, WAITING, Links, Result
 from moe_ray.transport import wire
+from moe_ray.transport.adapter_runs import check_runs
 from moe_ray.transport.base import CallBatch, Link, LinkOptions, Outcome
 from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.pending import address_of, peer_name
@@ -87,7 +88,7 @@ class NativeSocketLink:
         if self.reason is not None:
             raise LinkBroken(self.reason)
         count = call.rows.shape[0]
-        batch = CallBatch(call.layer, [call.expert], [count], call.rows, call.weights, call.adapter_id)
+        batch = CallBatch(call.layer, [call.expert], [count], call.rows, call.weights, (call.adapters,))
         replies = self.group.scatter([self], batch)
         call.call_id = replies.ids[0]
         return NativePending(self.peer, call, replies)
@@ -133,6 +134,8 @@ class NativeGroup:
     def scatter(self, links: Sequence[Link], batch: CallBatch) -> NativeReplies:
         """Send call i of `batch` on links[i]. Raises `InvalidCall`."""
         wire.check_rows(batch.rows, "rows")
+        for runs, count in zip(batch.adapters, batch.counts, strict=bool(batch.adapters)):
+            check_runs(runs, count)
         native: list[NativeSocketLink] = links  # type: ignore[assignment]  # whose `group` this is
         rows = wire.sendable(batch.rows)
         weights = wire.sendable(batch.weights)
@@ -141,7 +144,13 @@ class NativeGroup:
         replies = NativeReplies(self._library, native, ids, batch, target)
         self._library.scatter(
             *([link.handle for link in native], ids, batch.layer, batch.experts, batch.counts),
-            *(wire.dtype_code(rows), rows, weights, target, batch.adapter_id),
+            *(
+                wire.dtype_code(rows),
+                rows,
+                weights,
+                target,
+                tuple([(run.adapter_id, run.count) for run in runs] for runs in batch.adapters),
+            ),
         )
         return replies
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import list_named_actors
 
-from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.core import AdapterRows, ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import (
     ConfigError,
     ExpertFailed,
@@ -130,7 +131,8 @@ class RayLink:
         weights = call.weights.detach().cpu().contiguous().numpy()
         try:
             ref = self._actor.__ray_call__.remote(
-                _serve_call, self._address, call.call_id, call.layer, call.expert, dtype, rows, weights, call.adapter_id
+                *(_serve_call, self._address, call.call_id, call.layer, call.expert),
+                *(dtype, rows, weights, [(run.adapter_id, run.count) for run in call.adapters]),
             )
         except RayError as error:
             raise self.broke(_first_line(error)) from None
@@ -215,7 +217,7 @@ def _serve_call(
     dtype: str,
     rows: np.ndarray,
     weights: np.ndarray,
-    adapter_id: int,
+    adapters: Sequence[tuple[int, int]],
 ) -> _Answer:
     """Compute one call; runs on the actor."""
     server = _SERVERS.get(address)
@@ -223,7 +225,7 @@ def _serve_call(
         return _GONE, "", "", None, (0, 0, 0)
     try:
         tensors = wire.from_numpy(dtype, rows, "rows"), wire.weights_from_numpy(weights)
-        call = ExpertCall(layer, expert, *tensors, call_id, adapter_id=adapter_id)
+        call = ExpertCall(layer, expert, *tensors, call_id, adapters=tuple(AdapterRows(*run) for run in adapters))
         wire.check_call(call)
         reply = answer(server.handler, call)
     except ANSWERED_ERRORS as error:

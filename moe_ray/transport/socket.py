@@ -26,6 +26,7 @@ from moe_ray.errors import CallCancelled, LinkBroken, LinkTimeout, ProtocolError
 from moe_ray.native.host import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
+from moe_ray.transport.adapter_runs import runs_of
 from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
 from moe_ray.transport.frames import STALL_S, FrameStream, Quiet
 from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
@@ -216,7 +217,8 @@ class SocketExpertServer:
         body: list[memoryview] = []
         try:
             taken_back = partial(_taken_back, stream, header.call_id)
-            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id, taken_back, header.adapter_id)
+            runs = runs_of(header)
+            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id, taken_back, runs)
             reply = answer(self._handler, call)
             head, rows = wire.reply_header(reply), wire.sendable(reply.rows)
             body = [wire.buffer(rows)]

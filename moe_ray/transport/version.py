@@ -6,14 +6,14 @@ from typing import Final
 
 from moe_ray.errors import ProtocolError
 
-WIRE_VERSION: Final = 2
-"""Of headers, frames and handshakes; raised with every change that a peer must know of. 2: adapters, weight layouts."""
+WIRE_VERSION: Final = 3
+"""Of headers, frames and handshakes; raised with every change that a peer must know of. 3: adapters."""
 
 
 def other_version(theirs: int | str) -> ProtocolError:
     """The error to raise when the other end speaks another version.
 
     >>> str(other_version(1))
-    'it speaks wire version 1, this process 2'
+    'it speaks wire version 1, this process 3'
     """
     return ProtocolError(f"it speaks wire version {theirs}, this process {WIRE_VERSION}")

@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaLoad
 from moe_ray.errors import (
+    AdapterNotHeld,
     CallRefused,
     ExpertFailed,
     InvalidCall,
@@ -27,6 +28,7 @@ from moe_ray.errors import (
     WrongAnswer,
 )
 from moe_ray.pb import moe_ray_pb2 as pb
+from moe_ray.transport.adapter_runs import check_runs, runs_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,10 +74,10 @@ def check_call(call: ExpertCall) -> None:
     for name, value, most in (
         ("layer", call.layer, _MAX_UINT32),
         ("expert", call.expert, _MAX_UINT32),
-        ("adapter_id", call.adapter_id, _MAX_UINT64),
     ):
         if not 0 <= value <= most:
             raise InvalidCall(f"{name} is {value}, expected 0..{most}")
+    check_runs(call.adapters, len(call.rows))
 
 
 def dtype_code(rows: torch.Tensor) -> int:
@@ -116,7 +118,8 @@ def call_header(call: ExpertCall) -> pb.ExpertCallHeader:
         num_rows=num_rows,
         hidden_size=hidden_size,
         dtype=_CODES[_torch_dtypes()[call.rows.dtype]],
-        adapter_id=call.adapter_id,
+        adapter_ids=[run.adapter_id for run in call.adapters],
+        adapter_rows=[run.count for run in call.adapters],
     )
 
 
@@ -146,7 +149,7 @@ def read_call(header: pb.ExpertCallHeader, rows: bytes, weights: bytes) -> Exper
         rows=tensor,
         weights=torch.frombuffer(bytearray(weights), dtype=torch.float32),
         call_id=header.call_id,
-        adapter_id=header.adapter_id,
+        adapters=runs_of(header),
     )
 
 
@@ -175,6 +178,8 @@ def status_of(error: TransportError) -> pb.CallStatus:
     """The status of the reply to a call that ended in `error` at the replica."""
     if isinstance(error, ExpertFailed):
         return pb.FAILED
+    if isinstance(error, AdapterNotHeld):
+        return pb.NO_ADAPTER
     return pb.BUSY if isinstance(error, ReplicaBusy) else pb.REFUSED
 
 
@@ -205,6 +210,8 @@ def error_of(status: int, message: str) -> TransportError:
         return ExpertFailed(message)
     if status == pb.REFUSED:
         return CallRefused(f"call refused: {message}")
+    if status == pb.NO_ADAPTER:
+        return AdapterNotHeld(f"call refused: {message}")
     if status == pb.BUSY:
         return ReplicaBusy(f"busy: {message}")
     if status == pb.CANCELLED:

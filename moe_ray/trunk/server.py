@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import grpc
@@ -18,8 +18,9 @@ from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.grpc_channel import StreamThreads, TokenInterceptor, join_address, listen, server_options
+from moe_ray.trunk.adapter_book import AdapterBook, AdapterEntry
 from moe_ray.trunk.traces import RequestTraces
-from moe_ray.trunk.wire import pack_load, pack_step, unpack_request
+from moe_ray.trunk.wire import pack_load, pack_step, unpack_adapter, unpack_request
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class TrunkServer:
 class _Servicer(pb_grpc.TrunkServicer):
     def __init__(self, loop: EngineLoop, missing: Callable[[], list[int]], traces: RequestTraces | None = None) -> None:
         self._loop, self._missing, self._traces = loop, missing, traces
+        self._book = AdapterBook()
         self._streams: set[queue.SimpleQueue[list[TokenEvent] | None]] = set()
         self._lock = threading.Lock()
         self._draining = False
@@ -111,14 +113,18 @@ class _Servicer(pb_grpc.TrunkServicer):
         reader.start()
         step: list[TokenEvent] | None = []
         counters_at = 0.0
+        told = -1
         try:
             while step is not None:
+                adapters: list[AdapterEntry] = []
+                if told != (told := self._book.revision):
+                    adapters = self._book.all()
                 times = None
                 if (now := time.monotonic()) >= counters_at:
                     times, counters_at = self._loop.times, now + LOAD_EVERY_S
                 if self._traces is not None:
                     self._traces.note(step)
-                yield pack_step(step, pack_load(self._loop.stats(), self._draining, times))
+                yield pack_step(step, pack_load(self._loop.stats(), self._draining, times), adapters)
                 try:
                     step = events.get(timeout=LOAD_EVERY_S)
                 except queue.Empty:
@@ -146,6 +152,8 @@ class _Servicer(pb_grpc.TrunkServicer):
     ) -> None:
         try:
             for message in requests:
+                if message.adapters:
+                    self._note_adapters(map(unpack_adapter, message.adapters))
                 for submit in message.submit:
                     self._submit(submit, sink)
                 for request_id in message.abort:
@@ -156,6 +164,21 @@ class _Servicer(pb_grpc.TrunkServicer):
             pass  # the gateway is gone; `ended` tells the stream so
         finally:
             ended()
+
+    def _note_adapters(self, entries: Iterable[AdapterEntry]) -> None:
+        """Load what is new among the adapters, forget what is removed, and tell all gateways."""
+        before = {entry.adapter_id for entry in self._book.served()}
+        news = self._book.merge(entries)
+        after = {entry.adapter_id for entry in self._book.served()}
+        for entry in news:
+            if not entry.removed:
+                self._loop.load_adapter(entry.ref)
+        for adapter_id in before - after:
+            self._loop.drop_adapter(adapter_id)
+        if news:
+            with self._lock:
+                for events in self._streams:
+                    events.put([])
 
     def _submit(self, message: pb.Submit, sink: Callable[[list[TokenEvent]], None]) -> None:
         """Give a request to the engine. One that cannot be read ends in an error, and the stream goes on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Final, cast
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -15,6 +15,7 @@ from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
 from moe_ray.histogram import Histogram
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.sampling import Grammar, GrammarKind
+from moe_ray.trunk.adapter_book import AdapterEntry
 
 _FINISH_REASONS: Final = ("stop", "length", "abort")
 _SAMPLING_FIELDS: Final[tuple[FieldDescriptor, ...]] = tuple(pb.SamplingParams.DESCRIPTOR.fields)  # type: ignore[arg-type]
@@ -35,6 +36,8 @@ def pack_request(request: Request) -> pb.Submit:
         output_token_ids=request.output_token_ids,
         sampling=pb.SamplingParams(**{field.name: _message(request.sampling, field) for field in _SAMPLING_FIELDS}),
         traceparent=request.traceparent,
+        adapter_id=request.adapter_id,
+        adapter_source=request.adapter_source,
     )
 
 
@@ -47,7 +50,19 @@ def unpack_request(message: pb.Submit) -> Request:
         SamplingParams(**sampling),
         tuple(message.output_token_ids),
         message.traceparent,
+        message.adapter_id,
+        message.adapter_source,
     )
+
+
+def pack_adapter(entry: AdapterEntry) -> pb.AdapterEntry:
+    """Entry → message."""
+    return pb.AdapterEntry(**asdict(entry))
+
+
+def unpack_adapter(message: pb.AdapterEntry) -> AdapterEntry:
+    """Message → entry."""
+    return AdapterEntry(message.name, message.adapter_id, message.source, message.version, message.removed)
 
 
 def _message(sampling: SamplingParams, field: FieldDescriptor) -> Any:
@@ -107,9 +122,9 @@ def _distribution(histogram: Histogram) -> pb.Distribution:
     return pb.Distribution(counts=histogram.counts, total=histogram.total)
 
 
-def pack_step(events: Iterable[TokenEvent], load: pb.TrunkLoad) -> pb.StepEvents:
-    """What one step brought one gateway → message."""
-    return pb.StepEvents(events=map(pack_event, events), load=load)
+def pack_step(events: Iterable[TokenEvent], load: pb.TrunkLoad, adapters: Iterable[AdapterEntry] = ()) -> pb.StepEvents:
+    """What one step brought one gateway → message; with what it may not know of adapters."""
+    return pb.StepEvents(events=map(pack_event, events), load=load, adapters=map(pack_adapter, adapters))
 
 
 def pack_event(event: TokenEvent) -> pb.TokenEvent:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moe_ray.core import EngineStats, Request, SamplingParams, TokenEvent
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.model.trunk import Trunk

@@ -12,7 +12,8 @@ import pytest
 from constrained import EOS, Answer, Rig, ask
 
 from moe_ray.core import Request, TokenEvent
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.errors import InvalidRequest, Overloaded
 from moe_ray.sampling import Grammar
 

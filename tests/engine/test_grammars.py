@@ -18,7 +18,8 @@ import pytest
 from constrained import EOS, Rig, ask
 
 from moe_ray.core import TokenEvent
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar import grammars as bounds
 from moe_ray.engine.grammar import state as grammar_state
 from moe_ray.engine.grammar.grammars import Grammars

@@ -11,7 +11,8 @@ import torch
 from transformers import MixtralForCausalLM
 
 from moe_ray.core import Request, SamplingParams, TokenEvent, TokenLogprobs
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import InvalidRequest
 from moe_ray.experts.local import local_experts

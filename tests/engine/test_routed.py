@@ -13,7 +13,8 @@ from random_mixtral import save_random_mixtral
 from transformers import MixtralForCausalLM
 
 from moe_ray.core import EngineStats, Request, RoutedExperts, SamplingParams
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.routed_experts import RoutedRows, as_array
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import ProtocolError

@@ -16,7 +16,8 @@ from random_mixtral import save_random_mixtral
 from moe_ray.api.output import ChoiceOutput
 from moe_ray.config import load_config
 from moe_ray.core import EngineStats, Request, SamplingParams, TokenEvent, TokenLogprobs
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import ConfigError
 from moe_ray.experts.local import local_experts

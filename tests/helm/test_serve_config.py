@@ -189,7 +189,7 @@ def test_every_key_of_moe_ray_is_a_value() -> None:
 def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
     """The profile sets every key of these sections. What values do not say is left out: defaults are moe_ray's."""
     values, schema = profile("everything"), json.loads((CHART / "values.schema.json").read_text())
-    for section in ("engine", "trunk", "experts", "gateway", "tracing"):
+    for section in ("engine", "trunk", "experts", "gateway", "adapters", "tracing"):
         assert set(schema["properties"][section]["properties"]) == set(values[section]), section
     config = config_of(everything)
     assert config.log_format == "json"
@@ -200,6 +200,8 @@ def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
         reached = everything.application["args"]["gateway"][section]
         assert reached.keys() == type(getattr(config.gateway, section)).model_fields.keys()
     assert config.gateway.tgi.grammars is False
+    assert config.adapters.modules == {"poetryInGerman": "/models/adapters/poetry"}
+    assert (config.adapters.max_loaded, config.adapters.max_rank, config.adapters.runtime_loading) == (4, 64, True)
     assert config.tracing.otlp_endpoint == "http://collector.monitoring:4317"
     assert everything.application["args"]["tracing"].keys() == TracingSection.model_fields.keys()
     assert config.model.max_model_len == 1048576

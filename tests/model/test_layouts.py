@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_ray.core import Request, SamplingParams
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_experts
 from moe_ray.model.checkpoint import Checkpoint

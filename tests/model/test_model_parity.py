@@ -12,7 +12,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_ray.core import Batch, Request, SamplingParams, Sequence
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.experts.local import local_experts

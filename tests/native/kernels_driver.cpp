@@ -126,8 +126,8 @@ void experts(void* one, void* three) {
     Block w2 = weights(one, kind, group, false, false, false, hidden, inner, 1);
     const std::vector<float> x = random_floats(rows * hidden, 2.0f), by = random_floats(rows, 1.0f);
     std::vector<float> got(rows * hidden), again(rows * hidden);
-    expert_ffn(one, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), got.data());
-    expert_ffn(three, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), again.data());
+    expert_ffn(one, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), got.data(), nullptr, 0);
+    expert_ffn(three, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), again.data(), nullptr, 0);
     check(got.data(), again.data(), rows * hidden, "an expert");
     write(got);
   }
@@ -162,7 +162,7 @@ void fronts(void* pool, int32_t dtype, bool scaled) {
                       scaled ? k_scales.data() : nullptr,
                       scaled ? v_scales.data() : nullptr};
     const Step step{tokens,       block_size, positions.data(), where.data(), sequence.data(),
-                    tables.data(), &start,    rope.data()};
+                    tables.data(), &start,    rope.data(), nullptr,         0};
     layer_front(pool, dtype, &shape, &layer, &step, hidden.data(), rows.data(), by.data(), counts.data(), row_of.data());
     combine(dtype, hidden.data(), tokens, D, 2, rows.data(), row_of.data());
     write(hidden);

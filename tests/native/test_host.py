@@ -19,7 +19,7 @@ import torch
 from backends import BACKENDS, ffn_of, open_backend, random
 
 from moe_ray.config import load_config
-from moe_ray.core import ExpertCall, ReplicaInfo
+from moe_ray.core import AdapterRows, ExpertCall, ReplicaInfo
 from moe_ray.errors import CallRefused, ExpertFailed, LinkBroken
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker import ExpertWorker
@@ -170,11 +170,11 @@ def test_what_does_not_fit_is_refused_and_the_link_lives_on(
         "layer": (call(LAYERS, 2, dtype), "layer 3 expert 5 is not held by this replica"),
         "width": (call(0, 2, dtype, width=WIDTH + 1), "rows have 65 columns, expected 64"),
         "dtype": (call(0, 2, other), f"rows are {other}, this replica computes in {name}".replace("torch.", "")),
-        "adapter": (call(0, 2, dtype), "adapter 7 is asked for, and this replica knows no adapters"),
+        "adapter": (call(0, 2, dtype), "adapter 7 is not held by this replica"),
     }[fault]
     link = link_to(address, native=fault != "adapter")
     if fault == "adapter":
-        wrong.adapter_id = 7
+        wrong.adapters = (AdapterRows(0, 1), AdapterRows(7, 1))
     right = call(1, 3, dtype)
     first, second = link.send(wrong), link.send(right)
     with pytest.raises(CallRefused, match=says):
@@ -337,10 +337,10 @@ def test_an_adapter_travels_in_the_headers_of_both_links(
     link, asked = links.open(sock.fileno()), call(0, 2, dtype)
     target = torch.empty_like(asked.rows)
     for number, adapter in enumerate((0, 2**63 + 5), 1):
-        code = DTYPE_CODES[worker.compute.dtype]
-        links.scatter([link], [number], 0, [EXPERT], [2], code, asked.rows, asked.weights, target, adapter)
+        code, runs = DTYPE_CODES[worker.compute.dtype], [[(0, 1), (adapter, 1)]]
+        links.scatter([link], [number], 0, [EXPERT], [2], code, asked.rows, asked.weights, target, runs)
         (result,) = links.gather([link], [number], 20)
         assert result.outcome == (ERROR if adapter else DONE)
-    assert links.error(link, 2) == f"adapter {2**63 + 5} is asked for, and this replica knows no adapters"
+    assert links.error(link, 2) == f"adapter {2**63 + 5} is not held by this replica"
     links.free(link)
     sock.close()

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from moe_ray.config import load_config
-from moe_ray.core import ExpertCall, WeightLayout
-from moe_ray.errors import CallRefused, InvalidCall, LinkBroken
+from moe_ray.core import AdapterRows, ExpertCall, WeightLayout
+from moe_ray.errors import AdapterNotHeld, InvalidCall, LinkBroken
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -141,16 +141,16 @@ def worker() -> ExpertWorker:
 
 
 def adapted(adapter_id: int) -> ExpertCall:
-    return ExpertCall(0, 0, torch.ones(2, 8), torch.ones(2), adapter_id=adapter_id)
+    return ExpertCall(0, 0, torch.ones(2, 8), torch.ones(2), adapters=(AdapterRows(0, 1), AdapterRows(adapter_id, 1)))
 
 
 @pytest.mark.parametrize("carrier", ["socket", "grpc"])
 def test_an_adapter_that_a_replica_does_not_know_is_refused(worker: ExpertWorker, carrier: str) -> None:
     server = {"socket": SocketExpertServer, "grpc": GrpcExpertServer}[carrier](worker.forward)
     link = connect(carrier, echo.info({carrier: server.address}))
-    with pytest.raises(CallRefused, match="adapter 7 is asked for, and this replica knows no adapters"):
+    with pytest.raises(AdapterNotHeld, match="adapter 7 is not held by this replica"):
         link.send(adapted(7)).result(20)
-    with pytest.raises(CallRefused, match=f"adapter {2**64 - 1} is asked for"):
+    with pytest.raises(AdapterNotHeld, match=f"adapter {2**64 - 1} is not held"):
         link.send(adapted(2**64 - 1)).result(20)
     assert link.send(adapted(0)).result(20).rows.shape == (2, 8)
     for wrong in (-1, 2**64):

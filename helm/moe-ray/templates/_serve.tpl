@@ -1,7 +1,7 @@
 {{/* Copies a section of the values into one of moe_ray.config: camelCase keys become snake_case, what is null is left to
 moe_ray's own default. Keys of the maps listed in "free" are names, not keys, and stay. (dict "from" map "to" dict) */}}
 {{- define "moe-ray.copySection" -}}
-{{- $free := list "labels" "resources" -}}
+{{- $free := list "labels" "resources" "modules" -}}
 {{- $to := .to -}}
 {{- range $key, $value := .from -}}
   {{- if kindIs "map" $value -}}
@@ -101,6 +101,10 @@ moe_ray's own default. Keys of the maps listed in "free" are names, not keys, an
 {{- $gateway := dict -}}
 {{- include "moe-ray.copySection" (dict "from" (omit $v.gateway "numReplicas") "to" $gateway) -}}
 {{- if $gateway -}}{{- $_ := set $args "gateway" $gateway -}}{{- end -}}
+
+{{- $adapters := dict -}}
+{{- include "moe-ray.copySection" (dict "from" $v.adapters "to" $adapters) -}}
+{{- if $adapters -}}{{- $_ := set $args "adapters" $adapters -}}{{- end -}}
 
 {{- $tracing := dict -}}
 {{- include "moe-ray.copySection" (dict "from" $v.tracing "to" $tracing) -}}

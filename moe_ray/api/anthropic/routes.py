@@ -44,17 +44,15 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         """The next turn of a conversation, whole or streamed."""
         raw = await request.body()
         body = parse_messages(raw)
-        service.check_model(body.model)
+        asked = service.check_model(body.model)
         job_id = f"msg_{uuid.uuid4().hex}"
         request_id = new_request_id()
 
         def make(limits: ModelLimits) -> GenerationJob:
-            return to_job(body, service.tokenizer, limits, job_id)
+            return to_job(body, service.tokenizer, limits, job_id).with_adapter(asked.adapter)
 
         job = await service.parse(len(raw), make)
-        renderer = partial(
-            MessageRenderer, model=service.served_name, max_tokens=body.max_tokens, request_id=request_id
-        )
+        renderer = partial(MessageRenderer, model=asked.name, max_tokens=body.max_tokens, request_id=request_id)
         try:
             return await service.respond(job, renderer, {"request-id": request_id}, _STREAM)
         except InvalidRequest as error:

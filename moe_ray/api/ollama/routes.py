@@ -158,7 +158,7 @@ async def _answer(
     received_s: float,
 ) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
-    service.check_model(plain_name(body.model))
+    asked = service.check_model(plain_name(body.model))
     empty = {"model": body.model, "created_at": now(), **_NOTHING[path]}
     if loads_only(body):
         done = {**empty, "done": True, "done_reason": "load"}
@@ -166,7 +166,7 @@ async def _answer(
     job_id = f"ollama-{uuid.uuid4().hex}"
 
     def make(limits: ModelLimits) -> GenerationJob:
-        return to_job(body, service.tokenizer, limits, job_id)
+        return to_job(body, service.tokenizer, limits, job_id).with_adapter(asked.adapter)
 
     job = await service.parse(body_bytes, make)
     # Nothing but a part of the answer can be a line of it: one that says nothing.

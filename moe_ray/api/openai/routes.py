@@ -107,14 +107,14 @@ async def answer(
 ) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
     body = parse(raw)
-    service.check_model(body.model)
+    asked = service.check_model(body.model)
     job_id = renderer.id_prefix + uuid.uuid4().hex
 
     def make(limits: ModelLimits) -> GenerationJob:
-        return to_job(body, service.tokenizer, limits, job_id)
+        return to_job(body, service.tokenizer, limits, job_id).with_adapter(asked.adapter)
 
     job = await service.parse(len(raw), make)
-    made = partial(renderer.for_body(body), tokenizer=service.tokenizer, model=service.served_name)
+    made = partial(renderer.for_body(body), tokenizer=service.tokenizer, model=asked.name)
     try:
         return await service.respond(job, made)
     except InvalidRequest as error:

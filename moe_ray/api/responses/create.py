@@ -45,7 +45,7 @@ class _Begun:
 async def create(service: ServedModel, background: BackgroundResponses | None, raw: bytes) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
     body = parse_request(raw)
-    service.check_model(body.model)
+    asked = service.check_model(body.model)
     for name in ("store", "background"):
         if getattr(body, name) and service.responses is None:
             raise InvalidRequest(f"`{name}` is not supported: {NOTHING_KEPT}", name)
@@ -56,8 +56,8 @@ async def create(service: ServedModel, background: BackgroundResponses | None, r
 
     planned = await service.parse(len(raw) + len(sse.dumps(history)), make)
     store = None if body.store is False else service.responses
-    output, session = service.start(planned.job)
-    echo = {**planned.echo, "model": service.served_name, "store": store is not None}
+    output, session = service.start(planned.job.with_adapter(asked.adapter))
+    echo = {**planned.echo, "model": asked.name, "store": store is not None}
     response = GrowingResponse(output, echo, service.tokenizer, "queued" if body.background else "in_progress")
     obfuscate = body.stream_options is not None and body.stream_options.include_obfuscation
     events = ResponseEvents(response, partial(of_this_api, body=body), obfuscate)

@@ -148,8 +148,6 @@ def _check_amounts(given: TgiParameters, limits: TgiLimits) -> None:
 def _refuse_unsupported(given: TgiParameters, limits: TgiLimits) -> None:
     if given.watermark:
         raise InvalidRequest("`watermark` is not supported", "watermark")
-    if given.adapter_id is not None:
-        raise InvalidRequest(f"`adapter_id`: no adapter {given.adapter_id!r} is served here", "adapter_id")
     if given.grammar is not None and not limits.grammars:
         raise InvalidRequest("grammar is not supported", "grammar")
 

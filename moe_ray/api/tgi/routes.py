@@ -40,6 +40,7 @@ from moe_ray.api.tgi.schemas import (
     TgiVertexBody,
 )
 from moe_ray.api.tgi.timing import Stopwatch, timing_headers
+from moe_ray.core import AdapterRef
 from moe_ray.errors import InvalidRequest
 from moe_ray.text.tokenizer import TokenSpan
 
@@ -137,11 +138,22 @@ async def tokenize(service: ServedModel, raw: bytes) -> Response:
 
 async def _job(service: ServedModel, raw: bytes, body: TgiGenerateBody, *, stream: bool = False) -> GenerationJob:
     job_id = "tgi-" + uuid.uuid4().hex
+    adapter = _adapter(service, parameters_of(body).adapter_id)
 
     def make(limits: ModelLimits) -> GenerationJob:
         return to_job(body, service.tokenizer, limits, service.options.tgi, job_id, stream=stream)
 
-    return await service.parse(len(raw), make)
+    return (await service.parse(len(raw), make)).with_adapter(adapter)
+
+
+def _adapter(service: ServedModel, name: str | None) -> AdapterRef | None:
+    """The adapter that a request asks for. Raises `InvalidRequest` where it is not served."""
+    if name is None:
+        return None
+    entry = service.adapter(name)
+    if entry is None:
+        raise InvalidRequest(f"`adapter_id`: no adapter {name!r} is served here", "adapter_id")
+    return entry.ref
 
 
 def _full_text(body: TgiGenerateBody, default: bool) -> bool:

@@ -11,11 +11,12 @@ from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.bench.expert_process import packed
 from moe_ray.bench.lab.emulate import ServiceTime
 from moe_ray.bench.lab.skew_process import sleep_until
-from moe_ray.core import ReplicaInfo
+from moe_ray.core import AdapterRows, ReplicaInfo
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.lora.parts import ExpertPart
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.socket import SocketExpertServer
 
@@ -31,7 +32,9 @@ class EmulatedFFN:
     def __init__(self, service: ServiceTime) -> None:
         self._service = service
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
         done = time.perf_counter() + self._service.seconds(rows.shape[0])
         out = rows * weights[:, None]
         sleep_until(done)
@@ -43,6 +46,20 @@ class EmulatedFFN:
 
     def buffers(self) -> list[memoryview]:
         return []
+
+    adapter_bytes = 0
+
+    def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
+        """Nothing is added: its weights are none."""
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Nothing."""
+
+    def has_adapter(self, adapter_id: int) -> bool:
+        return False
+
+    def adapter_handle(self, adapter_id: int) -> None:
+        """None: computed through the interpreter."""
 
 
 def main() -> None:

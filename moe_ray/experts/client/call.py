@@ -9,10 +9,11 @@ queued ──given up──► failed          queued ──left out──► lo
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from moe_ray.core import AdapterRows
 from moe_ray.errors import TransportError
 from moe_ray.experts.client.replica import Replica
 from moe_ray.transport.base import Replies
@@ -67,6 +68,11 @@ def next_state(state: CallState, event: CallEvent) -> CallState:
     return after
 
 
+def ids_of(runs: Sequence[AdapterRows]) -> frozenset[int]:
+    """The adapters of runs: what a replica must hold besides the key."""
+    return frozenset(run.adapter_id for run in runs if run.adapter_id) if runs else frozenset()
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
     """A call sent to one replica, and where the reply arrives."""
@@ -89,6 +95,8 @@ class Call:
     expert: int
     start: int
     count: int
+    adapters: tuple[AdapterRows, ...] = ()
+    """Runs of its rows, by adapter; (): none has one."""
     state: CallState = CallState.QUEUED
     attempts: list[Attempt] = field(default_factory=list)
     """In flight now: one, or two while it is hedged."""

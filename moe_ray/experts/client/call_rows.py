@@ -16,13 +16,14 @@ def batch_of(calls: Sequence[Call], routed: Routed, whole: bool = False) -> Call
     layer = calls[0].layer
     experts = [call.expert for call in calls]
     counts = [call.count for call in calls]
+    adapters = () if routed.token_adapters is None else [call.adapters for call in calls]
     if whole:
-        return CallBatch(layer, experts, counts, routed.rows, routed.weights)
+        return CallBatch(layer, experts, counts, routed.rows, routed.weights, adapters)
     rows = [routed.rows[call.row_range] for call in calls]
     weights = [routed.weights[call.row_range] for call in calls]
     if len(calls) == 1:
-        return CallBatch(layer, experts, counts, rows[0], weights[0])
-    return CallBatch(layer, experts, counts, torch.cat(rows), torch.cat(weights))
+        return CallBatch(layer, experts, counts, rows[0], weights[0], adapters)
+    return CallBatch(layer, experts, counts, torch.cat(rows), torch.cat(weights), adapters)
 
 
 def assemble(calls: Sequence[Call], routed: Routed, first: Replies | None) -> Gathered:

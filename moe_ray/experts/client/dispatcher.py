@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
-from moe_ray.core import ReplicaLoad
-from moe_ray.errors import ExpertUnavailable, LinkBroken, LinkTimeout, ReplicaBusy, TransportError
+from moe_ray.core import AdapterRef, ReplicaLoad
+from moe_ray.errors import (
+    AdapterNotHeld,
+    ExpertUnavailable,
+    LinkBroken,
+    LinkTimeout,
+    ReplicaBusy,
+    TransportError,
+)
 from moe_ray.experts.client.accounting import Accounting, Counters
+from moe_ray.experts.client.adapter_table import AdapterAsker, AdapterTable
 from moe_ray.experts.client.assignment import Assigner
-from moe_ray.experts.client.call import ENDED, Attempt, Call, CallEvent, CallState
+from moe_ray.experts.client.call import ENDED, Attempt, Call, CallEvent, CallState, ids_of
 from moe_ray.experts.client.call_rows import assemble, batch_of
 from moe_ray.experts.client.hedging import HedgePolicy
+from moe_ray.experts.client.in_flight import InFlightLayer
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica import Replica
 from moe_ray.experts.client.replica_table import ReplicaTable
@@ -33,33 +41,16 @@ BUSY_RETRY_S: Final = 0.01
 """After how long a call is sent again that a busy replica did not accept."""
 
 
-@dataclass(slots=True, eq=False)
-class InFlightLayer:
-    """`moe.PendingCalls`: the calls of one layer, from `ExpertDispatcher.submit` to `gather`."""
-
-    dispatcher: ExpertDispatcher
-    layer: int
-    routed: Routed
-    calls: list[Call]
-    sent_at: float
-    first: Replies | None = None
-    """The replies of the calls that had a replica when the layer was submitted."""
-
-    def gather(self) -> Gathered:
-        """`ExpertDispatcher.gather`."""
-        return self.dispatcher.gather(self)
-
-    def abandon(self) -> None:
-        """`ExpertDispatcher.abandon`."""
-        self.dispatcher.abandon(self)
-
-
 class ExpertDispatcher:
     """All experts of one model, wherever they live. `submit`, `gather` and `abandon` belong to one thread."""
 
-    def __init__(self, table: ReplicaTable, options: DispatchOptions | None = None) -> None:
+    def __init__(
+        self, table: ReplicaTable, options: DispatchOptions | None = None, asker: AdapterAsker | None = None
+    ) -> None:
+        """`asker` tells the replicas of `table` which adapters are wanted; None: they hold none."""
         self.table = table
         self.options = options or DispatchOptions()
+        self._adapters = AdapterTable(table, asker, self.options.deadline_s)
         self.hedging = HedgePolicy(budget=self.options.hedge_budget)
         self._accounting = Accounting()
         self._assigner = Assigner(table, self._accounting, self.options.node_id, self.options.split)
@@ -77,11 +68,20 @@ class ExpertDispatcher:
         """Close every link."""
         self.table.close()
 
+    def hold(self, adapter: AdapterRef) -> None:
+        """`AdapterTable.hold`: return once every expert holds its part of an adapter. Raises `AdapterUnavailable`."""
+        self._adapters.hold(adapter)
+
+    def drop(self, adapter_id: int) -> None:
+        """Have the experts forget an adapter."""
+        self._adapters.drop(adapter_id)
+
     def submit(self, layer: int, routed: Routed) -> InFlightLayer:
         """Send the rows of one layer, without waiting. Raises `InvalidCall` for rows that no carrier could carry."""
         if not self.options.in_process:
             routed = routed.on_host()
-        assigned = self._assigner.assign(layer, routed.counts)
+        adapters = () if routed.token_adapters is None else routed.adapters
+        assigned = self._assigner.assign(layer, routed.counts, adapters)
         flight = InFlightLayer(self, layer, routed, [call for call, _ in assigned], time.monotonic())
         sendable = [(call, replica) for call, replica in assigned if replica is not None]
         if sendable:
@@ -234,6 +234,8 @@ class ExpertDispatcher:
             call.deadline = time.monotonic() + self.options.deadline_s
         if isinstance(error, LinkBroken | LinkTimeout):
             self.table.report_broken(replica)
+        elif isinstance(error, AdapterNotHeld):
+            self._adapters.lost(replica, ids_of(call.adapters))
         elif isinstance(error, ReplicaBusy):
             call.retry_at = time.monotonic() + BUSY_RETRY_S
         else:

@@ -57,7 +57,10 @@ class ReplicaTable:
         self._connections = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="expert-connect")
         self._changed = threading.Condition()
         self._by_key: Mapping[ExpertKey, tuple[Replica, ...]] = {}
+        self._adapters: Mapping[str, object] = {}  # replica id → its adapters, and why it lacks others
         self._version = 0
+        self.awaits_more: Callable[[], bool] = lambda: False
+        """Whether replicas are to be looked at often, because one is awaited that holds more than is known."""
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="replica-table", daemon=True)
@@ -65,6 +68,11 @@ class ReplicaTable:
     def start(self) -> None:
         """Begin to refresh in the background; `missing` is empty once every key has a linked replica."""
         self._thread.start()
+
+    @property
+    def keys(self) -> frozenset[ExpertKey]:
+        """The (layer, expert) pairs that the model needs."""
+        return self._keys
 
     @property
     def by_key(self) -> Mapping[ExpertKey, tuple[Replica, ...]]:
@@ -123,6 +131,13 @@ class ReplicaTable:
         replica.link.close()
         self._publish()
         self._wake.set()
+
+    def look_again(self) -> None:
+        """Refresh at once: on the table's thread, or here where it has none."""
+        if self._thread.is_alive():
+            self._wake.set()
+        else:
+            self.refresh()
 
     def refresh(self) -> None:
         """Ask discovery, connect to new and lost replicas, retire those that are gone."""
@@ -214,9 +229,11 @@ class ReplicaTable:
                 for key in replica.info.keys - held if replica.retiring else replica.info.keys:
                     table.setdefault(key, []).append(replica)
         fresh = {key: tuple(replicas) for key, replicas in table.items()}
+        adapters = {r.replica_id: (r.info.adapters, r.info.adapter_faults) for r in list(self._replicas.values())}
         with self._changed:
-            if fresh != self._by_key:
+            if fresh != self._by_key or adapters != self._adapters:
                 self._by_key = fresh
+                self._adapters = adapters
                 self._version += 1
                 self._changed.notify_all()
 
@@ -253,7 +270,9 @@ class ReplicaTable:
     def _pause(self) -> float:
         # While a key is missing or a replica starts or stops, refresh often: calls may be waiting for it.
         replicas = list(self._replicas.values())
-        urgent = self.missing() or any(r.link.broken or r.retiring or r.info.loading for r in replicas)
+        urgent = (
+            self.awaits_more() or self.missing() or any(r.link.broken or r.retiring or r.info.loading for r in replicas)
+        )
         return min(self._refresh_s, 0.25) if urgent else self._refresh_s
 
 

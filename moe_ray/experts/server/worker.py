@@ -10,16 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
-from moe_ray.errors import CallCancelled, CallRefused, ExpertFailed, KernelsUnavailable, ReplicaBusy
+from moe_ray.core import AdapterRows, ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
+from moe_ray.errors import (
+    AdapterNotHeld,
+    CallCancelled,
+    CallRefused,
+    ExpertFailed,
+    KernelsUnavailable,
+    ReplicaBusy,
+)
 from moe_ray.experts.server.load_counters import KeyLoad
+from moe_ray.experts.server.worker_stats import WorkerStats
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
-from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert import ExpertFFN, joined_runs
 from moe_ray.native.host import Host, HostEntry
 
 if TYPE_CHECKING:
     import torch
+
+    from moe_ray.model.lora.adapter_file import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +37,6 @@ MAX_BATCHED_ROWS: Final = 1024
 MAX_QUEUED_ROWS: Final = 65_536
 """Rows that wait or compute, beyond which further calls are not accepted: 512 MiB of a Mixtral's in bfloat16."""
 """Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """A snapshot of a replica's counters since its start."""
-
-    calls: int
-    batches: int
-    """Forward passes; fewer than calls where several were computed together."""
-    rows: int
-    busy_s: float
-    queue_s: float
-    """Waiting of all calls together, each from its arrival to its start."""
-    queued_rows: int
-    weight_bytes: int
-    cancelled: int
-    """Calls that were taken back before they began."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +98,30 @@ class ExpertWorker:
             self.native.add(*key, self._entry(ffn))
         self._ffn.add(key, ffn)
 
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Let calls name an adapter, once its parts of all keys are read. From one thread at a time.
+
+        Raises `AdapterError`, and then holds none of it.
+        """
+        try:
+            for key in sorted(self.keys):
+                if adapter.touches_experts(key[0]):
+                    self._ffn.add_adapter(key, adapter.adapter_id, adapter.expert_part(*key))
+                    if self.native is not None:
+                        ffn = self._ffn[key]
+                        handle = ffn.adapter_handle(adapter.adapter_id)
+                        self.native.add_adapter(*key, adapter.adapter_id, handle, ffn)
+        except BaseException:
+            self.remove_adapter(adapter.adapter_id)
+            raise
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Refuse calls that name an adapter from now on, and wait for those that came before. Idempotent."""
+        for key in self.keys:
+            if self.native is not None:
+                self.native.remove_adapter(*key, adapter_id)
+            self._ffn.remove_adapter(key, adapter_id)
+
     def buffers(self, key: ExpertKey) -> list[memoryview]:
         """The bytes of one key's weights, which must not be written to. Raises `KeyError` where it is not served."""
         return self._ffn.buffers(key)
@@ -133,9 +150,9 @@ class ExpertWorker:
             return entry
         from moe_ray.model.compute.torch.hosted import tensor_entry
 
-        def forward(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        def forward(rows: torch.Tensor, weights: torch.Tensor, *adapters: tuple[AdapterRows, ...]) -> torch.Tensor:
             with self._device:
-                return ffn.forward(rows, weights)
+                return ffn.forward(rows, weights, *adapters)
 
         return tensor_entry(forward, self.compute.torch_dtype, self.compute.torch_device)
 
@@ -214,9 +231,10 @@ class ExpertWorker:
         try:
             rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
             weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
+            adapters = joined_runs([(c.adapters, c.rows.shape[0]) for c in calls])
             device = self.compute.torch_device
             with self._device:
-                out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device))
+                out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device), adapters)
             out = out.to(call.rows.device)
             outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
         except RuntimeError as failure:  # torch: out of memory, a lost device
@@ -264,8 +282,6 @@ class ExpertWorker:
     def _check(self, call: ExpertCall) -> None:
         import torch
 
-        if call.adapter_id:
-            raise CallRefused(f"adapter {call.adapter_id} is asked for, and this replica knows no adapters")
         if (call.layer, call.expert) not in self._ffn.keys:
             raise CallRefused(f"layer {call.layer} expert {call.expert} is not held by this replica")
         if call.rows.ndim != 2 or call.rows.shape[0] < 1 or call.rows.shape[1] != self._hidden_size:
@@ -274,3 +290,6 @@ class ExpertWorker:
             raise CallRefused(f"rows are {call.rows.dtype}, this replica computes in torch.{self.compute.dtype}")
         if call.weights.shape != (call.rows.shape[0],) or call.weights.dtype != torch.float32:
             raise CallRefused(f"weights must be float32 [{call.rows.shape[0]}], got {list(call.weights.shape)}")
+        for run in call.adapters:
+            if run.adapter_id and not self._ffn.has_adapter((call.layer, call.expert), run.adapter_id):
+                raise AdapterNotHeld(f"adapter {run.adapter_id} is not held by this replica")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from moe_ray.core import Batch
+    from moe_ray.core import AdapterRows, Batch
+    from moe_ray.model.lora.adapter_file import Adapter
+    from moe_ray.model.lora.parts import ExpertPart
     from moe_ray.model.moe import Routed
     from moe_ray.native.host import HostEntry
 
@@ -65,7 +67,20 @@ class TrunkCompute(Protocol):
     """Bytes of weights held in memory."""
 
     def begin(self, batch: Batch, cache: KVCacheView) -> Pass:
-        """Look the batch's tokens up and plan its attention."""
+        """Look the batch's tokens up and plan its attention. Raises `AdapterNotHeld`."""
+        ...
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Read and hold what an adapter adds to the trunk; not while a pass is under way. Raises `AdapterError`."""
+        ...
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Hold it no more; not while a pass is under way. Idempotent."""
+        ...
+
+    @property
+    def adapter_ids(self) -> frozenset[int]:
+        """Of the adapters that are held."""
         ...
 
 
@@ -75,8 +90,34 @@ class FFN(Protocol):
     nbytes: int
     """Bytes of weights held in memory."""
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
+        """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32).
+
+        `adapters`: which is added to its weights for which rows, as `ExpertCall.adapters`. Raises `AdapterNotHeld`.
+        """
+        ...
+
+    def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
+        """Hold what an adapter adds, for calls to name it from now on; while others compute, from one thread."""
+        ...
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        """Hold it no more. Calls of `forward` that have begun go on with it; a host must have removed it before."""
+        ...
+
+    def has_adapter(self, adapter_id: int) -> bool:
+        """Whether calls may name this adapter."""
+        ...
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of what adapters add."""
+        ...
+
+    def adapter_handle(self, adapter_id: int) -> int | None:
+        """What `Host.add_adapter` is given for `entry`; valid until the adapter is removed. Raises `AdapterNotHeld`."""
         ...
 
     def buffers(self) -> list[memoryview]:

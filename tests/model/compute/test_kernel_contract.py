@@ -161,7 +161,7 @@ def test_what_a_host_calls_is_forward(expert: Expert, compute: Compute, count: i
     assert entry.function is not None
     function = _FORWARD(entry.function)
     row_bytes = expert.hidden * compute.torch_dtype.itemsize
-    addresses = (x.data_ptr(), weights.data_ptr(), count, row_bytes, out.data_ptr(), ctypes.addressof(why))
+    addresses = (x.data_ptr(), weights.data_ptr(), count, row_bytes, out.data_ptr(), None, 0, ctypes.addressof(why))
     assert function(entry.handle, *addresses) == 1
     assert torch.equal(out, expert.ffn.forward(x, weights))
     narrow = (*addresses[:3], row_bytes // 2, *addresses[4:])

@@ -21,7 +21,9 @@ from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.compute.native.expert import NativeFFN
 from moe_ray.model.compute.native.held_form import HeldForm, form_of, hold
+from moe_ray.model.compute.native.trunk_adapters import NativeStepAdapters, TrunkAdapter
 from moe_ray.model.layers import rope_table
+from moe_ray.model.lora.adapter_file import Adapter
 from moe_ray.model.matrix import FloatMatrix, Matrix
 from moe_ray.model.trunk_weights import QKV_BIASES, LayerWeights, TrunkWeights
 from moe_ray.native.host import DTYPE_CODES
@@ -53,6 +55,7 @@ class NativeTrunk:
         self.dtype_code, self.dtype = DTYPE_CODES[dtype], weights.dtype
         self._dtype, self._quantize = dtype, quantize
         self._held: list[torch.Tensor | Packed] = []
+        self._adapters: dict[int, TrunkAdapter] = {}
         self.held: dict[str, None] = {}
         """What the matrices are held as, in words."""
         self.shared: list[SharedExpert] = []
@@ -78,11 +81,24 @@ class NativeTrunk:
         """Look the batch's tokens up and plan its attention."""
         return NativePass(self, batch, cache)
 
+    def add_adapter(self, adapter: Adapter) -> None:
+        self._adapters[adapter.adapter_id] = TrunkAdapter(adapter, self.config, self.kernels, self._dtype)
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        self._adapters.pop(adapter_id, None)
+
+    @property
+    def adapter_ids(self) -> frozenset[int]:
+        return frozenset(self._adapters)
+
+    def step_adapters(self, batch: Batch) -> NativeStepAdapters:
+        """The adapters of a batch. Raises `AdapterNotHeld`."""
+        return NativeStepAdapters(batch, self._adapters)
+
     def lookup(self, token_ids: list[int]) -> torch.Tensor:
-        """Embeddings, float32 [T, D]."""
+        """Embeddings, float32 [T, D], before they are multiplied."""
         ids = torch.tensor(token_ids)
-        found = self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
-        return found * self.config.embedding_multiplier
+        return self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
 
     def _layer(self, weights: TrunkWeights, index: int) -> Layer:
         w = weights.layer(index)
@@ -131,7 +147,11 @@ class NativePass:
 
     def __init__(self, trunk: NativeTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
+        self._adapters = trunk.step_adapters(batch)
         self._hidden = trunk.lookup(batch.token_ids)  # [T, D]
+        if self._adapters.runs:
+            self._adapters.embed(torch.tensor(batch.token_ids), self._hidden)
+        self._hidden *= trunk.config.embedding_multiplier
         self._rows = self._hidden
         """What the layer's router saw, and its shared expert sees."""
         tables = [seq.block_table for seq in batch.sequences]
@@ -145,11 +165,14 @@ class NativePass:
         self._step = StepInputs(
             *(batch.num_tokens, cache.block_size), *(array.ctypes.data for array in arrays), trunk.rope.data_ptr()
         )
+        runs = self._adapters.layer_runs
+        self._step.runs, self._step.num_runs = ctypes.addressof(runs), len(runs)
         self._counts = np.zeros(trunk.config.num_local_experts, dtype=np.int64)
 
     def route(self, layer: int) -> moe.Routed:
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         trunk, kernels = self._trunk, self._trunk.kernels
+        self._adapters.at_layer(layer)
         kv, pointers = self._cache.layer(layer), trunk.layers[layer]
         pointers.k_cache, pointers.v_cache = kv.k.data_ptr(), kv.v.data_ptr()
         pointers.k_scales, pointers.v_scales = address(kv.k_scales), address(kv.v_scales)
@@ -170,7 +193,7 @@ class NativePass:
         )
         if trunk.shared:
             self._rows = rows[row_of[:, 0]]
-        return moe.Routed(rows, weights, self._counts.tolist(), row_of)
+        return moe.Routed(rows, weights, self._counts.tolist(), row_of, self._adapters.token_adapters(layer))
 
     def add_shared(self, layer: int) -> None:
         """Add what the layer's shared expert makes of the rows that were routed, where the model has one."""
@@ -188,5 +211,16 @@ class NativePass:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
         trunk = self._trunk
         which = torch.tensor(rows, dtype=torch.int64)
-        found = trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)
-        return found.div_(trunk.config.logits_scaling)
+        return self._logits(which, rows).div_(trunk.config.logits_scaling)
+
+    def _logits(self, which: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        trunk = self._trunk
+        if not self._adapters.runs:
+            return trunk.kernels.head(self._hidden, which, trunk.norm, trunk.config.rms_norm_eps, trunk.head)
+        computed, start = [], 0
+        for count, matrix, runs in self._adapters.heads(rows, trunk.head):
+            some = which[start : start + count]
+            eps = trunk.config.rms_norm_eps
+            computed.append(trunk.kernels.head(self._hidden, some, trunk.norm, eps, matrix, runs))
+            start += count
+        return torch.cat(computed) if computed else torch.empty((0, trunk.config.vocab_size))

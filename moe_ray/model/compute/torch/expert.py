@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 import torch.nn.functional as F
+
+from moe_ray.core import AdapterRows
+from moe_ray.errors import AdapterNotHeld
+from moe_ray.model.compute.torch.low_rank import Thin
+from moe_ray.model.lora.parts import ExpertPart
 
 ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": F.silu,
@@ -19,6 +25,14 @@ ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, to read or, where it is on a CPU, to fill; they keep its memory alive."""
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True, slots=True)
+class ThinExpert:
+    """What one adapter adds to an expert."""
+
+    w13: Thin | None
+    w2: Thin | None
 
 
 class TorchFFN:
@@ -39,6 +53,7 @@ class TorchFFN:
     def _hold(self, w13: torch.Tensor, w2: torch.Tensor, hidden_act: str) -> None:
         self._w13, self._w2, self._act = w13, w2, ACTIVATIONS[hidden_act]
         self.nbytes = w13.nbytes + w2.nbytes
+        self._adapters: dict[int, ThinExpert] = {}
 
     def buffers(self) -> list[memoryview]:
         """The bytes of w13 and w2, as `joined` takes them: of its own tensors on a CPU, of copies elsewhere."""
@@ -49,8 +64,53 @@ class TorchFFN:
         return
 
     @torch.inference_mode()
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
         """Return the network's output for `rows` [T, D], each row times its routing weight ([T] float32)."""
-        gate, up = F.linear(rows, self._w13).chunk(2, dim=-1)  # [T, I] each
-        out = F.linear(self._act(gate) * up, self._w2)  # [T, D]
+        gate_up = F.linear(rows, self._w13)
+        held = self._runs(adapters)
+        for part, each in held:
+            if each.w13 is not None:
+                gate_up[part] += each.w13.apply(rows[part])
+        gate, up = gate_up.chunk(2, dim=-1)  # [T, I] each
+        inner = self._act(gate) * up
+        out = F.linear(inner, self._w2)  # [T, D]
+        for part, each in held:
+            if each.w2 is not None:
+                out[part] += each.w2.apply(inner[part])
         return (out * weights.unsqueeze(-1)).to(rows.dtype)
+
+    @torch.inference_mode()
+    def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
+        inner, hidden = self._w2.shape[1], self._w2.shape[0]
+        held = ThinExpert(
+            Thin.above((part.gate, part.up), (inner, inner), self._w2), Thin.above((part.down,), (hidden,), self._w2)
+        )
+        self._adapters = {**self._adapters, adapter_id: held}
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        self._adapters = {number: held for number, held in self._adapters.items() if number != adapter_id}
+
+    def has_adapter(self, adapter_id: int) -> bool:
+        return adapter_id in self._adapters
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(thin.nbytes for held in self._adapters.values() for thin in (held.w13, held.w2) if thin is not None)
+
+    def adapter_handle(self, adapter_id: int) -> None:
+        """None: torch goes by the id."""
+        if adapter_id not in self._adapters:
+            raise AdapterNotHeld(f"adapter {adapter_id} is not held by this expert")
+
+    def _runs(self, adapters: tuple[AdapterRows, ...]) -> list[tuple[slice, ThinExpert]]:
+        """The rows that have an adapter, and what it adds."""
+        found, start, held = [], 0, self._adapters
+        for run in adapters:
+            if run.adapter_id and run.adapter_id not in held:
+                raise AdapterNotHeld(f"adapter {run.adapter_id} is not held by this expert")
+            if run.adapter_id:
+                found.append((slice(start, start + run.count), held[run.adapter_id]))
+            start += run.count
+        return found

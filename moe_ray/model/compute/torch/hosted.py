@@ -7,30 +7,33 @@ from typing import Final
 
 import torch
 
-from moe_ray.native.host import Buffers, HostEntry, interpreted, memory_at
+from moe_ray.core import AdapterRows
+from moe_ray.native.host import Buffers, HostEntry, Runs, interpreted, memory_at
 
 _MAX_VIEWS: Final = 64
 """Kept of one network: a connection uses the same memory for call after call, and making views takes longer than many a
 product."""
 
 
-def tensor_entry(
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> HostEntry:
-    """An entry that calls `forward(rows [T, D], weights [T])` on `device`: on a CPU, on the host's own buffers."""
+def tensor_entry(forward: Callable[..., torch.Tensor], dtype: torch.dtype, device: torch.device) -> HostEntry:
+    """An entry that calls `forward(rows [T, D], weights [T])` on `device`: on a CPU, on the host's own buffers.
+
+    Where rows have adapters, it is given their runs as well, as `ExpertCall.adapters`.
+    """
     known: dict[Buffers, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def compute(buffers: Buffers) -> None:
+    def compute(buffers: Buffers, runs: Runs) -> None:
         views = known.get(buffers)
         if views is None:
             if len(known) >= _MAX_VIEWS:
                 known.clear()
             views = known[buffers] = _views(buffers, dtype)
         rows, weights, out = views
+        adapters = (tuple(AdapterRows(*run) for run in runs),) if runs else ()
         if device.type == "cpu":
-            computed = forward(rows, weights)
+            computed = forward(rows, weights, *adapters)
         else:
-            computed = forward(rows.to(device), weights.to(device))
+            computed = forward(rows.to(device), weights.to(device), *adapters)
         if computed.shape != rows.shape or computed.dtype != dtype:
             became = f"{list(computed.shape)} of {computed.dtype}"
             raise ValueError(f"rows {list(rows.shape)} of {dtype} became {became}")

@@ -13,9 +13,11 @@ from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.compute.torch.attention import attend
 from moe_ray.model.compute.torch.expert import TorchFFN
+from moe_ray.model.compute.torch.low_rank import TorchAdapter, TorchStepAdapters
 from moe_ray.model.compute.torch.plan import plan_step
 from moe_ray.model.families import TrunkRole
 from moe_ray.model.layers import apply_rope, normalise, rms_norm, rope_table
+from moe_ray.model.lora.adapter_file import Adapter
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.trunk_weights import QKV_BIASES, TrunkWeights
 
@@ -63,6 +65,7 @@ class TorchTrunk:
         """Read the weights. `static_shapes`: pad decodes (see `plan`); default: on a card. Raises `CheckpointError`."""
         self.config, self.device = weights.config, weights.device
         self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
+        self.adapters: dict[int, TorchAdapter] = {}
         self.embed = weights.embed()  # [V, D]
         self.layers = [LayerTensors.read(weights, index) for index in range(self.config.num_hidden_layers)]
         self.norm = weights.norm()  # [D]
@@ -77,6 +80,19 @@ class TorchTrunk:
         """Look the batch's tokens up and plan its attention."""
         return TorchPass(self, batch, cache)
 
+    def add_adapter(self, adapter: Adapter) -> None:
+        c = self.config
+        kv = c.num_key_value_heads * c.head_dim
+        outputs = ((c.num_attention_heads * c.head_dim, kv, kv), c.num_local_experts)
+        self.adapters[adapter.adapter_id] = TorchAdapter(adapter, [outputs] * len(self.layers), self.embed)
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        self.adapters.pop(adapter_id, None)
+
+    @property
+    def adapter_ids(self) -> frozenset[int]:
+        return frozenset(self.adapters)
+
 
 class TorchPass:
     """`Pass` by torch. Nothing in it waits for the device; a padded batch has P tokens, of which the first T count."""
@@ -84,7 +100,10 @@ class TorchPass:
     def __init__(self, trunk: TorchTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
         self._plan = plan_step(batch, cache, trunk.config.sliding_window, trunk.device, trunk.static_shapes)
-        self._hidden = F.embedding(self._plan.token_ids, trunk.embed) * trunk.config.embedding_multiplier  # [P, D]
+        self._adapters = TorchStepAdapters(batch, trunk.adapters, trunk.device)
+        ids = self._plan.token_ids
+        embedded = self._adapters.embed(ids, F.embedding(ids, trunk.embed))
+        self._hidden = embedded * trunk.config.embedding_multiplier  # [P, D]
         self._rows = self._hidden
         """What the layer's router saw, and its shared expert sees."""
         self._cos_sin = trunk.cos_sin[self._plan.positions]
@@ -93,7 +112,9 @@ class TorchPass:
         """Add the layer's self-attention to the hidden states; normalise and route them."""
         c, w = self._trunk.config, self._trunk.layers[layer]
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        qkv = F.linear(normalise(c, self._hidden, w.input_norm, w.vectors.get("input_norm_bias")), w.qkv, w.qkv_bias)
+        added = self._adapters.layer(layer)
+        normed = normalise(c, self._hidden, w.input_norm, w.vectors.get("input_norm_bias"))
+        qkv = self._adapters.add(F.linear(normed, w.qkv, w.qkv_bias), normed, [each.qkv for each in added])
         qkv = qkv.view(-1, heads + 2 * kv_heads, c.head_dim)
         rotated = apply_rope(_norm_qk(c, w, qkv[:, : heads + kv_heads]), self._cos_sin)
         attended = attend(
@@ -101,11 +122,16 @@ class TorchPass:
             self._cache.layer(layer),
             c.attention_multiplier,
         )
-        self._add(F.linear(attended.flatten(1), w.out, w.vectors.get("out_bias")))
+        attended = attended.flatten(1)
+        out = F.linear(attended, w.out, w.vectors.get("out_bias"))
+        self._add(self._adapters.add(out, attended, [each.out for each in added]))
         rows = self._rows = normalise(c, self._hidden, w.post_norm, w.vectors.get("post_norm_bias"))
-        chosen, weights = moe.route(rows, w.gate, c.num_experts_per_tok, c.router)
+        logits = self._adapters.add(F.linear(rows, w.gate), rows, [each.gate for each in added])
+        chosen, weights = moe.choose(logits, c.num_experts_per_tok, c.router)
         tokens = self._plan.num_tokens
-        return moe.group(rows[:tokens], chosen[:tokens], weights[:tokens], c.num_local_experts)
+        routed = moe.group(rows[:tokens], chosen[:tokens], weights[:tokens], c.num_local_experts)
+        routed.token_adapters = self._adapters.token_adapters(layer)
+        return routed
 
     def add_shared(self, layer: int) -> None:
         """Add what the layer's shared expert makes of the rows that were routed, times the sigmoid of its share."""
@@ -129,7 +155,8 @@ class TorchPass:
         which = torch.tensor(rows, dtype=torch.long).to(self._trunk.device, non_blocking=True)
         trunk = self._trunk
         picked = normalise(trunk.config, self._hidden[which], trunk.norm, trunk.norm_bias)
-        return F.linear(picked, trunk.head, trunk.head_bias).float() / trunk.config.logits_scaling
+        logits = self._adapters.logits(rows, picked, trunk.head, trunk.head_bias)
+        return logits.float() / trunk.config.logits_scaling
 
 
 def _norm_qk(config: ModelConfig, w: LayerTensors, qk: torch.Tensor) -> torch.Tensor:

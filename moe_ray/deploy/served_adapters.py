@@ -1,0 +1,40 @@
+"""From the adapters that the configuration and requests name to those that a gateway serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from moe_ray.core import AdapterRef
+from moe_ray.errors import AdapterError
+from moe_ray.hub import resolve_adapter
+from moe_ray.model.lora.adapter_config import FILE
+from moe_ray.model.lora.adapter_file import read_adapter
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.trunk.adapter_book import AdapterEntry
+
+Opener = Callable[[str], AdapterRef]
+
+
+def adapter_opener(model: ModelConfig, most_rank: int) -> Opener:
+    """A function from the source of an adapter to the adapter, checked against the model.
+
+    It raises `AdapterError` for one that does not fit, or whose rank is above `most_rank`.
+    """
+
+    def opened(source: str) -> AdapterRef:
+        adapter = read_adapter(resolve_adapter(source), model)
+        if adapter.rank > most_rank:
+            raise AdapterError(f"{source}: its rank {adapter.rank} is above adapters.max_rank {most_rank}")
+        return AdapterRef(adapter.adapter_id, source)
+
+    return opened
+
+
+def configured_adapters(modules: Mapping[str, str], opened: Opener) -> list[AdapterEntry]:
+    """The entries of `adapters.modules`, as old as their files: what requests have changed since goes before them."""
+    entries = []
+    for name, source in modules.items():
+        adapter = opened(source)
+        age = (resolve_adapter(source) / FILE).stat().st_mtime_ns
+        entries.append(AdapterEntry(name, adapter.adapter_id, source, age))
+    return entries
