@@ -201,6 +201,7 @@ def served_random(random_model: Path, demo_model: Path, http_port: int) -> Itera
     flags = {
         "model": {"path": str(random_model), "served_name": "random"},
         "experts": {"overrides": {3: {"num_replicas": 2}}},
+        "adapters": {"runtime_loading": True},
     }
     yield deploy("random", http_port, flags)
     serve.delete("random")
