@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import CallRefused, ExpertFailed
+from moe_ray.errors import AdapterNotHeld, CallRefused, ExpertFailed
 from moe_ray.transport.base import ExpertServer, LinkOptions
 
-ECHO, SLOW, FAILS, REFUSES, BUG, WRONG_SHAPE, NAN, WRONG_DTYPE, WRONG_ID, NO_TENSOR = range(10)
+ECHO, SLOW, FAILS, REFUSES, BUG, WRONG_SHAPE, NAN, WRONG_DTYPE, WRONG_ID, NO_TENSOR, ADAPTERS = range(11)
 TOKEN = "the-cluster-token"
 
 
@@ -35,6 +35,8 @@ def behave(call: ExpertCall) -> ExpertReply:
         raise ExpertFailed("out of luck")
     elif call.expert == REFUSES:
         raise CallRefused("key (0, 3) is not held here")
+    elif call.expert == ADAPTERS:
+        raise AdapterNotHeld(", ".join(f"{run.count} of {run.adapter_id}" for run in call.adapters) or "none")
     elif call.expert == BUG:
         raise ZeroDivisionError("a bug in the handler")
     elif call.expert == WRONG_SHAPE:

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from moe_ray.config import load_config
-from moe_ray.core import ExpertCall, ReplicaInfo, ReplicaLoad
+from moe_ray.core import AdapterRows, ExpertCall, ReplicaInfo, ReplicaLoad
 from moe_ray.errors import (
+    AdapterNotHeld,
     CallRefused,
     ConfigError,
     ExpertFailed,
@@ -184,6 +185,43 @@ def test_a_fault_belongs_to_its_call_alone(link: Link, expert: int, error: type[
 def test_a_malformed_call_is_not_sent(link: Link, rows: torch.Tensor, weights: torch.Tensor, says: str) -> None:
     with pytest.raises(InvalidCall, match=says):
         link.send(ExpertCall(0, echo.ECHO, rows, weights))
+    assert_answers(link)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        (),
+        (AdapterRows(7, 70),),
+        (AdapterRows(0, 3), AdapterRows(2**63 - 1, 66), AdapterRows(300, 1)),
+        tuple(AdapterRows(2**64 - 1 - i, 7 if i == 40 else 1) for i in range(64)),
+    ],
+    ids=lambda runs: str(len(runs)),
+)
+def test_a_call_tells_which_rows_have_which_adapter(link: Link, runs: tuple[AdapterRows, ...]) -> None:
+    call = make_call(echo.ADAPTERS, shape=(70, 8))
+    call.adapters = runs
+    says = ", ".join(f"{run.count} of {run.adapter_id}" for run in runs) or "none"
+    with pytest.raises(AdapterNotHeld, match=rf"{says}$"):
+        link.send(call).result(WAIT_S)
+    assert_answers(link)
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ((AdapterRows(1, 4),), "runs of 4 rows in all, expected 70"),
+        ((AdapterRows(1, 70), AdapterRows(2, 0)), "a run of 0 rows"),
+        ((AdapterRows(-1, 70),), "adapter_id is -1"),
+        ((AdapterRows(2**64, 70),), "adapter_id is"),
+        ((*[AdapterRows(1, 1)] * 64, AdapterRows(2, 6)), "65 runs of rows, at most 64"),
+    ],
+)
+def test_runs_that_do_not_fit_are_not_sent(link: Link, runs: tuple[AdapterRows, ...], says: str) -> None:
+    call = make_call(shape=(70, 8))
+    call.adapters = runs
+    with pytest.raises(InvalidCall, match=says):
+        link.send(call)
     assert_answers(link)
 
 
