@@ -76,7 +76,7 @@ def check_surplus(checkpoint: Checkpoint) -> None:
     if biases:
         raise CheckpointError(
             f"{checkpoint.directory / checkpoint.files[biases[0]]}: tensor {biases[0]}: a bias, and a "
-            f"{config.family.model_type} model of this config.json has none: it would be left out ({len(biases)} of them in all)"
+            f"{config.family.model_type} model has none: it would be left out ({len(biases)} of them in all)"
         )
     surplus = [name for name in surplus if not name.endswith("bias")]
     if surplus:
