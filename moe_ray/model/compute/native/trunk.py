@@ -81,8 +81,7 @@ class NativeTrunk:
     def lookup(self, token_ids: list[int]) -> torch.Tensor:
         """Embeddings, float32 [T, D]."""
         ids = torch.tensor(token_ids)
-        found = self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
-        return found * self.config.embedding_multiplier
+        return self.kernels.unpack_rows(self.head, ids) if self.embed is None else F.embedding(ids, self.embed).float()
 
     def _layer(self, weights: TrunkWeights, index: int) -> Layer:
         w = weights.layer(index)
@@ -131,7 +130,7 @@ class NativePass:
 
     def __init__(self, trunk: NativeTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
-        self._hidden = trunk.lookup(batch.token_ids)  # [T, D]
+        self._hidden = trunk.lookup(batch.token_ids) * trunk.config.embedding_multiplier  # [T, D]
         self._rows = self._hidden
         """What the layer's router saw, and its shared expert sees."""
         tables = [seq.block_table for seq in batch.sequences]
