@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Final
 
 SHAPE: Final = {
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 128,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,
+    "initializer_range": 0.15,
     "pad_token_id": None,
 }
 MIXTURE: Final = {"num_experts": 6, "num_experts_per_tok": 3}
@@ -20,15 +20,15 @@ LOCAL: Final = {"num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_
 LONGROPE: Final = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "short_factor": [1.0 + 0.1 * i for i in range(16)],
+    "long_factor": [2.0 + 0.5 * i for i in range(16)],
     "short_mscale": 1.2,
     "long_mscale": 1.3,
     "original_max_position_embeddings": 128,
 }
 
 CASES: Final[dict[str, dict[str, Any]]] = {
-    "qwen3_moe": {**MIXTURE, "moe_intermediate_size": 32, "head_dim": 32, "norm_topk_prob": True},
+    "qwen3_moe": {**MIXTURE, "moe_intermediate_size": 32, "head_dim": 64, "norm_topk_prob": True},
     "qwen3_moe, biases, not renormalised": {**MIXTURE, "moe_intermediate_size": 32, "attention_bias": True},
     "qwen2_moe": {**MIXTURE, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96},
     "qwen2_moe, renormalised, no biases": {
@@ -37,7 +37,6 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         **{"norm_topk_prob": True, "qkv_bias": False},
     },
     "olmoe": {**MIXTURE, "intermediate_size": 96},
-    "olmoe, as many kv heads": {**MIXTURE, "intermediate_size": 96, "num_key_value_heads": 4, "norm_topk_prob": True},
     "granitemoe": {
         **LOCAL,
         **{"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -49,7 +48,9 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         **{"num_experts_per_tok": 2, "rope_parameters": LONGROPE, "router_jitter_noise": 0.3},
     },
     "llama": {"intermediate_size": 96, "attention_bias": True},
-    "mistral": {"intermediate_size": 96, "sliding_window": 24, "head_dim": 32},
+    "qwen2": {"intermediate_size": 96, "tie_word_embeddings": True},
+    "qwen3": {"intermediate_size": 96, "head_dim": 64},
+    "mistral": {"intermediate_size": 96, "sliding_window": 24},
 }
 """model_type, and after a comma what is special about it → what its config has beside `SHAPE`."""
 

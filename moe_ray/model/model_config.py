@@ -118,7 +118,7 @@ class ModelConfig:
             experts = read.positive_int(read.first(keys.num_experts), keys.num_experts_default)
             top_k = read.positive_int("num_experts_per_tok", keys.num_experts_per_tok)
         rope, shared = _rope(read, keys), keys.shared_intermediate_size
-        head_dim = read.positive_int("head_dim", hidden // heads)
+        head_dim = read.positive_int("head_dim", keys.head_dim or hidden // heads)
         config = ModelConfig(
             family=family,
             router=_router(read, family),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import cache
 from typing import Final
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.families import Weight
-from moe_ray.model.formats import FORMATS
+from moe_ray.model.formats import FORMATS, Place
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import head_weight, weights_of_model
 
@@ -41,6 +42,12 @@ def config_of_trunk(checkpoint: Checkpoint) -> ModelConfig:
     return replace(config, tie_word_embeddings=False)
 
 
+@cache
+def _endings(place: Place) -> frozenset[str]:
+    """What the names of a weight's tensors have after its stem, in any format: asked for once, not for each weight."""
+    return frozenset(name for row in FORMATS.values() for name in row.names(place))
+
+
 def check_surplus(checkpoint: Checkpoint) -> None:
     """Refuse biases that the model's family does not have, and warn of other tensors that nothing computes with.
 
@@ -49,11 +56,21 @@ def check_surplus(checkpoint: Checkpoint) -> None:
     """
     config = checkpoint.config
     wanted = [*weights_of_model(config), head_weight(config)]
-    used = {name for weight in wanted for row in FORMATS.values() for name in row.names(checkpoint.place(weight))}
+    places = [checkpoint.place(weight) for weight in wanted]
+    plain = {place.named("weight") for place in places}  # what most checkpoints have, and nothing else
+    others = [name for name in checkpoint.files if name not in plain]
+    stems: dict[frozenset[str], set[str]] = {}
+    for place in places if others else ():
+        stems.setdefault(_endings(replace(place, stem="", index=0)), set()).add(place.stem)
     surplus = sorted(
         name
-        for name in checkpoint.files
-        if name not in used and not any(fnmatch(name, pattern) for pattern in config.family.unused)
+        for name in others
+        if not any(
+            name.endswith(ending) and name[: len(name) - len(ending)] in known
+            for endings, known in stems.items()
+            for ending in endings
+        )
+        and not any(fnmatch(name, pattern) for pattern in config.family.unused)
     )
     biases = [name for name in surplus if name.endswith("bias") and checkpoint.tensor(name).any()]
     if biases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.dense import LLAMA, MISTRAL
+from moe_ray.model.families.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from moe_ray.model.families.family import (
     Bias,
     ConfigKeys,
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 FAMILIES: Final[dict[str, Family]] = {
-    row.model_type: row for row in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, PHIMOE, LLAMA, MISTRAL)
+    row.model_type: row
+    for row in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, PHIMOE, LLAMA, MISTRAL, QWEN2, QWEN3)
 }
 """By config.json's model_type."""

@@ -90,6 +90,8 @@ ATTENTION_BIASES: Final[Mapping[Bias, Flag]] = dict.fromkeys(
     ("q_bias", "k_bias", "v_bias", "out_bias"), Flag("attention_bias", False)
 )
 """Where one key tells of all four."""
+QWEN_IRRELEVANT: Final = ("sliding_window", "max_window_layers", "use_qk_norm")
+"""The first two count with `use_sliding_window`, which is refused; of the last, some files say what all models do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class ConfigKeys:
     hidden_act: str = "silu"
     num_key_value_heads: int | None = None
     """None: as many as query heads."""
+    head_dim: int | None = None
+    """None: the hidden size divided by the number of query heads."""
     num_experts: tuple[str, ...] = ()
     """The first that is there counts. (): the model is dense, one expert that every token goes to."""
     num_experts_default: int = 1

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.family import ATTENTION_BIASES, ConfigKeys, Family, Flag
+from moe_ray.model.families.family import ATTENTION_BIASES, QWEN_IRRELEVANT, ConfigKeys, Family, Flag
 from moe_ray.model.families.layouts import TRANSFORMERS_STACK, hugging_face
 
 _LAYOUTS: Final = (hugging_face("mlp"), hugging_face("mlp", stack=TRANSFORMERS_STACK))
-_UNUSED_WINDOW: Final = ("sliding_window", "max_window_layers")
-"""They count with `use_sliding_window`, which is refused."""
 
 QWEN2_MOE: Final = Family(
     model_type="qwen2_moe",
@@ -25,7 +23,7 @@ QWEN2_MOE: Final = Family(
         rms_norm_eps=1e-6,
         rope_theta=1e4,
         biases={"q_bias": Flag("qkv_bias", True), "k_bias": Flag("qkv_bias", True), "v_bias": Flag("qkv_bias", True)},
-        irrelevant=_UNUSED_WINDOW,
+        irrelevant=QWEN_IRRELEVANT,
     ),
     layouts=_LAYOUTS,
 )
@@ -43,7 +41,7 @@ QWEN3_MOE: Final = Family(
         rms_norm_eps=1e-6,
         rope_theta=1e4,
         biases=ATTENTION_BIASES,
-        irrelevant=(*_UNUSED_WINDOW, "use_qk_norm"),  # Qwen3-Coder says what all of them do
+        irrelevant=QWEN_IRRELEVANT,
     ),
     layouts=_LAYOUTS,
     qk_norm="head",
