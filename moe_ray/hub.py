@@ -30,6 +30,7 @@ from moe_ray.model.foreign import (
 
 if TYPE_CHECKING:
     from moe_ray.convert.demo import Progress
+    from moe_ray.model.checkpoint import Checkpoint
 
 SMALL_FILES: Final = ("*.json", "*.jinja", "tokenizer.model*", "merges.txt")
 """What is read beside weights: configuration, tokenizer, templates. Of the repository's root: folders are not read."""
@@ -65,6 +66,34 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     if repo["file"] is not None:
         return _unpacked(_download_gguf(repo["repo"], repo["file"], config.model.revision), config)
     return _download(name, config.model.revision)
+
+
+def resolve_draft(config: Config, progress: Progress | None = None) -> Path | None:
+    """The same of `config.engine.draft_model`; None where there is none. `demo`: what the demo model was made of."""
+    name = config.engine.draft_model
+    if name is None:
+        return None
+    if name == DEMO_MODEL:
+        from moe_ray.convert.dense_demo import dense_demo_path
+
+        return dense_demo_path(config.cache_dir, progress)
+    model = config.model.model_copy(update={"path": name, "revision": None})
+    return resolve_model(config.model_copy(update={"model": model}), progress)
+
+
+def open_draft(config: Config, target: Path, progress: Progress | None = None) -> Checkpoint | None:
+    """Open `config.engine.draft_model` for the model of directory `target`; None where there is none.
+
+    Raises `ConfigError` where a token id means one token to the one and another to the other, `CheckpointError`.
+    """
+    directory = resolve_draft(config, progress)
+    if directory is None:
+        return None
+    from moe_ray.model.dense_checkpoint import open_any
+    from moe_ray.text.same_vocabulary import check_same_vocabulary
+
+    check_same_vocabulary(directory, target)
+    return open_any(directory)
 
 
 def is_repo_id(name: str) -> bool:

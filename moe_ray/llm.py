@@ -19,7 +19,7 @@ from moe_ray.core import EngineStats, FinishReason, Request, SamplingParams, Tok
 from moe_ray.engine.build import build_engine
 from moe_ray.errors import InvalidRequest
 from moe_ray.experts.local import local_experts
-from moe_ray.hub import resolve_model
+from moe_ray.hub import open_draft, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.text.bad_words import with_bad_words
 from moe_ray.text.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ class LLM:
         quantize: str | None = None,
         quantize_trunk: str | None = None,
         kv_cache_dtype: str | None = None,
+        draft_model: str | Path | None = None,
         max_model_len: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
@@ -77,12 +78,14 @@ class LLM:
 
         `quantize`, `quantize_trunk`: hold the experts', the trunk's matrices in fewer bits: "int8", "int4" or "nf4".
         `kv_cache_dtype`: "auto", or "int8": half of bfloat16's memory for the KV cache.
+        `draft_model`: a small model that guesses tokens, where that pays (`engine={"speculative": "draft"}`: always).
         `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is called
         with (what, done, total) while things load. Raises `CheckpointError`, `ConfigError`.
         """
         compute = {"dtype": dtype, "device": device, "kernels": kernels}
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
-        engine = {"micro_batches": 1, "kv_cache_dtype": kv_cache_dtype, **options.pop("engine", {})}
+        drafts = {} if draft_model is None else {"draft_model": str(draft_model), "speculative": "auto"}
+        engine = {"micro_batches": 1, "kv_cache_dtype": kv_cache_dtype, **drafts, **options.pop("engine", {})}
         model_options = {"path": str(model), "max_model_len": max_model_len, **compute}
         sections = {
             "experts": {"quantize": quantize, **options.pop("experts", {})},
@@ -92,7 +95,7 @@ class LLM:
         quantize_of = self.config.experts.quantize_of
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
-        checkpoint = Checkpoint.open(directory)
+        checkpoint, draft = Checkpoint.open(directory), open_draft(self.config, directory, progress)
 
         def watch(what: str) -> Callable[[int, int], None] | None:
             return None if progress is None else lambda done, total: progress(what, done, total)
@@ -103,6 +106,7 @@ class LLM:
             lambda compute: local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}") or _ignore, quantize_of),
             watch("Trunk"),
             lambda: token_bytes(self.tokenizer),
+            draft,
         )
         checkpoint.close()
         self._ids = itertools.count()

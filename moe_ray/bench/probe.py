@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_ray.engine.engine import torch_threads
+from moe_ray.engine.torch_threads import torch_threads
 
 PROBE_BYTES = 2**30
 """Much more than any cache, so that a sweep finds nothing of the one before."""

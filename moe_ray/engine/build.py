@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from moe_ray.config import Config
+from moe_ray.engine.build_draft import load_draft
 from moe_ray.engine.engine import Engine, EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars, TokenBytes
 from moe_ray.engine.kv_cache import num_blocks_for
@@ -27,10 +28,10 @@ CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.2, 4 * GIB
 GPU_CACHE_SHARE = 0.85
 
 
-def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
+def num_blocks(config: Config, model: ModelConfig, compute: Compute, draft_token_bytes: int = 0) -> int:
     """How many KV blocks the configured (or default) memory holds, never more than all sequences can use.
 
-    Nor more than `engine.kv_cache_tokens` needs.
+    Nor more than `engine.kv_cache_tokens` needs. `draft_token_bytes`: what a draft model keeps of each token beside.
     """
     size, held = config.engine.block_size, held_in(config.engine.kv_cache_dtype, compute.dtype)
     if config.engine.kv_cache_gib is not None:
@@ -43,7 +44,8 @@ def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
     most = config.engine.max_num_seqs * -(-longest // size)
     if config.engine.kv_cache_tokens is not None:
         most = min(most, -(-config.engine.kv_cache_tokens // size))
-    return min(num_blocks_for(kv_bytes_per_token(model, held), size, budget), most)
+    token_bytes = kv_bytes_per_token(model, held) + draft_token_bytes
+    return min(num_blocks_for(token_bytes, size, budget), most)
 
 
 def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
@@ -85,15 +87,21 @@ def build_engine(
     make_experts: Callable[[Compute], Experts],
     progress: Progress | None = None,
     token_bytes: TokenBytes | None = None,
+    draft: Checkpoint | None = None,
 ) -> Engine:
     """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`.
 
-    `token_bytes` is called when the first request with a grammar comes; without it such requests are refused.
+    `token_bytes` is called when the first request with a grammar comes; without it such requests are refused. `draft`:
+    the checkpoint of `engine.draft_model`, where there is one.
     """
     model = checkpoint.config
     # On a GPU the cache takes what the weights leave, so they are loaded first.
     trunk, compute = load_trunk(config, checkpoint, make_experts, progress)
-    blocks = num_blocks(config, model, compute)
+    loaded = None
+    if draft is not None:
+        loaded = load_draft(config, draft, model, compute)
+        draft.close()
+    blocks = num_blocks(config, model, compute, 0 if loaded is None else loaded.kv_bytes_per_token)
     options = EngineOptions(
         num_blocks=blocks,
         block_size=config.engine.block_size,
@@ -102,7 +110,8 @@ def build_engine(
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_waiting=config.engine.max_waiting,
             enable_prefix_caching=config.engine.enable_prefix_caching,
-            num_speculative_tokens=config.engine.num_speculative_tokens if config.engine.speculative == "ngram" else 0,
+            num_speculative_tokens=0 if config.engine.speculative == "off" else config.engine.num_speculative_tokens,
+            speculation=config.engine.speculative,
             prompt_lookup_max=config.engine.prompt_lookup_max,
             prompt_lookup_min=config.engine.prompt_lookup_min,
         ),
@@ -112,4 +121,5 @@ def build_engine(
         kv_cache_dtype=config.engine.kv_cache_dtype,
     )
     end = options.eos_token_ids
-    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end))
+    drafts = None if loaded is None else loaded.with_cache(config, blocks, end)
+    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end), drafts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.admission import check_request
 from moe_ray.engine.batches import sampled_sequences, split_batch
 from moe_ray.engine.blocks import BlockAllocator
+from moe_ray.engine.draft_model import DraftModel
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.grammar.grammars import Grammars
 from moe_ray.engine.grammar.state import grammar_masks
@@ -24,6 +25,7 @@ from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler, SchedulerLimits
 from moe_ray.engine.step_times import StepTimes
+from moe_ray.engine.torch_threads import torch_threads
 from moe_ray.engine.traced_step import StepTracer
 from moe_ray.errors import ConfigError, InvalidRequest, MoeRayError, Overloaded
 from moe_ray.model.trunk import Trunk, interleave
@@ -48,10 +50,17 @@ class EngineOptions:
 class Engine:
     """Continuous batching over one trunk. `submit` and `abort` between calls of `step`; all from one thread."""
 
-    def __init__(self, trunk: Trunk, options: EngineOptions, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        options: EngineOptions,
+        grammars: Grammars | None = None,
+        draft_model: DraftModel | None = None,
+    ) -> None:
         """Allocate the KV cache. Raises `ConfigError` if it cannot hold one sequence of max_model_len.
 
-        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused.
+        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused. `draft_model`:
+        whose KV cache has as many blocks, where `options.limits.speculation` is to use one.
         """
         capacity = options.num_blocks * options.block_size
         if capacity < options.max_model_len:
@@ -66,7 +75,7 @@ class Engine:
         self._allocator = BlockAllocator(options.num_blocks, options.block_size)
         costs = StepCosts(trunk.config.num_local_experts, trunk.config.num_experts_per_tok)
         self._scheduler = Scheduler(
-            options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs
+            options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs, draft_model
         )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
@@ -187,6 +196,8 @@ class Engine:
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
         updated = time.perf_counter()
+        if (drafting := self._scheduler.drafting) is not None:
+            drafting.note_step(batch.num_tokens, updated - begun)
         self.times.note(batch, (begun, scheduled, forwarded, decoded, updated))
         if self._tracer is not None:
             self._tracer.end(batch, traced, begun, updated)
@@ -287,14 +298,3 @@ def _why_stuck(seq: Sequence) -> MoeRayError:
     if seq.constraint is not None and seq.constraint.failure is not None:
         return seq.constraint.failure
     return InvalidRequest("`grammar` and the other parameters of the request leave no token to go on with", "grammar")
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
