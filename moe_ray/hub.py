@@ -68,8 +68,11 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     return _download(name, config.model.revision)
 
 
-def resolve_draft(config: Config, progress: Progress | None = None) -> Path | None:
-    """The same of `config.engine.draft_model`; None where there is none. `demo`: what the demo model was made of."""
+def resolve_draft(config: Config, progress: Progress | None = None, config_only: bool = False) -> Path | None:
+    """The same of `config.engine.draft_model`; None where there is none. `demo`: what the demo model was made of.
+
+    `config_only`: as `resolve_config`.
+    """
     name = config.engine.draft_model
     if name is None:
         return None
@@ -78,7 +81,7 @@ def resolve_draft(config: Config, progress: Progress | None = None) -> Path | No
 
         return dense_demo_path(config.cache_dir, progress)
     model = config.model.model_copy(update={"path": name, "revision": None})
-    return resolve_model(config.model_copy(update={"model": model}), progress)
+    return (resolve_config if config_only else resolve_model)(config.model_copy(update={"model": model}), progress)
 
 
 def open_draft(config: Config, target: Path, progress: Progress | None = None) -> Checkpoint | None:

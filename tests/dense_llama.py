@@ -1,4 +1,4 @@
-"""Random dense Llamas, and mixtures of experts that are each the dense network: what a draft model may be right about."""
+"""Random dense Llamas, and mixtures of experts that are each the dense network, which say what these say."""
 
 from __future__ import annotations
 

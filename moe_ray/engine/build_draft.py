@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from moe_ray.config import Config
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.trunk_drafts import TrunkDrafts
-from moe_ray.errors import ConfigError
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import Compute, open_compute
 from moe_ray.model.compute.resolve import Wanted
+from moe_ray.model.dense_checkpoint import check_vocab_size
 from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.inline_experts import InlineExperts
 from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
@@ -56,7 +56,7 @@ def load_draft(
     `CheckpointError`.
     """
     model = draft.config
-    check_draft(model, target, str(draft.directory))
+    check_vocab_size(model, target, str(draft.directory))
     quantize = config.engine.draft_quantize
     wanted = Wanted.of(config.model, quantize)
     if wanted.kernels != "torch" and compute.backend.native:
@@ -71,15 +71,6 @@ def load_draft(
     logger.info("draft model %s: %d bytes of weights, computing %s", draft.directory.name, weight_bytes, own.backend)
     held = held_in(config.engine.kv_cache_dtype, own.dtype)
     return LoadedDraft(trunk, weight_bytes, kv_bytes_per_token(model, held))
-
-
-def check_draft(draft: ModelConfig, target: ModelConfig, name: str) -> None:
-    """Raise `ConfigError` unless the two models' token ids may mean the same."""
-    if draft.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"engine.draft_model {name} has a vocabulary of {draft.vocab_size} tokens, the model one of "
-            f"{target.vocab_size}: a draft model must have the model's own vocabulary"
-        )
 
 
 def _positions(config: Config, draft: ModelConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, Literal, Protocol
 
 from moe_ray.core import Sequence
@@ -137,6 +137,18 @@ class Drafting:
         self._acceptance.pop(seq, None)
         if self._model is not None:
             self._model.drop(seq)
+
+    @property
+    def model_bytes(self) -> int:
+        """Memory of the draft model."""
+        return 0 if self._model is None else self._model.nbytes
+
+    def told(self) -> dict[str, dict[str, int]]:
+        """The counts as plain data, without kinds that are not used."""
+        unused: set[DraftKind] = {"model"} if self._model is None else set()
+        if not self._uses_lookup:
+            unused.add("ngram")
+        return {kind: asdict(counts) for kind, counts in self.counts.items() if kind not in unused}
 
     def _looked_up(self, asks: Seq[Ask], tokens: int, budget: int, slots: Slots) -> list[list[int]]:
         """Drafts of prompt lookup alone, sequence by sequence."""

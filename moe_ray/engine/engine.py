@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent, TokenLogprobs
+from moe_ray.core import Batch, EngineStats, Request, Sequence, TokenEvent
 from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.admission import check_request
 from moe_ray.engine.batches import sampled_sequences, split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.draft_model import DraftModel
+from moe_ray.engine.drafting import Drafting
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.grammar.grammars import Grammars
 from moe_ray.engine.grammar.state import grammar_masks
@@ -102,6 +103,11 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """What guesses tokens; None: nothing does."""
+        return self._scheduler.drafting
 
     def trace_steps(self, tracer: StepTracer) -> None:
         """Have the steps of traced requests timed by `tracer`; before the first request."""
@@ -196,8 +202,8 @@ class Engine:
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
         updated = time.perf_counter()
-        if (drafting := self._scheduler.drafting) is not None:
-            drafting.note_step(batch.num_tokens, updated - begun)
+        if self.drafting is not None:
+            self.drafting.note_step(batch.num_tokens, updated - begun)
         self.times.note(batch, (begun, scheduled, forwarded, decoded, updated))
         if self._tracer is not None:
             self._tracer.end(batch, traced, begun, updated)
@@ -226,7 +232,7 @@ class Engine:
             )
             seq.degraded_told = len(seq.degraded)
             row += batch.num_sampled[outcome.index]
-        return events + [_prompt_event(batch.sequences[i], told) for i, told in scored.items()]
+        return events + [prompt_logprobs.event_of(batch.sequences[i], told) for i, told in scored.items()]
 
     def _take_ready(self) -> list[TokenEvent]:
         """Schedule the sequences whose grammars are ready; the events of those whose are refused."""
@@ -286,12 +292,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent. Between steps only."""
         self._scheduler.check_integrity()
-
-
-def _prompt_event(seq: Sequence, told: tuple[TokenLogprobs, ...]) -> TokenEvent:
-    """What is known of a prompt that is not computed to its end yet."""
-    start = seq.num_scored + 1 - len(told)
-    return TokenEvent(seq.request.request_id, prompt_logprobs=told, prompt_logprobs_start=start)
 
 
 def _why_stuck(seq: Sequence) -> MoeRayError:

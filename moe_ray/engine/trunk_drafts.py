@@ -1,4 +1,4 @@
-"""A draft model in the trunk's process, computed like any model of ours: with paged KV, in batches, by the same kernels.
+"""A draft model in the trunk's process, computed like any model of ours: paged KV, in batches, by the same kernels.
 
 Its K and V lie in a cache of its own, at the same slots as the target model's: one allocator, one block table for each
 sequence, and nothing to roll back but a number. What a rejected draft left there is overwritten, or not read.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.errors import CheckpointError
+from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.families import FAMILIES, ConfigKeys, Family, Layout, Role, Router, Weight
 from moe_ray.model.foreign import CONFIG
@@ -79,6 +79,15 @@ def config_of_any(directory: Path) -> ModelConfig:
     whole = {**raw, "model_type": "mixtral", "num_local_experts": 1, "num_experts_per_tok": 1}
     config = ModelConfig.from_dict({**whole, "num_key_value_heads": heads}, str(path))
     return replace(config, family=_DENSE, rope_theta=_rope_theta(config, raw))
+
+
+def check_vocab_size(draft: ModelConfig, target: ModelConfig, name: str) -> None:
+    """Raise `ConfigError` unless the two models' token ids may mean the same."""
+    if draft.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"engine.draft_model {name} has a vocabulary of {draft.vocab_size} tokens, the model one of "
+            f"{target.vocab_size}: a draft model must have the model's own vocabulary"
+        )
 
 
 def _rope_theta(config: ModelConfig, raw: dict[str, object]) -> float:

@@ -14,8 +14,8 @@ from moe_ray import core
 from moe_ray.config import Config
 from moe_ray.core import Batch, Request
 from moe_ray.engine.build import load_trunk
-from moe_ray.engine.torch_threads import torch_threads
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
+from moe_ray.engine.torch_threads import torch_threads
 from moe_ray.errors import ConfigError
 from moe_ray.experts.local import local_experts
 from moe_ray.model import moe

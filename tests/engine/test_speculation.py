@@ -257,7 +257,7 @@ def test_the_options_name_themselves() -> None:
         load_config({"engine": {"prompt_lookup_max": 1}})
     with pytest.raises(ConfigError, match=r"`engine\.num_speculative_tokens`"):
         load_config({"engine": {"num_speculative_tokens": 17}})
-    with pytest.raises(ConfigError, match=r"`engine\.speculative`.*'off' or 'ngram'"):
+    with pytest.raises(ConfigError, match=r"`engine\.speculative`.*'off', 'ngram', 'draft' or 'auto'"):
         load_config({"engine": {"speculative": "eagle"}})
     assert load_config().engine.speculative == "off"
     assert load_config({"engine": {"prompt_lookup_max": 1, "prompt_lookup_min": 1}}).engine.prompt_lookup_max == 1
