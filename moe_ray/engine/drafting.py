@@ -26,7 +26,7 @@ LEAST_TO_COME: Final = 32
 OUTPUT_LEARNING_RATE: Final = 0.05
 LEARNING_RATE: Final = 0.1
 """Of the draft model's acceptance, which is steadier than that of prompt lookup."""
-USUAL_LEARNING_RATE: Final = 0.02
+USUAL_LEARNING_RATE: Final = 0.05
 """Of what sequences begin with."""
 SMALLEST_PASS: Final = 0.1
 """What a pass of the draft model is taken to cost of a step of one token, until one was measured."""

@@ -129,7 +129,8 @@ class TrunkDrafts:
                 continue
             drafts[i].append(token)
             seq = sequences[i]
-            if len(drafts[i]) < counts[i] and token not in self._ends and _allows(seq, drafts[i]):
+            ends = token in self._ends and not seq.request.sampling.ignore_eos
+            if len(drafts[i]) < counts[i] and not ends and _allows(seq, drafts[i]):
                 going_on.append(i)
         return going_on
 

@@ -132,22 +132,20 @@ def prompts(count: int, seed: int = 3) -> list[tuple[int, ...]]:
     return [tuple(stem * (i % 3 == 0) + tail) for i, tail in enumerate(tails)]
 
 
-GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
 FEW = dict.fromkeys(range(10, 16), 4.0)
 KINDS = {
     "greedy": GREEDY,
     "sampled": replace(GREEDY, temperature=0.8, seed=5),
-    "cut": SamplingParams(max_tokens=40, temperature=0.9, top_k=6, top_p=0.8, seed=6, logprobs=2),
+    "cut": SamplingParams(max_tokens=30, temperature=0.9, top_k=6, top_p=0.8, seed=6, logprobs=2),
     "penalties": replace(GREEDY, repetition_penalty=1.1, frequency_penalty=0.4, logit_bias=FEW),
     "logprobs": replace(GREEDY, logprobs=3, prompt_logprobs=1),
     "min_tokens": replace(GREEDY, min_tokens=25, ignore_eos=False, logit_bias={EOS: 30.0}),
     "bad words": replace(GREEDY, bad_words_ids=((11, 12), (13,)), logit_bias=FEW),
 }
 LOADS: dict[str, dict[str, Any]] = {
-    "roomy": {},
     "micro-batches": {"micro_batches": 2},
-    "preemption": {"blocks": 26},
-    "preemption, no prefix cache": {"blocks": 26, "enable_prefix_caching": False},
+    "preemption, no prefix cache": {"blocks": 26, "enable_prefix_caching": False, "max_num_seqs": 6},
     "chunks": {"max_num_batched_tokens": 9, "max_num_seqs": 4, "catch_up": 5},
 }
 
@@ -171,17 +169,16 @@ def test_a_dense_llama_says_what_transformers_says(dense: Path, models: Models) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_of_a_model_change_nothing(models: Models, kind: str) -> None:
-    requests = [Request(f"r{i}", prompt, replace(KINDS[kind], seed=i)) for i, prompt in enumerate(prompts(6))]
+    requests = [Request(f"r{i}", prompt, replace(KINDS[kind], seed=i)) for i, prompt in enumerate(prompts(4))]
     without, plain = run(make_engine(models, None), requests)
     shares = {}
-    for draft in models.drafts:
+    for draft in ("origin", "stranger"):
         events, stats = run(make_engine(models, draft), requests)
         assert said(events) == said(without), draft
         assert stats.prompt_tokens == plain.prompt_tokens
         shares[draft] = stats.accepted_draft_tokens / stats.draft_tokens
-        assert stats.draft_tokens > 50, draft
+        assert stats.draft_tokens > 30, draft
     assert shares["origin"] > 0.97, "sampled tokens, too: its noise is the target's"
-    assert shares["itself"] > 0.97
     assert shares["stranger"] < 0.4
     if kind == "greedy":
         assert shares["origin"] == 1.0
@@ -191,40 +188,39 @@ def test_drafts_of_a_model_change_nothing(models: Models, kind: str) -> None:
 @pytest.mark.parametrize("load", LOADS)
 def test_mixed_load(models: Models, load: str) -> None:
     kinds = list(KINDS.values())
-    requests = [Request(f"r{i}", p, replace(kinds[i % len(kinds)], seed=i)) for i, p in enumerate(prompts(14))]
+    requests = [Request(f"r{i}", p, replace(kinds[i % len(kinds)], seed=i)) for i, p in enumerate(prompts(10))]
     requests[3] = replace(requests[3], output_token_ids=(7, 9, 11))  # a stream that another trunk began
     without, _ = run(make_engine(models, None), requests)
-    for draft in ("origin", "stranger"):
-        for speculation in ("draft", "auto"):
-            events, stats = run(make_engine(models, draft, speculation=speculation, **LOADS[load]), requests)
-            assert said(events) == said(without), (draft, speculation)
-            assert stats.draft_tokens > 0
-            assert (stats.preemptions > 0) == ("preemption" in load)
+    for draft, speculation in (("itself", "draft"), ("stranger", "auto")):
+        events, stats = run(make_engine(models, draft, speculation=speculation, **LOADS[load]), requests)
+        assert said(events) == said(without), (draft, speculation)
+        assert stats.draft_tokens > 0
+        assert (stats.preemptions > 0) == ("preemption" in load)
 
 
 def test_a_model_that_is_right_is_believed_whatever_happens(models: Models) -> None:
     """A draft that fails here was made of K and V that are not its sequence's own."""
     reached: Counter[str] = Counter()
-    for seed in range(12):
+    for seed in range(6):
         rng = random.Random(seed)
         options = {
-            "blocks": rng.choice([26, 40, 200]),
+            "blocks": rng.choice([26, 40]),
             "max_num_batched_tokens": rng.choice([5, 16, 64]),
-            "max_num_seqs": rng.randint(1, 6),
+            "max_num_seqs": rng.randint(3, 6),
             "enable_prefix_caching": rng.random() < 0.7,
             "num_speculative_tokens": rng.randint(1, 5),
             "catch_up": rng.choice([3, 16, 64]),
         }
         engine = make_engine(models, rng.choice(["origin", "itself"]), **options)
         to_come = [
-            Request(f"r{i}", prompt, replace(GREEDY, max_tokens=rng.randint(1, 50)))
-            for i, prompt in enumerate(prompts(12, seed % 4))
+            Request(f"r{i}", prompt, replace(GREEDY, max_tokens=rng.randint(1, 60)))
+            for i, prompt in enumerate(prompts(9, seed % 4))
         ]
         tokens: dict[str, list[int]] = {request.request_id: [] for request in to_come}
         requests = {request.request_id: request for request in to_come}
         aborted: set[str] = set()
         while to_come or engine.has_work:
-            while to_come and rng.random() < 0.5:
+            while to_come and rng.random() < 0.7:
                 engine.submit(to_come.pop(0))
             if rng.random() < 0.05 and engine._live:
                 aborted.add(name := rng.choice(sorted(engine._live)))
@@ -240,7 +236,7 @@ def test_a_model_that_is_right_is_believed_whatever_happens(models: Models) -> N
         assert isinstance(drafting._model, TrunkDrafts)
         assert not drafting._model._progress, "a sequence was not forgotten"
         alone = make_engine(models, None)
-        for name in rng.sample(sorted(requests.keys() - aborted), 3):
+        for name in rng.sample(sorted(requests.keys() - aborted), 2):
             wanted, _ = run(alone, [requests[name]])
             assert tokens[name] == said(wanted)[name][0], f"seed {seed}, {name}"
         reached += Counter(preemptions=stats.preemptions, hits=stats.prefix_hit_tokens, aborts=len(aborted))
@@ -271,7 +267,7 @@ def test_a_long_prompt_is_caught_up_with_in_bounded_passes(models: Models) -> No
 def test_grammars_hold_drafts_as_they_hold_tokens(models: Models, demo_model: Path) -> None:
     """Drafts are drawn under the grammar's masks, so that a model that is right stays right."""
     letters = [None, None, None, *(bytes([i]) for i in range(32, 32 + VOCAB - 3))]
-    source = Grammar("regex", "([a-f]{3}-[0-9]{2} ){4}end")
+    source = Grammar("regex", "([a-f]{3}-[0-9]{2} ){2}end")
     requests = [
         Request(f"r{i}", p, replace(GREEDY, temperature=0.7 * (i % 2), seed=i, grammar=source, ignore_eos=False))
         for i, p in enumerate(prompts(4))

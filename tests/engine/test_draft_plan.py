@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Sequence as Seq
@@ -60,7 +61,7 @@ def test_what_was_looked_up_costs_no_pass() -> None:
     offers = [Offer(most=4, found=4, lookup_acceptance=0.9, model_acceptance=0.9)]
     assert choose_drafts(offers, costs(0.1), 1, 100) == [("ngram", 4)]
     beside = [*offers, Offer(most=4, model_acceptance=0.9)]
-    assert choose_drafts(beside, costs(0.1), 2, 100) == [("ngram", 4), ("model", 4)]
+    assert choose_drafts(beside, costs(0.1), 2, 100) == [("ngram", 4), ("model", 2)], "two passes for one of two"
 
 
 def test_sequences_that_do_not_decode_have_none() -> None:
@@ -150,12 +151,12 @@ def drive(model: Oracle, streams: int, steps: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("streams", [1, 8])
-@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.9, 0.98])
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.95])
 @pytest.mark.parametrize("seconds", [0.001, 0.008, 0.03])
 def test_auto_is_not_slower_than_none_and_faster_where_it_can_be(
     streams: int, acceptance: float, seconds: float
 ) -> None:
-    speed, plain = drive(Oracle(acceptance, seconds), streams, 3000)
+    speed, plain = drive(Oracle(acceptance, seconds), streams, 1500)
     assert speed > 0.97 * plain
     if acceptance >= 0.9 and seconds == 0.001:
         assert speed > 1.3 * plain
@@ -166,7 +167,7 @@ def test_trials_become_rare_where_they_fail() -> None:
     calls = []
     drafting = Drafting(SchedulerLimits(num_speculative_tokens=4, speculation="auto"), MIXTRAL, model)
     seq = Sequence(Request("r", (10,), SamplingParams()), [10])
-    for step in range(4 * MOST_WAIT):
+    for step in range(3 * MOST_WAIT):
         (draft,) = drafting.propose([Ask(seq, 4)], 1, 512, lambda seq, count: count)
         calls += [step] * bool(draft)
         drafting.learn(seq, [1000 + step])
@@ -174,6 +175,6 @@ def test_trials_become_rare_where_they_fail() -> None:
         drafting.count(seq, len(draft), 0)
         drafting.note_step(1 + len(draft), 0.01)
     assert len(calls) < 12
-    gaps = [b - a for a, b in zip(calls[3:], calls[4:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(calls[3:])]
     assert gaps == sorted(gaps), "each wait is as long as the one before, or longer"
     assert drafting.told()["model"] == {"drafted": 4 * len(calls), "accepted": 0}
