@@ -30,6 +30,7 @@ from moe_ray.model.foreign import (
 
 if TYPE_CHECKING:
     from moe_ray.convert.demo import Progress
+    from moe_ray.model.checkpoint import Checkpoint
 
 SMALL_FILES: Final = ("*.json", "*.jinja", "tokenizer.model*", "merges.txt")
 """What is read beside weights: configuration, tokenizer, templates. Of the repository's root: folders are not read."""
@@ -81,6 +82,37 @@ def resolve_adapter(source: str) -> Path:
             return Path(snapshot_download(source, allow_patterns=["adapter_*"], ignore_patterns=[IN_FOLDERS]))
     except CheckpointError as error:
         raise AdapterError(str(error).replace("model", "adapter", 1)) from error
+
+
+def resolve_draft(config: Config, progress: Progress | None = None, config_only: bool = False) -> Path | None:
+    """The same of `config.engine.draft_model`; None where there is none. `demo`: what the demo model was made of.
+
+    `config_only`: as `resolve_config`.
+    """
+    name = config.engine.draft_model
+    if name is None:
+        return None
+    if name == DEMO_MODEL:
+        from moe_ray.convert.dense_demo import dense_demo_path
+
+        return dense_demo_path(config.cache_dir, progress)
+    model = config.model.model_copy(update={"path": name, "revision": None})
+    return (resolve_config if config_only else resolve_model)(config.model_copy(update={"model": model}), progress)
+
+
+def open_draft(config: Config, target: Path, progress: Progress | None = None) -> Checkpoint | None:
+    """Open `config.engine.draft_model` for the model of directory `target`; None where there is none.
+
+    Raises `ConfigError` where a token id means one token to the one and another to the other, `CheckpointError`.
+    """
+    directory = resolve_draft(config, progress)
+    if directory is None:
+        return None
+    from moe_ray.model.checkpoint import Checkpoint
+    from moe_ray.text.same_vocabulary import check_same_vocabulary
+
+    check_same_vocabulary(directory, target)
+    return Checkpoint.open(directory)
 
 
 def is_repo_id(name: str) -> bool:

@@ -17,7 +17,7 @@ from moe_ray.core import AdapterRef, EngineStats, FinishReason, Request, Samplin
 from moe_ray.engine.build import build_engine
 from moe_ray.errors import InvalidRequest
 from moe_ray.experts.local import local_experts
-from moe_ray.hub import resolve_adapter, resolve_model
+from moe_ray.hub import open_draft, resolve_adapter, resolve_model
 from moe_ray.llm_inputs import Prompt, as_params, as_prompts
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.lora.adapter_file import read_adapter
@@ -65,6 +65,7 @@ class LLM:
         quantize: str | None = None,
         quantize_trunk: str | None = None,
         kv_cache_dtype: str | None = None,
+        draft_model: str | Path | None = None,
         max_model_len: int | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
@@ -74,6 +75,7 @@ class LLM:
 
         `quantize`, `quantize_trunk`: hold the experts', the trunk's matrices in fewer bits: "int8", "int4" or "nf4".
         `kv_cache_dtype`: "auto", or "int8": half of bfloat16's memory for the KV cache.
+        `draft_model`: a small model that guesses tokens, where that pays (`engine={"speculative": "draft"}`: always).
         `adapters`: LoRA adapters in PEFT's format, the name by which `generate` is asked for one to its directory or
         repo id. `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is
         called with (what, done, total) while things load.
@@ -81,7 +83,8 @@ class LLM:
         """
         compute = {"dtype": dtype, "device": device, "kernels": kernels}
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
-        engine = {"micro_batches": 1, "kv_cache_dtype": kv_cache_dtype, **options.pop("engine", {})}
+        drafts = {} if draft_model is None else {"draft_model": str(draft_model), "speculative": "auto"}
+        engine = {"micro_batches": 1, "kv_cache_dtype": kv_cache_dtype, **drafts, **options.pop("engine", {})}
         model_options = {"path": str(model), "max_model_len": max_model_len, **compute}
         sections = {
             "experts": {"quantize": quantize, **options.pop("experts", {})},
@@ -91,7 +94,7 @@ class LLM:
         quantize_of = self.config.experts.quantize_of
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
-        checkpoint = Checkpoint.open(directory)
+        checkpoint, draft = Checkpoint.open(directory), open_draft(self.config, directory, progress)
         self._model = checkpoint.config
         self._adapters: dict[str, AdapterRef] = {}
         for name, source in {**self.config.adapters.modules, **(adapters or {})}.items():
@@ -108,6 +111,7 @@ class LLM:
             ),
             watch("Trunk"),
             lambda: token_bytes(self.tokenizer),
+            draft,
             resolve_adapter,
         )
         checkpoint.close()

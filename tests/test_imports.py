@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room or file → what of ours it may impo
     "transport": {*BASE, "pb", "native"},
     "model": {*BASE, "native"},
     "convert": {*BASE, "text", "model"},
-    "hub": {*BASE, "config", "convert", "model"},
+    "hub": {*BASE, "config", "convert", "text", "model"},  # of text: whether a draft model has the model's vocabulary
     "experts": {*MODEL, "transport"},
     "engine": {*MODEL, "config"},
     "observe": {*BASE, "pb", "engine"},  # of the engine: which stages a step has

@@ -29,6 +29,14 @@ Dtype = Annotated[
         autocompletion=one_of("auto", "float32", "bfloat16", "float16"),
     ),
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A small dense model that guesses tokens: a directory, a repo id, or `demo`.",
+        show_default="none",
+        autocompletion=models,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="auto, cpu or cuda.", show_default="auto", autocompletion=one_of("auto", "cpu", "cuda")),

@@ -10,6 +10,7 @@ import typer
 from moe_ray.commands.completion import models
 from moe_ray.commands.options import (
     ConfigFile,
+    DraftModel,
     Dtype,
     JsonOutput,
     KvCacheDtype,
@@ -57,6 +58,7 @@ def plan(
             show_default="all of one expert",
         ),
     ] = None,
+    draft_model: DraftModel = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="Gbit/s of the trunk's link to experts on other hosts: says what that leaves.")
     ] = None,
@@ -92,7 +94,11 @@ def plan(
         "model": {"path": model, "dtype": dtype},
         "experts": {"quantize": quantize},
         "trunk": {"quantize": quantize_trunk},
-        "engine": {"kv_cache_dtype": kv_cache_dtype},
+        "engine": {
+            "kv_cache_dtype": kv_cache_dtype,
+            "draft_model": draft_model,
+            "speculative": draft_model and "auto",
+        },
     }
     settings = with_usable_cache(load_config(flags, config), error_console())
     with loading_bars(error_console()) as progress:

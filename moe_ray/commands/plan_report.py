@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -58,6 +59,11 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_ca
         f"KV cache in {plan.kv_cache_dtype}: {plan.kv_bytes_per_token:,} B a token, "
         f"{size(plan.kv_bytes_per_token * plan.context)} for one sequence of {plan.context:,} tokens"
     )
+    if (draft := plan.draft) is not None:
+        console.print(
+            f"draft model, in each trunk: {draft.parameters / 1e6:,.1f} M parameters, {size(draft.weight_bytes)}; "
+            f"{draft.kv_bytes_per_token:,} B a token of that KV cache are its own"
+        )
 
 
 def _print_whole(console: Console, planned: Planned) -> None:
@@ -107,6 +113,7 @@ def plan_json(
             "kv_bytes_per_token": plan.kv_bytes_per_token,
             "kv_cache_dtype": plan.kv_cache_dtype,
             "context": plan.context,
+            **({} if plan.draft is None else {"draft_model": asdict(plan.draft)}),
             "rows": rows,
             **({} if balanced is None else {"balance": balance_json(planned, balanced)}),
             **({} if distance is None else {"network": network_json(planned, distance)}),

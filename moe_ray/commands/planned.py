@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_ray.config import Config
-from moe_ray.experts.planning.footprint import Plan, WeightsHeld, make_plan, weights_of_keys
+from moe_ray.experts.planning.footprint import DraftPlan, Plan, WeightsHeld, make_plan, weights_of_keys
 from moe_ray.experts.planning.placement import Holding, holdings
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.families import Weight
@@ -71,8 +71,34 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
     device = "cuda" if cards or config.model.device == "cuda" else "cpu"
     dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags(), build.kernels_here())
     held = weights_held(config, dtype, experts, found.quantised)
-    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype)
+    draft = _draft(
+        config,
+        directory,
+        model,
+        without_weights,
+        lambda own: choose_dtype(config.model.dtype, own, device, build.cpu_flags(), build.kernels_here()),
+    )
+    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft)
     return Planned(config.served_name, directory, model, plan, found.bytes_to_read, held, per_actor)
+
+
+def _draft(
+    config: Config, directory: Path, target: ModelConfig, without_weights: bool, dtype_of: Callable[[str], str]
+) -> DraftPlan | None:
+    """What the draft model takes; None where there is none. Raises `ConfigError` where its vocabulary is another."""
+    from moe_ray.engine.build_draft import check_vocab_size
+    from moe_ray.hub import resolve_draft
+    from moe_ray.text.same_vocabulary import check_same_vocabulary
+
+    found = resolve_draft(config, config_only=without_weights)
+    if found is None:
+        return None
+    model = ModelConfig.read(found) if found.is_file() else ModelConfig.load(found)
+    check_vocab_size(model, target, str(config.engine.draft_model))
+    if found.is_dir() and directory.is_dir():
+        check_same_vocabulary(found, directory)
+    engine = config.engine
+    return DraftPlan.of(model, dtype_of(model.dtype), engine.draft_quantize, engine.kv_cache_dtype)
 
 
 def weights_held(

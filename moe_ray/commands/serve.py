@@ -12,6 +12,7 @@ from moe_ray.commands.options import (
     MODEL_HELP,
     ConfigFile,
     Device,
+    DraftModel,
     Dtype,
     KvCacheDtype,
     LogFormat,
@@ -55,7 +56,17 @@ def serve(
         typer.Option(help="Parts of a step that compute and wait for experts in turns: a number.", show_default="auto"),
     ] = None,
     speculative: Annotated[
-        str | None, typer.Option(help="off, or ngram: guess tokens from what stood before.", show_default="off")
+        str | None,
+        typer.Option(
+            help="ngram: guess tokens from what stood before. draft: by --draft-model. auto: by what pays. Or off.",
+            show_default="off; auto with --draft-model",
+            autocompletion=one_of("off", "ngram", "draft", "auto"),
+        ),
+    ] = None,
+    draft_model: DraftModel = None,
+    draft_quantize: Annotated[
+        str | None,
+        typer.Option(help="The draft model to int8, int4 or nf4 on load.", show_default="as in its checkpoint"),
     ] = None,
     num_speculative_tokens: Annotated[
         int | None, typer.Option(help="Most guesses per sequence and step.", show_default="4")
@@ -143,7 +154,9 @@ def serve(
             "kv_cache_gib": kv_cache_gib,
             "kv_cache_dtype": kv_cache_dtype,
             "micro_batches": micro_batches,
-            "speculative": speculative,
+            "speculative": speculative or (draft_model and "auto"),
+            "draft_model": draft_model,
+            "draft_quantize": draft_quantize,
             "num_speculative_tokens": num_speculative_tokens,
         },
         "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss, "quantize": quantize},

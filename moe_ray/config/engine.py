@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from moe_ray.config.section import Section
+from moe_ray.config.section import Quantization, Section
 
 
 class EngineSection(Section):
@@ -32,14 +32,37 @@ class EngineSection(Section):
     micro_batches: Literal["auto"] | Annotated[int, Field(ge=1, le=8)] = "auto"
     """Parts of a step that take turns: one computes while another waits for its experts.
     auto: time 1, 2 and 3 for each size of step and keep the fastest."""
-    speculative: Literal["off", "ngram"] = "off"
-    """ngram: guess tokens from what followed the last ones earlier in the text, and verify several in one step."""
+    speculative: Literal["off", "ngram", "draft", "auto"] = "off"
+    """Guess tokens, and verify several in one step. ngram: from what followed the last ones earlier in the text.
+    draft: by `draft_model`, in every step. auto: by whichever of the two pays, as measured, or none."""
+    draft_model: str | None = Field(default=None, validate_default=True)
+    """A small dense Llama, or another model that is read, with the model's own vocabulary: a directory, a Hugging Face
+    repo id, or `demo`, what the demo model was made of. Each trunk holds it beside its own weights."""
+    draft_quantize: Quantization | None = None
+    """Hold the draft model's weights in fewer bits, with native kernels."""
     num_speculative_tokens: int = Field(default=4, ge=1, le=16)
     """Most guesses per sequence and step."""
     prompt_lookup_max: int = Field(default=4, ge=1, le=16)
     """Longest run of last tokens that is looked up in the text; shorter runs are tried next."""
     prompt_lookup_min: int = Field(default=2, ge=1, le=16, validate_default=True)
     """Shortest run of last tokens that is looked up; at most `prompt_lookup_max`."""
+
+    @field_validator("draft_model")
+    @classmethod
+    def _where_needed(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("speculative")
+        if value is None and kind == "draft":
+            raise ValueError("speculative is draft: name the model that drafts")
+        if value is not None and kind in ("off", "ngram"):
+            raise ValueError(f"speculative is {kind}: a draft model is used with draft and auto")
+        return value
+
+    @field_validator("draft_quantize")
+    @classmethod
+    def _of_a_model(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
+        if value is not None and info.data.get("draft_model") is None:
+            raise ValueError("there is no draft_model")
+        return value
 
     @field_validator("prompt_lookup_min")
     @classmethod

@@ -24,7 +24,7 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_experts, model_keys
-from moe_ray.hub import resolve_adapter, resolve_model
+from moe_ray.hub import open_draft, resolve_adapter, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.model.model_config import ModelConfig
@@ -43,6 +43,7 @@ class TrunkActor:
         started = time.perf_counter()
         limit_torch_threads(config.trunk.threads or 1)
         checkpoint = Checkpoint.open(resolve_model(config))
+        draft = open_draft(config, checkpoint.directory)
         made: list[ExpertDispatcher] = []
         computes: list[Compute] = []
 
@@ -63,7 +64,9 @@ class TrunkActor:
             return made[0]
 
         vocabulary = partial(token_bytes_of, checkpoint.directory)
-        engine = build_engine(config, checkpoint, make_experts, reporter(deployment), vocabulary, resolve_adapter)
+        engine = build_engine(
+            config, checkpoint, make_experts, reporter(deployment), vocabulary, draft, resolve_adapter
+        )
         checkpoint.close()
         node_id = ray.get_runtime_context().get_node_id()
         place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())

@@ -11,6 +11,7 @@ import torch
 
 from moe_ray.config import Config
 from moe_ray.engine.adapter_shelf import AdapterShelf, HoldingExperts
+from moe_ray.engine.build_draft import load_draft
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars, TokenBytes
@@ -33,10 +34,10 @@ CPU_CACHE_SHARE, CPU_CACHE_MOST = 0.2, 4 * GIB
 GPU_CACHE_SHARE = 0.85
 
 
-def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
+def num_blocks(config: Config, model: ModelConfig, compute: Compute, draft_token_bytes: int = 0) -> int:
     """How many KV blocks the configured (or default) memory holds, never more than all sequences can use.
 
-    Nor more than `engine.kv_cache_tokens` needs.
+    Nor more than `engine.kv_cache_tokens` needs. `draft_token_bytes`: what a draft model keeps of each token beside.
     """
     size, held = config.engine.block_size, held_in(config.engine.kv_cache_dtype, compute.dtype)
     if config.engine.kv_cache_gib is not None:
@@ -49,7 +50,8 @@ def num_blocks(config: Config, model: ModelConfig, compute: Compute) -> int:
     most = config.engine.max_num_seqs * -(-longest // size)
     if config.engine.kv_cache_tokens is not None:
         most = min(most, -(-config.engine.kv_cache_tokens // size))
-    return min(num_blocks_for(kv_bytes_per_token(model, held), size, budget), most)
+    token_bytes = kv_bytes_per_token(model, held) + draft_token_bytes
+    return min(num_blocks_for(token_bytes, size, budget), most)
 
 
 def max_model_len(config: Config, model: ModelConfig, blocks: int) -> int:
@@ -94,12 +96,14 @@ def build_engine(
     make_experts: Callable[[Compute], HoldingExperts],
     progress: Progress | None = None,
     token_bytes: TokenBytes | None = None,
+    draft: Checkpoint | None = None,
     locate_adapter: Callable[[str], Path] = Path,
 ) -> Engine:
     """Load the trunk and return an engine over it. Raises `CheckpointError`, `ConfigError`.
 
-    `token_bytes` is called when the first request with a grammar comes; without it such requests are refused.
-    `locate_adapter`: from the source of an adapter to its directory.
+    `token_bytes` is called when the first request with a grammar comes; without it such requests are refused. `draft`:
+    the checkpoint of `engine.draft_model`, where there is one. `locate_adapter`: from the source of an adapter to its
+    directory.
     """
     model = checkpoint.config
     made: list[HoldingExperts] = []
@@ -110,7 +114,11 @@ def build_engine(
 
     # On a GPU the cache takes what the weights leave, so they are loaded first.
     trunk, compute = load_trunk(config, checkpoint, make, progress)
-    blocks = num_blocks(config, model, compute)
+    loaded = None
+    if draft is not None:
+        loaded = load_draft(config, draft, model, compute)
+        draft.close()
+    blocks = num_blocks(config, model, compute, 0 if loaded is None else loaded.kv_bytes_per_token)
     options = EngineOptions(
         num_blocks=blocks,
         block_size=config.engine.block_size,
@@ -119,7 +127,8 @@ def build_engine(
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_waiting=config.engine.max_waiting,
             enable_prefix_caching=config.engine.enable_prefix_caching,
-            num_speculative_tokens=config.engine.num_speculative_tokens if config.engine.speculative == "ngram" else 0,
+            num_speculative_tokens=0 if config.engine.speculative == "off" else config.engine.num_speculative_tokens,
+            speculation=config.engine.speculative,
             prompt_lookup_max=config.engine.prompt_lookup_max,
             prompt_lookup_min=config.engine.prompt_lookup_min,
         ),
@@ -130,4 +139,5 @@ def build_engine(
     )
     end = options.eos_token_ids
     adapters = AdapterShelf(trunk, made[0], config.adapters.max_loaded, config.adapters.max_rank, locate_adapter)
-    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end), adapters)
+    drafts = None if loaded is None else loaded.with_cache(config, blocks, end)
+    return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end), drafts, adapters)

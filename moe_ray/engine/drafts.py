@@ -1,4 +1,4 @@
-"""Speculative decoding by prompt lookup: guesses the next tokens from what followed the last ones before. No torch.
+"""Drafts by prompt lookup: guesses the next tokens from what followed the last ones before. No torch.
 
 Prompt lookup decoding (Saxena 2023): where a text quotes itself (summaries, edits of code, loops), what followed the
 last few tokens the last time they stood there is a good guess, and costs no draft model.
@@ -27,10 +27,10 @@ MAX_INDEXED_PER_STEP = 4096
 def num_accepted(draft: Seq[int], sampled: Seq[int]) -> int:
     """How many leading drafts are what was sampled in their place; the token sampled after them is right as well.
 
-    Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192). A looked-up draft x is a point mass, which their
-    rejection sampling accepts with the model's probability p(x), drawing from the rest of p otherwise: that is to draw
-    from p once and to look whether it was x. The noise of a position depends on (seed, position) alone, so the output
-    is, token for token, the one without drafts, greedy or sampled.
+    Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192). A draft x, looked up or a model's choice, is a
+    point mass, which their rejection sampling accepts with the model's probability p(x), drawing from the rest of p
+    otherwise: that is to draw from p once and to look whether it was x. The noise of a position depends on (seed,
+    position) alone, so the output is, token for token, the one without drafts, greedy or sampled.
     """
     count = 0
     while count < len(draft) and draft[count] == sampled[count]:
@@ -144,6 +144,14 @@ class Drafter:
         known = self._known[seq]
         count = self._costs.draft_length(known.acceptance, most, tokens)
         return known.index.propose(seq.token_ids, count) if count else []
+
+    def peek(self, seq: Sequence, count: int) -> list[int]:
+        """The next `count` tokens as far as they are found, whether worth verifying or not. `extend` first."""
+        return self._known[seq].index.propose(seq.token_ids, count)
+
+    def acceptance(self, seq: Sequence) -> float:
+        """The chance that a draft of this sequence is right if those before it were. `extend` first."""
+        return self._known[seq].acceptance
 
     def learn(self, seq: Sequence, sampled: Seq[int]) -> None:
         """Note how good a guess at `sampled` was, or would have been; called before these tokens are appended.

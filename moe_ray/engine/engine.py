@@ -8,17 +8,19 @@ from collections.abc import Callable
 
 import torch
 
-from moe_ray.core import AdapterRef, Batch, EngineStats, Request, Sequence, TokenEvent, TokenLogprobs
+from moe_ray.core import AdapterRef, Batch, EngineStats, Request, Sequence, TokenEvent
 from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.adapter_shelf import AdapterShelf
 from moe_ray.engine.admission import check_request
 from moe_ray.engine.batches import sampled_sequences, split_batch
 from moe_ray.engine.blocks import BlockAllocator
+from moe_ray.engine.draft_model import DraftModel
+from moe_ray.engine.drafting import Drafting
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars
-from moe_ray.engine.grammar.state import grammar_masks
+from moe_ray.engine.grammar.state import grammar_masks, why_stuck
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
@@ -40,12 +42,14 @@ class Engine:
         trunk: Trunk,
         options: EngineOptions,
         grammars: Grammars | None = None,
+        draft_model: DraftModel | None = None,
         adapters: AdapterShelf | None = None,
     ) -> None:
         """Allocate the KV cache. Raises `ConfigError` if it cannot hold one sequence of max_model_len.
 
-        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused. `adapters`: of
-        `trunk`; None: requests that have an adapter touch the trunk alone.
+        `grammars`: of the model's vocabulary; without them requests that have a grammar are refused. `draft_model`:
+        whose KV cache has as many blocks, where `options.limits.speculation` is to use one. `adapters`: of `trunk`;
+        None: requests that have an adapter touch the trunk alone.
         """
         capacity = options.num_blocks * options.block_size
         if capacity < options.max_model_len:
@@ -60,7 +64,7 @@ class Engine:
         self._allocator = BlockAllocator(options.num_blocks, options.block_size)
         costs = StepCosts(trunk.config.num_local_experts, trunk.config.num_experts_per_tok)
         self._scheduler = Scheduler(
-            options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs
+            options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs, draft_model
         )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
@@ -88,6 +92,11 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         return self._cache.nbytes
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """What guesses tokens; None: nothing does."""
+        return self._scheduler.drafting
 
     def trace_steps(self, tracer: StepTracer) -> None:
         """Have the steps of traced requests timed by `tracer`; before the first request."""
@@ -197,6 +206,8 @@ class Engine:
         outcomes = self._scheduler.update(batch, sampled.token_ids)
         routing.keep(batch)
         updated = time.perf_counter()
+        if self.drafting is not None:
+            self.drafting.note_step(batch.num_tokens, updated - begun)
         self.times.note(batch, (begun, scheduled, forwarded, decoded, updated))
         if self._tracer is not None:
             self._tracer.end(batch, traced, begun, updated)
@@ -220,12 +231,12 @@ class Engine:
                     routed_experts=routing.tell(seq, batch),
                     prompt_logprobs=told,
                     prompt_logprobs_start=seq.num_scored + 1 - len(told),
-                    error=_why_stuck(seq) if outcome.stuck else None,
+                    error=why_stuck(seq) if outcome.stuck else None,
                 )
             )
             seq.degraded_told = len(seq.degraded)
             row += batch.num_sampled[outcome.index]
-        return events + [_prompt_event(batch.sequences[i], told) for i, told in scored.items()]
+        return events + [prompt_logprobs.event_of(batch.sequences[i], told) for i, told in scored.items()]
 
     def _take_ready(self) -> list[TokenEvent]:
         """Schedule the sequences whose grammars are ready; the events of those whose are refused."""
@@ -286,15 +297,3 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent. Between steps only."""
         self._scheduler.check_integrity()
-
-
-def _prompt_event(seq: Sequence, told: tuple[TokenLogprobs, ...]) -> TokenEvent:
-    """What is known of a prompt that is not computed to its end yet."""
-    start = seq.num_scored + 1 - len(told)
-    return TokenEvent(seq.request.request_id, prompt_logprobs=told, prompt_logprobs_start=start)
-
-
-def _why_stuck(seq: Sequence) -> MoeRayError:
-    if seq.constraint is not None and seq.constraint.failure is not None:
-        return seq.constraint.failure
-    return InvalidRequest("`grammar` and the other parameters of the request leave no token to go on with", "grammar")

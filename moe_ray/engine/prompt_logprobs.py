@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ray.core import Batch, TokenLogprobs
+from moe_ray.core import Batch, Sequence, TokenEvent, TokenLogprobs
 from moe_ray.engine.token_logprobs import token_logprobs
 
 
@@ -39,3 +39,9 @@ def take(batch: Batch, logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, .
             seq.num_scored += scored_now
         at += scored + sampled
     return found
+
+
+def event_of(seq: Sequence, told: tuple[TokenLogprobs, ...]) -> TokenEvent:
+    """What is known of a prompt that is not computed to its end yet."""
+    start = seq.num_scored + 1 - len(told)
+    return TokenEvent(seq.request.request_id, prompt_logprobs=told, prompt_logprobs_start=start)

@@ -57,12 +57,25 @@ def sample(
     drafts: Seq[Seq[int]] = (),
     masks: GrammarMasks | None = None,
 ) -> Sampled:
+    """Choose one token per row, as `choose`, with the log-probabilities that its sequence asks for."""
+    token_ids = choose(logits, sequences, eos_token_ids, drafts, masks)
+    return Sampled(token_ids, _logprobs(logits, token_ids, [seq.request.sampling for seq in sequences]))
+
+
+def choose(
+    logits: torch.Tensor,
+    sequences: Seq[Sequence],
+    eos_token_ids: frozenset[int] = frozenset(),
+    drafts: Seq[Seq[int]] = (),
+    masks: GrammarMasks | None = None,
+) -> list[int]:
     """Choose one token per row. logits [S, V] float32, row i for sequences[i]; not modified.
 
     With `drafts`, row i is sampled as if drafts[i] were in the output of sequences[i] already (which may then stand in
     several rows): the same noise, penalties and masks that the row will meet should they come true.
 
     In order: penalties, logit_bias and masks, temperature, top_k, top_p, min_p, typical_p (transformers' order).
+    `NO_TOKEN` where the masks and biases of a row allow none.
     """
     params = [seq.request.sampling for seq in sequences]
     drafts = drafts or [()] * len(sequences)
@@ -78,8 +91,7 @@ def sample(
     if masks is not None:
         rows = torch.tensor(masks.rows, device=logits.device)
         chosen[rows] = torch.where(adjusted[rows].amax(dim=-1) == -torch.inf, NO_TOKEN, chosen[rows])
-    token_ids = chosen.tolist()
-    return Sampled(token_ids, _logprobs(logits, token_ids, params))
+    return chosen.tolist()
 
 
 def _mix(z: int) -> int:

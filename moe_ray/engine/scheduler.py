@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from moe_ray.core import Batch, FinishReason, Sequence, Status
 from moe_ray.engine.batches import by_adapter, make_batch
 from moe_ray.engine.blocks import BlockAllocator, block_key, root_key
-from moe_ray.engine.drafts import MAX_INDEXED_PER_STEP, Drafter, StepCosts, num_accepted
+from moe_ray.engine.draft_model import DraftModel
+from moe_ray.engine.drafting import Ask, Drafting, Speculation
+from moe_ray.engine.drafts import StepCosts, num_accepted
 from moe_ray.engine.prompt_positions import chunk_size, wants_logits
 
 
@@ -26,6 +28,8 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     num_speculative_tokens: int = 0
     """Most drafts per sequence and step; 0: no speculative decoding."""
+    speculation: Speculation = "ngram"
+    """Where drafts come from."""
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
 
@@ -55,7 +59,9 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         max_model_len: int,
         costs: StepCosts,
+        draft_model: DraftModel | None = None,
     ) -> None:
+        """`draft_model`: for drafts of such a model, where `limits` say so."""
         self.limits, self.allocator = limits, allocator
         self._eos, self._max_model_len = eos_token_ids, max_model_len
         # Both in the order of (priority, arrival).
@@ -65,8 +71,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_query_tokens = self.prefix_hit_tokens = 0
         self.drafts = self.draft_tokens = self.accepted_draft_tokens = 0
-        speculates = limits.num_speculative_tokens > 0
-        self._drafter = Drafter(limits.prompt_lookup_min, limits.prompt_lookup_max, costs) if speculates else None
+        self.drafting = Drafting(limits, costs, draft_model) if limits.num_speculative_tokens else None
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits the model and the cache."""
@@ -82,8 +87,8 @@ class Scheduler:
             self.waiting.remove(seq)
         self._release(seq)
         seq.status = Status.FINISHED
-        if self._drafter is not None:
-            self._drafter.drop(seq)
+        if self.drafting is not None:
+            self.drafting.drop(seq)
 
     def schedule(self) -> Batch | None:
         """Choose the next step's tokens and give them slots; None when there is nothing to do.
@@ -150,8 +155,8 @@ class Scheduler:
     def _take(self, index: int, seq: Sequence, draft: list[int], sampled: list[int]) -> Outcome:
         """Append the tokens that are certain, up to the sequence's end, and note what of the cache is true."""
         accepted = num_accepted(draft, sampled)
-        if self._drafter is not None:
-            self._drafter.learn(seq, sampled[: accepted + 1])
+        if self.drafting is not None:
+            self.drafting.learn(seq, sampled[: accepted + 1])
         before = len(seq.token_ids)
         reason, stop_token, stuck = None, None, False
         for token in sampled[: accepted + 1]:
@@ -164,11 +169,12 @@ class Scheduler:
             if reason is not None:
                 break
         new = tuple(seq.token_ids[before:])
-        self.drafts += bool(draft)
-        self.draft_tokens += len(draft)
-        self.accepted_draft_tokens += min(accepted, len(new))
         self._advance(seq, len(seq.token_ids) - 1)
-        if draft:
+        if self.drafting is not None:
+            self.drafts += bool(draft)
+            self.draft_tokens += len(draft)
+            self.accepted_draft_tokens += min(accepted, len(new))
+            self.drafting.count(seq, len(draft), min(accepted, len(new)))
             self._trim(seq)
         if reason is not None or stuck:
             self.finish(seq)
@@ -176,22 +182,16 @@ class Scheduler:
 
     def _drafts(self, chosen: list[tuple[Sequence, int]], budget: int) -> list[list[int]]:
         """Guess what follows each chosen sequence that decodes, within the budget and the blocks nobody else needs."""
-        if self._drafter is None:
+        if self.drafting is None:
             return [[]] * len(chosen)
-        drafts, to_index = [], MAX_INDEXED_PER_STEP
+        asks = []
         for seq, count in chosen:
-            to_index -= self._drafter.extend(seq, to_index)
-            draft: list[int] = []
-            if count == 1 and seq.num_computed + 1 == len(seq.token_ids):
-                # A step yields one token more than it has right drafts.
-                most = min(self.limits.num_speculative_tokens, budget, self._tokens_left(seq) - 1)
-                draft = self._drafter.propose(seq, most, self.limits.max_num_batched_tokens - budget)
-                if seq.constraint is not None:
-                    draft = draft[: seq.constraint.num_possible(draft)]
-                draft = draft[: self._extra_slots(seq, len(draft))]
-                budget -= len(draft)
-            drafts.append(draft)
-        return drafts
+            decodes = count == 1 and seq.num_computed + 1 == len(seq.token_ids)
+            # A step yields one token more than it has right drafts.
+            most = min(self.limits.num_speculative_tokens, self._tokens_left(seq) - 1) if decodes else 0
+            asks.append(Ask(seq, most))
+        tokens = self.limits.max_num_batched_tokens - budget
+        return self.drafting.propose(asks, tokens, budget, self._extra_slots)
 
     def _extra_slots(self, seq: Sequence, wanted: int) -> int:
         """Give `seq` at most `wanted` slots behind its newest token, as far as blocks are free; return how many."""

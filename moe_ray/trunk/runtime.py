@@ -51,7 +51,7 @@ class TrunkRuntime:
         if tracing is not None and traces is not None:
             engine.trace_steps(StepTracer(traces.step, tracing.options.steps_per_request))
         self._experts = experts
-        self._kv_cache_bytes = engine.kv_cache_bytes
+        self._kv_cache_bytes, self._drafting = engine.kv_cache_bytes, engine.drafting
         self._device, self._format = engine.device, ", ".join(engine.held)
         self._loop = EngineLoop(engine)
         self._server = TrunkServer(self._loop, experts.missing, place.host, links, traces)
@@ -91,6 +91,8 @@ class TrunkRuntime:
             "device": self._device,
             "format": self._format,
             "kv_cache_bytes": self._kv_cache_bytes,
+            "draft_model_bytes": 0 if self._drafting is None else self._drafting.model_bytes,
+            "drafts_by_kind": {} if self._drafting is None else self._drafting.told(),
             "kv_cache_tokens": self.info.kv_cache_tokens,
             "max_model_len": self.info.max_model_len,
             "missing": [f"Expert{expert}" for expert in self._experts.missing()],

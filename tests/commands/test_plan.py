@@ -20,7 +20,7 @@ from moe_ray.commands.planned import Planned, planned
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.cards import COMMON, MEMORY_GIB, PROCESS_BYTES, RESERVE, smallest_card
-from moe_ray.experts.planning.footprint import ActorPlan, Network, Plan, WeightsHeld, make_plan, network_step
+from moe_ray.experts.planning.footprint import ActorPlan, DraftPlan, Network, Plan, WeightsHeld, make_plan, network_step
 from moe_ray.experts.planning.placement import holdings
 from moe_ray.model.formats import Grouping, StoredWeight
 from moe_ray.model.formats.held import HeldAs
@@ -117,6 +117,38 @@ def test_a_kv_cache_in_int8() -> None:
     assert "KV cache in int8: 67,584 B a token" in shown
     refused = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--kv-cache-dtype", "fp8"])
     assert "`engine.kv_cache_dtype`: Input should be 'auto' or 'int8', got 'fp8'" in str(refused.exception)
+
+
+def test_a_draft_model_is_in_the_trunk() -> None:
+    dense = json.loads((EXAMPLE).read_text()) | {"num_local_experts": 1, "num_experts_per_tok": 1}
+    draft = DraftPlan.of(ModelConfig.from_dict(dense), "float16")
+    assert draft.parameters == 7_241_732_096, "Mistral-7B"
+    assert draft.weight_bytes == 2 * draft.parameters
+    assert DraftPlan.of(ModelConfig.from_dict(dense), "float16", "int8").weight_bytes < 0.6 * draft.weight_bytes
+    plain, plan = make_plan(mixtral(), "float16"), make_plan(mixtral(), "float16", draft=draft)
+    assert plan.total_bytes == plain.total_bytes, "the model's"
+    assert plan.kv_bytes_per_token == 2 * plain.kv_bytes_per_token
+    more = draft.weight_bytes + 2048 * draft.kv_bytes_per_token
+    assert plan.need_bytes(plan.actors[0]) == plain.need_bytes(plain.actors[0]) + more
+    assert plan.need_bytes(plan.actors[1]) == plain.need_bytes(plain.actors[1])
+    assert plan.whole_need_bytes == plain.whole_need_bytes + more
+    (_, fits, _), *experts = plan.fits(16 * 2**30)
+    assert not fits, "3.2 and 14.5 GB"
+    assert all(ok for _, ok, _ in experts)
+
+
+def test_the_plan_reads_no_more_than_the_draft_models_config(tmp_path: Path) -> None:
+    settings = {"model_type": "llama", "num_key_value_heads": 4, "hidden_size": 256, "intermediate_size": 512}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MIXTRAL_8X7B | settings | {"num_hidden_layers": 2, "num_attention_heads": 4}))
+    command = ["plan", "--model", str(EXAMPLE), "--draft-model", str(path)]
+    shown = CliRunner().invoke(app, command).stdout
+    assert re.search(r"draft model, in each trunk: [\d.]+ M parameters, [\d.]+ MiB", shown)
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["draft_model"]
+    assert told["kv_bytes_per_token"] == 2 * 2 * 4 * 64 * 2
+    path.write_text(json.dumps(MIXTRAL_8X7B | settings | {"vocab_size": 99}))
+    refused = CliRunner().invoke(app, command)
+    assert "a vocabulary of 99 tokens, the model one of 32000" in str(refused.exception)
 
 
 def test_fits_at_the_very_edge() -> None:

@@ -307,7 +307,9 @@ def run_workload(seed: int, drafts: bool = False) -> Counter[str]:
     reached["accepted"] = harness.scheduler.accepted_draft_tokens
     reached["rejected"] = harness.scheduler.draft_tokens - harness.scheduler.accepted_draft_tokens
     assert harness.drafted == harness.scheduler.draft_tokens
-    assert not drafts or not (harness.scheduler._drafter and harness.scheduler._drafter._known), "an index was left"
+    assert not drafts or not (harness.scheduler.drafting and harness.scheduler.drafting._lookup._known), (
+        "an index was left"
+    )
     return reached
 
 

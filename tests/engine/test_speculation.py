@@ -258,7 +258,14 @@ def test_the_options_name_themselves() -> None:
         load_config({"engine": {"prompt_lookup_max": 1}})
     with pytest.raises(ConfigError, match=r"`engine\.num_speculative_tokens`"):
         load_config({"engine": {"num_speculative_tokens": 17}})
-    with pytest.raises(ConfigError, match=r"`engine\.speculative`.*'off' or 'ngram'"):
+    with pytest.raises(ConfigError, match=r"`engine\.speculative`.*'off', 'ngram', 'draft' or 'auto'"):
         load_config({"engine": {"speculative": "eagle"}})
+    for engine, message in (
+        ({"speculative": "draft"}, "`engine.draft_model`: .*name the model that drafts"),
+        ({"draft_model": "a/b"}, "`engine.draft_model`: .*speculative is off"),
+        ({"speculative": "auto", "draft_quantize": "int8"}, "`engine.draft_quantize`: .*no draft_model"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config({"engine": engine})
     assert load_config().engine.speculative == "off"
     assert load_config({"engine": {"prompt_lookup_max": 1, "prompt_lookup_min": 1}}).engine.prompt_lookup_max == 1

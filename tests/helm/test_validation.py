@@ -112,6 +112,9 @@ def test_a_typo_is_named(values: Manifest, said: str) -> None:
             "experts.autoscale.lookBackS: 3 must be at least twice",
         ),
         ({"engine": {"promptLookupMin": 3, "promptLookupMax": 2}}, "engine.promptLookupMin: 3 must be at most"),
+        ({"engine": {"draftModel": "a/b", "speculative": "ngram"}}, "engine.draftModel: engine.speculative must be"),
+        ({"engine": {"speculative": "draft"}}, "engine.speculative: draft needs engine.draftModel"),
+        ({"engine": {"speculative": "auto", "draftQuantize": "int8"}}, "engine.draftQuantize: there is no"),
         ({"engine": {"promptLookupMax": 1}}, "engine.promptLookupMin: 2 must be at most"),
         (
             {"workerGroups": {"more": {"replicas": 1, "minReplicas": 2}}},

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_ray.core import Request, SamplingParams, TokenLogprobs
-from moe_ray.engine.engine import Engine, EngineOptions
+from moe_ray.engine.engine import Engine
+from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.scheduler import SchedulerLimits
 from moe_ray.errors import CheckpointError
 from moe_ray.experts.local import local_experts

@@ -66,6 +66,16 @@
     {{- end -}}
   {{- end -}}
 {{- end -}}
+{{- $drafts := has ($v.engine.speculative | default "off") (list "draft" "auto") -}}
+{{- if and $v.engine.draftModel (not $drafts) -}}
+  {{- fail "engine.draftModel: engine.speculative must be draft or auto" -}}
+{{- end -}}
+{{- if and (eq ($v.engine.speculative | default "off") "draft") (not $v.engine.draftModel) -}}
+  {{- fail "engine.speculative: draft needs engine.draftModel" -}}
+{{- end -}}
+{{- if and $v.engine.draftQuantize (not $v.engine.draftModel) -}}
+  {{- fail "engine.draftQuantize: there is no engine.draftModel" -}}
+{{- end -}}
 {{- $longest := int ($v.engine.promptLookupMax | default 4) -}}
 {{- $shortest := int ($v.engine.promptLookupMin | default 2) -}}
 {{- if gt $shortest $longest -}}

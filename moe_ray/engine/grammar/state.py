@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from moe_ray.core import Batch
+from moe_ray.core import Batch, Sequence
 from moe_ray.engine.sampler import GrammarMasks
 from moe_ray.errors import InvalidRequest, MoeRayError
 
@@ -161,3 +161,10 @@ def _words(vocab_size: int) -> int:
 
 def _not_allowed(param: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"the grammar does not allow {what}", param)
+
+
+def why_stuck(seq: Sequence) -> MoeRayError:
+    """Why no token could follow those of a sequence."""
+    if seq.constraint is not None and seq.constraint.failure is not None:
+        return seq.constraint.failure
+    return InvalidRequest("`grammar` and the other parameters of the request leave no token to go on with", "grammar")

@@ -14,7 +14,7 @@ from moe_ray.model.formats.grouped import Grouping
 from moe_ray.model.formats.held import HeldAs, grouping
 from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.weights import weights_of_expert, weights_of_trunk
+from moe_ray.model.weights import weights_of_expert, weights_of_model, weights_of_trunk
 
 WEIGHT_BYTES = 4
 """Of a routing weight, which goes out with its row."""
@@ -89,6 +89,24 @@ class ActorPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """A draft model, which every trunk holds beside its own weights."""
+
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    @staticmethod
+    def of(model: ModelConfig, dtype: str, quantize: str | None = None, kv_cache_dtype: str = "auto") -> DraftPlan:
+        """Plan a draft model whose rows are in `dtype`; `quantize`: of all its matrices."""
+        held = HeldAs(dtype, quantize)
+        weights = WeightsHeld(held, dict.fromkeys(range(model.num_local_experts), held))
+        every = [weight for weight in weights_of_model(model) if weight.role != "router"]
+        cache = kv_bytes_per_token(model, held_in(kv_cache_dtype, dtype))
+        return DraftPlan(sum(weight.numel for weight in every), sum(map(weights.nbytes, every)), cache)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The whole model, pulled apart."""
 
@@ -96,9 +114,16 @@ class Plan:
     actors: tuple[ActorPlan, ...]
     """The trunk first, then the experts in order, then spares."""
     kv_bytes_per_token: int
+    """Of model and draft model."""
     context: int
     """Tokens of one sequence at the model's full context length."""
     kv_cache_dtype: str
+    draft: DraftPlan | None = None
+
+    @property
+    def draft_bytes(self) -> int:
+        """Weights of the draft model; 0 where there is none."""
+        return 0 if self.draft is None else self.draft.weight_bytes
 
     @property
     def total_parameters(self) -> int:
@@ -116,13 +141,16 @@ class Plan:
         return sum(actor.scale_bytes for actor in self.actors if not actor.spare)
 
     def need_bytes(self, actor: ActorPlan) -> int:
-        """Weights of an actor; of the trunk, with KV cache for `LEAST_CACHE_TOKENS` tokens or one whole sequence."""
-        return actor.weight_bytes + (self._least_cache_bytes if actor is self.actors[0] else 0)
+        """Weights of an actor; of the trunk, with the draft model's, and KV cache for `LEAST_CACHE_TOKENS` tokens.
+
+        Or for one whole sequence, where that is less.
+        """
+        return actor.weight_bytes + (self._least_cache_bytes + self.draft_bytes if actor is self.actors[0] else 0)
 
     @property
     def whole_need_bytes(self) -> int:
         """The same of all actors together, without spares."""
-        return self.total_bytes + self._least_cache_bytes
+        return self.total_bytes + self.draft_bytes + self._least_cache_bytes
 
     @property
     def _least_cache_bytes(self) -> int:
@@ -136,7 +164,7 @@ class Plan:
         usable = int(card_bytes * (1 - reserve))
         rows = []
         for actor in self.actors:
-            left = usable - actor.weight_bytes
+            left = usable - actor.weight_bytes - (self.draft_bytes if actor is self.actors[0] else 0)
             tokens = max(0, left) // self.kv_bytes_per_token if actor is self.actors[0] else 0
             rows.append((actor, left >= 0 and (actor is not self.actors[0] or tokens > 0), tokens))
         return rows
@@ -207,6 +235,7 @@ def make_plan(
     placed: Sequence[Holding] | None = None,
     held: WeightsHeld | None = None,
     kv_cache_dtype: str = "auto",
+    draft: DraftPlan | None = None,
 ) -> Plan:
     """Plan `model`: one trunk, and the actors of `placed`; default: one per expert over all layers.
 
@@ -220,7 +249,8 @@ def make_plan(
         here = held if one.spare is None else held.in_spare(one.spare)
         actors.append(_actor(one.name, weights_of_keys(model, one.keys), here, one.spare is not None))
     cache = held_in(kv_cache_dtype, dtype)
-    return Plan(dtype, tuple(actors), kv_bytes_per_token(model, cache), model.max_position_embeddings, cache)
+    token_bytes = kv_bytes_per_token(model, cache) + (0 if draft is None else draft.kv_bytes_per_token)
+    return Plan(dtype, tuple(actors), token_bytes, model.max_position_embeddings, cache, draft)
 
 
 def weights_of_keys(model: ModelConfig, keys: Iterable[ExpertKey]) -> tuple[Weight, ...]:
