@@ -36,6 +36,7 @@ from moe_ray.deploy.loading_board import NAME, NAMESPACE, LoadingBoard
 from moe_ray.deploy.local_ray import join, reason, start
 from moe_ray.deploy.ray_internals import HAPROXY_SETTING
 from moe_ray.deploy.replica_targets import forget_replicas
+from moe_ray.deploy.served_adapters import check_adapters
 from moe_ray.deploy.servers import APP_NAME
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import MoeRayError, NotReady
@@ -83,6 +84,7 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     # Reads every header and the tokenizer: a broken checkpoint is told before anything is started.
     plan = planned(config, directory)
     Tokenizer(directory)
+    check_adapters(config, plan.model)
     timeline.mark("model")
     if options.address is None:
         options = replace(options, host=listen_address(options.host, options.port))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from moe_ray.config import Config
 from moe_ray.core import AdapterRef
-from moe_ray.errors import AdapterError
+from moe_ray.errors import AdapterError, ConfigError
 from moe_ray.hub import resolve_adapter
 from moe_ray.model.lora.adapter_config import FILE
 from moe_ray.model.lora.adapter_file import read_adapter
@@ -28,6 +29,15 @@ def adapter_opener(model: ModelConfig, most_rank: int) -> Opener:
         return AdapterRef(adapter.adapter_id, source)
 
     return opened
+
+
+def check_adapters(config: Config, model: ModelConfig) -> None:
+    """Raise `AdapterError` or `ConfigError` where an adapter of `adapters.modules` could not be served."""
+    own = (config.served_name, *config.model.aliases)
+    for name, source in config.adapters.modules.items():
+        if name in own:
+            raise ConfigError(f"adapters.modules: {name!r} is a name of the model itself")
+        adapter_opener(model, config.adapters.max_rank)(source)
 
 
 def configured_adapters(modules: Mapping[str, str], opened: Opener) -> list[AdapterEntry]:

@@ -111,10 +111,13 @@ def _adapter(settings: Mapping[str, Any], beside_base: bool) -> str:
     kind = f"a {settings.get('peft_type', 'LORA')} adapter" + (f" of {base}" if base else "")
     if beside_base:
         return (
-            f"{ADAPTER_CONFIG}: {kind} lies beside the weights and would not be applied: merge it into them (peft: "
-            f"merge_and_unload), or move it elsewhere"
+            f"{ADAPTER_CONFIG}: {kind} lies beside the weights and would not be applied: move it elsewhere and serve it "
+            f"with --adapter NAME=PATH, or merge it into the weights (peft: merge_and_unload)"
         )
-    return f"{ADAPTER_CONFIG}: {kind}, not a model: merge it into its base model (peft: merge_and_unload)"
+    return (
+        f"{ADAPTER_CONFIG}: {kind}, not a model: serve it with --adapter NAME=PATH beside its base model, or merge it into "
+        f"that (peft: merge_and_unload)"
+    )
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
