@@ -111,12 +111,12 @@ def _adapter(settings: Mapping[str, Any], beside_base: bool) -> str:
     kind = f"a {settings.get('peft_type', 'LORA')} adapter" + (f" of {base}" if base else "")
     if beside_base:
         return (
-            f"{ADAPTER_CONFIG}: {kind} lies beside the weights and would not be applied: move it elsewhere and serve it "
-            f"with --adapter NAME=PATH, or merge it into the weights (peft: merge_and_unload)"
+            f"{ADAPTER_CONFIG}: {kind} lies beside the weights and would not be applied: move it elsewhere and serve "
+            f"it with --adapter NAME=PATH, or merge it into the weights (peft: merge_and_unload)"
         )
     return (
-        f"{ADAPTER_CONFIG}: {kind}, not a model: serve it with --adapter NAME=PATH beside its base model, or merge it into "
-        f"that (peft: merge_and_unload)"
+        f"{ADAPTER_CONFIG}: {kind}, not a model: serve it with --adapter NAME=PATH beside its base model, or merge it "
+        f"into that (peft: merge_and_unload)"
     )
 
 
