@@ -408,13 +408,16 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture
 def small_model(demo_model: Path, tmp_path: Path) -> Path:
-    """A random Mixtral with the demo model's tokenizer and chat template."""
+    """A random Mixtral with the demo model's tokenizer and chat template, for native kernels: experts load no torch."""
+    import torch
+
     return save_random_mixtral(
         tmp_path / "model",
         seed=0,
+        dtype=torch.bfloat16,
         like=demo_model,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

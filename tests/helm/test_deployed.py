@@ -43,15 +43,21 @@ def serve_port(ray_cluster: None) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Mixtral that has the demo model's tokenizer, and so a word for everything: it can be talked to."""
+    """A small random Mixtral that has the demo model's tokenizer, and so a word for everything: it can be talked to.
+
+    Native kernels compute it, where there are some, so that its eight experts do not load torch.
+    """
+    import torch
+
     return save_random_mixtral(
         tmp_path_factory.mktemp("model") / "small",
         seed=0,
+        dtype=torch.bfloat16,
         like=demo_model,
-        hidden_size=64,
-        intermediate_size=112,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=8,
+        num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=8,
         num_experts_per_tok=2,
