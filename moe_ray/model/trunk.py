@@ -81,6 +81,11 @@ class Trunk:
         return self._compute.nbytes
 
     @property
+    def adapter_bytes(self) -> int:
+        """Bytes of what adapters add, in memory."""
+        return self._compute.adapter_bytes
+
+    @property
     def adapter_ids(self) -> frozenset[int]:
         """Of the adapters that are held."""
         return self._compute.adapter_ids

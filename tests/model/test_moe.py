@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
-from moe_ray.core import ExpertCall
+from moe_ray.core import AdapterRows, ExpertCall
+from moe_ray.model.expert import joined_runs
 from moe_ray.model.families import Router
-from moe_ray.model.moe import Gathered, Routed, combine, group, route
+from moe_ray.model.moe import Gathered, Routed, combine, cut_runs, group, route
 
 
 def calls_of(layer: int, routed: Routed) -> list[ExpertCall]:
@@ -73,3 +77,32 @@ def test_the_sum_is_that_of_a_loop_over_the_experts(dtype: torch.dtype, num_expe
     assert called == sorted(set(called)), "one call for each expert that has rows, in order"
     assert {call.layer for call in experts.calls} == {3}
     assert sum(len(call.rows) for call in experts.calls) == 37 * top_k
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_experts_runs_are_those_of_its_tokens(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    tokens, num_experts = int(generator.integers(1, 30)), int(generator.integers(2, 9))
+    of_token = np.sort(generator.choice(np.array([0, 3, 2**63 - 1], dtype=np.uint64), tokens))
+    hidden = torch.randn(tokens, 8)
+    chosen, weights = route(hidden, torch.randn(num_experts, 8), 2, Router(renormalise=True))
+    routed = group(hidden, chosen, weights, num_experts)
+    assert routed.adapters == [()] * num_experts
+    routed.token_adapters = of_token
+    routed = Routed(routed.rows, routed.weights, routed.counts, routed.row_of, of_token)
+    for expert, runs in enumerate(routed.adapters):
+        ids = [int(each) for each, of in zip(of_token, chosen.tolist(), strict=True) if expert in of]
+        flat = [run.adapter_id for run in runs for _ in range(run.count)]
+        assert flat == (ids if any(ids) else [])
+        assert all(a.adapter_id < b.adapter_id for a, b in itertools.pairwise(runs)), "as few as can be"
+        for start in range(len(ids)):
+            for count in range(1, len(ids) - start + 1):
+                cut = cut_runs(runs, start, count)
+                part = ids[start : start + count]
+                assert [run.adapter_id for run in cut for _ in range(run.count)] == (part if any(part) else [])
+
+
+def test_the_runs_of_calls_are_joined() -> None:
+    first, second = (AdapterRows(1, 2), AdapterRows(5, 1)), (AdapterRows(5, 4),)
+    assert joined_runs([((), 3), ((), 2)]) == ()
+    assert joined_runs([(first, 3), ((), 2), (second, 4)]) == (*first, AdapterRows(0, 2), *second)

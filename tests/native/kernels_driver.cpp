@@ -133,6 +133,38 @@ void experts(void* one, void* three) {
   }
 }
 
+// An expert whose rows have an adapter, none, and another one that adds to `down` alone.
+void adapted_experts(void* one, void* three) {
+  const int64_t hidden = 64, inner = 96, rank = 16, rows = 19;
+  for (int32_t kind : {kFloat32, kBfloat16, kFloat16}) {
+    const auto floats = [&](int64_t n, int64_t k, int64_t count) {
+      return weights(one, kind, 0, false, false, false, n, k, count);
+    };
+    Block w13 = weights(one, kInt8, 32, false, false, false, inner, hidden, 2), w2 = floats(hidden, inner, 1);
+    Block a13 = floats(2 * rank, hidden, 1), b13 = floats(inner, rank, 2);
+    Block a2 = floats(rank, inner, 1), b2 = floats(hidden, rank, 1);
+    const Addition nothing{nullptr, nullptr, {-1, -1, -1}}, down{a2.at(), b2.at(), {0, -1, -1}};
+    const ExpertAdapter first{{a13.at(), b13.at(), {0, rank, -1}}, down}, second{nothing, down};
+    const std::vector<AdapterRun> runs = {{1, &first, 14}, {0, nullptr, 2}, {2, &second, 3}};
+    const std::vector<float> x = random_floats(rows * hidden, 2.0f), by = random_floats(rows, 1.0f);
+    std::vector<float> got(rows * hidden), again(rows * hidden), alone(rows * hidden);
+    const auto ffn = [&](void* pool, int64_t from, int64_t count, std::vector<float>& to, const AdapterRun* of,
+                         int64_t num_runs) {
+      expert_ffn(pool, kFloat32, x.data() + from * hidden, by.data() + from, count, w13.at(), w2.at(),
+                 to.data() + from * hidden, of, num_runs);
+    };
+    ffn(one, 0, rows, got, runs.data(), 3);
+    ffn(three, 0, rows, again, runs.data(), 3);
+    check(got.data(), again.data(), rows * hidden, "an adapted expert");
+    for (int64_t i = 0; i < rows; i++) {
+      const AdapterRun run{1, i < 14 ? &first : i < 16 ? nullptr : &second, 1};
+      ffn(one, i, 1, alone, &run, run.adapter != nullptr);
+    }
+    check(got.data(), alone.data(), rows * hidden, "an adapted expert");
+    write(got);
+  }
+}
+
 // `scaled`: the cache is int8.
 template <class T>
 void fronts(void* pool, int32_t dtype, bool scaled) {
@@ -176,6 +208,7 @@ int main(int, char** argv) {
   void *one = pool_new(1), *three = pool_new(3);
   linears(one, three);
   experts(one, three);
+  adapted_experts(one, three);
   fronts<float>(one, kFloat32, false);
   fronts<bf16>(three, kBfloat16, false);
   fronts<half>(one, kFloat16, false);

@@ -79,6 +79,11 @@ class TrunkCompute(Protocol):
         ...
 
     @property
+    def adapter_bytes(self) -> int:
+        """Bytes of what adapters add."""
+        ...
+
+    @property
     def adapter_ids(self) -> frozenset[int]:
         """Of the adapters that are held."""
         ...

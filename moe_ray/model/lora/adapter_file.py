@@ -16,7 +16,7 @@ from moe_ray.model.families import ExpertRole, Role
 from moe_ray.model.formats import TensorEntry
 from moe_ray.model.lora.adapter_config import FILE as CONFIG_FILE
 from moe_ray.model.lora.adapter_config import AdapterConfig
-from moe_ray.model.lora.adapter_names import Module, Names
+from moe_ray.model.lora.adapter_names import ADAPTED, EXPERT_ROLES, Module, Names
 from moe_ray.model.lora.parts import ExpertPart, LayerPart, LowRank, MatrixPart, TrunkPart
 from moe_ray.model.lora.stacked import Stacked, stacked_of
 from moe_ray.model.model_config import ModelConfig
@@ -100,7 +100,7 @@ class Adapter:
             a, b = stacked.of_expert(self._read(pair.a), self._read(pair.b), expert)
             for role, rows in stacked.rows.items():
                 parts[role] = LowRank(a, b[rows], pair.scale)
-        for role in _EXPERT_ROLES:
+        for role in EXPERT_ROLES:
             if (found := self._low_rank(role, layer, expert)) is not None:
                 parts[role] = found
         return ExpertPart.of(parts)
@@ -128,6 +128,8 @@ class Adapter:
             if place is None:
                 first = next(iter(found.values()))
                 raise self._wrong(first, f"the model ({self._model.family.model_type}) has no module {module}")
+            if place.role is not None and place.role not in ADAPTED:
+                raise self._wrong(next(iter(found.values())), f"nothing can be added to {module}")
             if "whole" in found:
                 self._take_whole(place, found["whole"], module)
             if "a" in found or "b" in found:
@@ -244,9 +246,6 @@ class Adapter:
         if missing:
             raise self._wrong(name, f"{missing} bytes are missing at the file's end")
         return array
-
-
-_EXPERT_ROLES: Final[tuple[ExpertRole, ...]] = ("gate", "up", "down")
 
 
 def read_adapter(directory: Path, config: ModelConfig) -> Adapter:

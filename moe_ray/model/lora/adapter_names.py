@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
-from moe_ray.model.families import Layout, Role
+from moe_ray.model.families import ExpertRole, Layout, Role
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
+
+EXPERT_ROLES: Final[tuple[ExpertRole, ...]] = ("gate", "up", "down")
+ADAPTED: Final[tuple[Role, ...]] = ("embed", "q", "k", "v", "out", "router", "head", *EXPERT_ROLES)
+"""What backends can add to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Names:
             layer, expert = numbers.get("layer"), numbers.get("expert")
             if (layer or 0) >= self._model.num_hidden_layers or (expert or 0) >= self._model.num_local_experts:
                 continue
+            if role in EXPERT_ROLES and expert is None:  # the only one of a dense model
+                expert = 0
             return Module(role, layer, expert, (0, 0) if role is None else self._shapes[role], stacked)
         return None
 

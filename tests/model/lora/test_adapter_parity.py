@@ -17,6 +17,8 @@ from adapted import (
 from backends import open_backend
 from random_mixtral import save_random_mixtral
 
+from moe_ray.errors import AdapterNotHeld
+
 PROMPTS = [[(7 * i + 3 * j + j * j) % 96 for j in range(9 + i)] for i in range(len(WAYS) + 2)]
 OUTPUT = 6
 
@@ -55,9 +57,14 @@ def test_each_sequence_is_as_with_its_adapter_alone(backend: str, base: Path, ad
             logits, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
         assert expected.argmax(-1)[-OUTPUT - 1 : -1].tolist() == tokens[-OUTPUT:], name
+    assert model.trunk.adapter_bytes > 0
+    assert model.ffn.adapter_bytes > 0
     for number in order[1:]:
         model.trunk.remove_adapter(number)
     assert not model.trunk.adapter_ids
+    assert not model.trunk.adapter_bytes
+    with pytest.raises(AdapterNotHeld, match=f"adapter {order[1]} is not held by this trunk"):
+        model.logits(texts[:2])
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ class NativeTrunk:
         self._adapters.pop(adapter_id, None)
 
     @property
+    def adapter_bytes(self) -> int:
+        return sum(adapter.nbytes for adapter in self._adapters.values())
+
+    @property
     def adapter_ids(self) -> frozenset[int]:
         return frozenset(self._adapters)
 

@@ -93,6 +93,9 @@ class TorchAdapter:
         ]
         self.embed, self.embed_whole = _matrix(part.embed, like)
         self.head, self.head_whole = _matrix(part.head, like)
+        thins = [thin for each in self.layers for thin in (each.qkv, each.out, each.gate)]
+        held = [*thins, self.embed, self.embed_whole, self.head, self.head_whole]
+        self.nbytes = sum(each.nbytes for each in held if each is not None)
 
 
 def _matrix(part: MatrixPart | None, like: torch.Tensor) -> tuple[Thin | None, torch.Tensor | None]:
@@ -110,11 +113,30 @@ class _Joined:
     run_of: torch.Tensor  # [R] to which of the step's runs each rank belongs
 
 
+class Joins:
+    """The additions of the adapters of the last batch side by side, for batches of the same adapters that follow."""
+
+    def __init__(self) -> None:
+        self._ids: tuple[int, ...] = ()
+        self._joined: dict[tuple[int, ...], _Joined] = {}
+
+    def of(self, ids: tuple[int, ...]) -> dict[tuple[int, ...], _Joined]:
+        """Those of runs with these adapters, by the identities of what was joined."""
+        if ids != self._ids:
+            self._ids, self._joined = ids, {}
+        return self._joined
+
+    def forget(self) -> None:
+        """Adapters come or go."""
+        self._ids, self._joined = (), {}
+
+
 class TorchStepAdapters(StepAdapters[TorchAdapter]):
     """The adapters of one batch."""
 
-    def __init__(self, batch: Batch, held: Mapping[int, TorchAdapter], device: torch.device) -> None:
+    def __init__(self, batch: Batch, held: Mapping[int, TorchAdapter], joins: Joins, device: torch.device) -> None:
         super().__init__(batch, held)
+        self._joined = joins.of(tuple(run.adapter_id for run in self.runs)) if self.runs else {}
         self._first = next((run.start for run in self.runs if run.held is not None), 0)
         self._end = self.runs[-1].end if self.runs else 0
         lengths = [max(run.end - max(run.start, self._first), 0) for run in self.runs]
@@ -158,16 +180,21 @@ class TorchStepAdapters(StepAdapters[TorchAdapter]):
         present = [(index, thin) for index, thin in enumerate(thins) if thin is not None]
         if not present:
             return to
-        joined = self._join(present)
+        key = tuple(id(thin) for _, thin in present)
+        joined = self._joined.get(key)
+        if joined is None:
+            joined = self._joined[key] = _join(present)
         rows = slice(self._first, self._end)
         y = F.linear(x[rows], joined.thin.a)  # [T - first, R]
         y = y.masked_fill(self._run_of_row[:, None] != joined.run_of, 0.0)
         to[rows] += F.linear(y, joined.thin.b)
         return to
 
-    def _join(self, present: Sequence[tuple[int, Thin]]) -> _Joined:
-        a, b = ([getattr(thin, name) for _, thin in present] for name in ("a", "b"))
-        run_of = torch.tensor([index for index, thin in present for _ in range(thin.rank)])
-        if len(present) == 1:
-            return _Joined(present[0][1], run_of.to(a[0].device, non_blocking=True))
-        return _Joined(Thin(torch.cat(a), torch.cat(b, dim=1)), run_of.to(a[0].device, non_blocking=True))
+
+def _join(present: Sequence[tuple[int, Thin]]) -> _Joined:
+    thins = [thin for _, thin in present]
+    run_of = torch.tensor([index for index, thin in present for _ in range(thin.rank)])
+    run_of = run_of.to(thins[0].a.device, non_blocking=True)
+    if len(thins) == 1:
+        return _Joined(thins[0], run_of)
+    return _Joined(Thin(torch.cat([thin.a for thin in thins]), torch.cat([thin.b for thin in thins], dim=1)), run_of)

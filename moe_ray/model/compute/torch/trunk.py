@@ -13,7 +13,7 @@ from moe_ray.model import moe
 from moe_ray.model.compute.base import KVCacheView
 from moe_ray.model.compute.torch.attention import attend
 from moe_ray.model.compute.torch.expert import TorchFFN
-from moe_ray.model.compute.torch.low_rank import TorchAdapter, TorchStepAdapters
+from moe_ray.model.compute.torch.low_rank import Joins, TorchAdapter, TorchStepAdapters
 from moe_ray.model.compute.torch.plan import plan_step
 from moe_ray.model.families import TrunkRole
 from moe_ray.model.layers import apply_rope, normalise, rms_norm, rope_table
@@ -66,6 +66,7 @@ class TorchTrunk:
         self.config, self.device = weights.config, weights.device
         self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
         self.adapters: dict[int, TorchAdapter] = {}
+        self.joins = Joins()
         self.embed = weights.embed()  # [V, D]
         self.layers = [LayerTensors.read(weights, index) for index in range(self.config.num_hidden_layers)]
         self.norm = weights.norm()  # [D]
@@ -84,10 +85,16 @@ class TorchTrunk:
         c = self.config
         kv = c.num_key_value_heads * c.head_dim
         outputs = ((c.num_attention_heads * c.head_dim, kv, kv), c.num_local_experts)
+        self.joins.forget()
         self.adapters[adapter.adapter_id] = TorchAdapter(adapter, [outputs] * len(self.layers), self.embed)
 
     def remove_adapter(self, adapter_id: int) -> None:
+        self.joins.forget()
         self.adapters.pop(adapter_id, None)
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(adapter.nbytes for adapter in self.adapters.values())
 
     @property
     def adapter_ids(self) -> frozenset[int]:
@@ -100,7 +107,7 @@ class TorchPass:
     def __init__(self, trunk: TorchTrunk, batch: Batch, cache: KVCacheView) -> None:
         self._trunk, self._cache = trunk, cache
         self._plan = plan_step(batch, cache, trunk.config.sliding_window, trunk.device, trunk.static_shapes)
-        self._adapters = TorchStepAdapters(batch, trunk.adapters, trunk.device)
+        self._adapters = TorchStepAdapters(batch, trunk.adapters, trunk.joins, trunk.device)
         ids = self._plan.token_ids
         embedded = self._adapters.embed(ids, F.embedding(ids, trunk.embed))
         self._hidden = embedded * trunk.config.embedding_multiplier  # [P, D]
