@@ -21,6 +21,7 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_experts, model_keys
+from moe_ray.hub import open_draft
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.transport import connect
@@ -103,7 +104,8 @@ class EngineHost:
             keys = model_keys(model.num_hidden_layers, model.num_local_experts)
             return self._linked(settings, infos, keys, carrier, token)
 
-        self._engine = build_engine(settings, checkpoint, pool, self._bar(f"{name} Trunk"))
+        draft = open_draft(settings, checkpoint.directory)
+        self._engine = build_engine(settings, checkpoint, pool, self._bar(f"{name} Trunk"), draft=draft)
         self._vocab_size = model.vocab_size
         checkpoint.close()
         return {"dtype": dtypes[0]}

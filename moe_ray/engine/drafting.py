@@ -131,7 +131,7 @@ class Drafting:
         self._steps.note(tokens, max(seconds - self._drafting_s, 1e-9))
 
     def drop(self, seq: Sequence) -> None:
-        """Forget a finished sequence. Idempotent."""
+        """Forget a finished sequence."""
         self._usual_output += OUTPUT_LEARNING_RATE * (seq.num_output - self._usual_output)
         self._lookup.drop(seq)
         self._acceptance.pop(seq, None)
@@ -178,7 +178,7 @@ class Drafting:
         if self._waited <= self._wait:
             return chosen
         if self._trials >= TRIALS:
-            self._waited, self._wait = 0, min(2 * self._wait, MOST_WAIT)
+            self._waited, self._wait = 0, min(max(2 * self._wait, LEAST_WAIT), MOST_WAIT)
         return _share(asks, budget)
 
     def _offer(self, ask: Ask) -> Offer:

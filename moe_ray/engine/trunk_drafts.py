@@ -103,8 +103,8 @@ class TrunkDrafts:
         if not rows.batch.sequences:
             return []
         live = self._extend(ready, rows.batch, sequences, counts, drafts)
-        for seq in rows.batch.sequences:
-            self._keep(seq)
+        for i, seq in enumerate(rows.batch.sequences):
+            self._keep(seq, rows.batch.positions[rows.batch.query_start[i]])
         return live
 
     def _extend(
@@ -162,10 +162,14 @@ class TrunkDrafts:
         for block in seq.block_table[start_block:]:
             self._filled[block] = None
 
-    def _keep(self, seq: Sequence) -> None:
-        """Note which blocks hold what their keys say."""
-        whole = self._progress[seq].computed // self._cache.block_size
-        for block, key in zip(seq.block_table[:whole], seq.block_keys, strict=False):
+    def _keep(self, seq: Sequence, start: int) -> None:
+        """Note which blocks hold what their keys say, now that tokens from position `start` on were computed.
+
+        And the one before: when it was filled, its key was not known yet.
+        """
+        size = self._cache.block_size
+        some = slice(max(start - 1, 0) // size, self._progress[seq].computed // size)
+        for block, key in zip(seq.block_table[some], seq.block_keys[some], strict=False):
             self._filled[block] = key
 
 
