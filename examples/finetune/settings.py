@@ -162,7 +162,7 @@ def describe(wanted: argparse.Namespace, setup: Setup) -> None:
         "SFTConfig": {name: getattr(setup.training, name) for name in SHOWN_OF_TRAINING},
         "device": setup.device,
     }
-    print(json.dumps(settings, indent=2, default=str))
+    print(json.dumps(settings, indent=2, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     sizes = model_size(wanted.model)
     total = sum(sizes.values())
     bits = setup.dtype.itemsize * 8

@@ -119,7 +119,7 @@ def test_mixtral_8x7b_is_set_up_for_one_card(train_script: Any) -> None:
     assert shown["SFTConfig"]["optim"] == "paged_adamw_8bit"
     assert shown["SFTConfig"]["bf16"]
     assert shown["SFTConfig"]["activation_checkpointing"]
-    assert sorted(shown["LoraConfig"]["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert shown["LoraConfig"]["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert "46.7 billion parameters, experts 96.6% of them" in done.stdout
     assert done.returncode == 1
     assert "--device cuda: there is no CUDA device here" in done.stderr
@@ -156,3 +156,10 @@ def test_the_questions_are_many_and_each_answer_comes_once(train_script: Any) ->
     assert len(rows) > 2000
     assert len({row["answer"] for row in rows}) == len(rows)
     assert {"question": "What does `abs` do in Python?", "answer": "Return the absolute value of the argument."} in rows
+
+
+@pytest.mark.parametrize("script", ["train.py", "ask.py"])
+def test_help_says_how_to_run_it(script: str) -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLE / script), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"`python examples/finetune/{script}`" in done.stdout
