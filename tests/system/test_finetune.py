@@ -89,7 +89,7 @@ def test_qlora_quantises_attention_and_experts(train_script: Any, base: Path, da
     """transformers quantises attention alone; without the example's own step, experts would stay as they are."""
     from transformers import AutoModelForCausalLM
 
-    wanted = train_script.parse(["--model", str(base), "--load-in-4bit", "--output", str(tmp_path), *FLAGS])
+    wanted = train_script.parse("", ["--model", str(base), "--load-in-4bit", "--output", str(tmp_path), *FLAGS])
     setup = train_script.build(wanted, has_card=False)
     plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=setup.quantisation, device_map="cpu")
     by_transformers = train_script.weights_by_kind(plain)
