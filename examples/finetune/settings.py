@@ -74,7 +74,11 @@ def parse(description: str, arguments: Sequence[str] | None) -> argparse.Namespa
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a card where there is one")
     add("--optim", choices=("adamw_torch", "paged_adamw_8bit"), default="adamw_torch", help="the latter needs a card")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations twice, keep none; always so in 4 bits",
+    )
     add("--seed", type=int, default=0, help="of the adapter's start and of the order of conversations (0)")
     add("--dry-run", action="store_true", help="build and print every setting, say what stands in the way, stop")
     return parser.parse_args(arguments)
@@ -109,7 +113,8 @@ def build(wanted: argparse.Namespace, has_card: bool) -> Setup:
         per_device_train_batch_size=wanted.batch_size,
         per_device_eval_batch_size=wanted.batch_size,
         gradient_accumulation_steps=wanted.gradient_accumulation,
-        activation_checkpointing=wanted.gradient_checkpointing,
+        # Else the backward pass would find the unpacked experts of all layers in memory, which is what 4 bits avoid.
+        activation_checkpointing=wanted.gradient_checkpointing or wanted.load_in_4bit,
         max_length=wanted.max_length,
         learning_rate=wanted.learning_rate,
         warmup_steps=min(10, wanted.max_steps // 10),

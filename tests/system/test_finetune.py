@@ -91,6 +91,7 @@ def test_qlora_quantises_attention_and_experts(train_script: Any, base: Path, da
 
     wanted = train_script.parse("", ["--model", str(base), "--load-in-4bit", "--output", str(tmp_path), *FLAGS])
     setup = train_script.build(wanted, has_card=False)
+    assert setup.training.activation_checkpointing
     plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=setup.quantisation, device_map="cpu")
     by_transformers = train_script.weights_by_kind(plain)
     assert set(by_transformers["attention"]) == {"uint8"}
