@@ -60,6 +60,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --progress-bar on -e ".[dev]"
 	$(BIN)/pip install --no-deps --no-build-isolation $(REFERENCES) || echo "$(REFERENCES): tests that read as they do are skipped"
 	$(BIN)/pip install -e ".[clients]" || echo "without the extra clients, tests with those programs are skipped"
+	$(BIN)/pip install -e ".[finetune]" || echo "without the extra finetune, tests of examples/finetune are skipped"
 	$(BIN)/pip install --no-deps $(CLIENTS) || echo "$(CLIENTS): tests with it are skipped"
 	{ $(PYTHON) -m venv $(VENV)/guidellm \
 	  && $(BIN)/python -c "$(PACKAGES)" > $$($(VENV)/guidellm/bin/python -c "$(PACKAGES)")/ours.pth \

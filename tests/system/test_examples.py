@@ -42,6 +42,14 @@ def test_chat_stream(served_demo: Served) -> None:
     assert usage == "37 tokens in, 8 tokens out"
 
 
+def test_finetune_asks_each_model(served_demo: Served) -> None:
+    question = "What is the capital of France?"
+    asked, answered = run("finetune/ask.py", "--url", served_demo.url, question).strip().split("\n")
+    assert asked == question
+    assert answered.startswith("  demo: ")
+    assert "Paris" in answered
+
+
 def test_many_at_once(served_demo: Served) -> None:
     said = run("many_at_once.py", "--url", served_demo.url, "--max-tokens", "16")
     *answers, blank, total = said.strip().splitlines()
