@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from moe_ray.adapter_nouns import AdapterRef as AdapterRef
+from moe_ray.adapter_nouns import AdapterRows as AdapterRows
 from moe_ray.engine_stats import EngineStats as EngineStats
 from moe_ray.errors import MoeRayError
 from moe_ray.sampling import SamplingParams as SamplingParams
 from moe_ray.timings import LayerTimes, SequenceTimes
+from moe_ray.weight_layout import WeightLayout as WeightLayout
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,16 +21,6 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 ExpertKey = tuple[int, int]  # (layer, expert)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterRef:
-    """Which adapter, and where it is read from."""
-
-    adapter_id: int
-    """Of its contents, the same in every process: 1 .. 2^63 - 1."""
-    source: str
-    """A directory, which every node has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,15 +220,6 @@ class Batch:
         return self.token_ids[end - max(self.num_sampled[index] - 1, 0) : end]
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterRows:
-    """Consecutive rows of one adapter."""
-
-    adapter_id: int
-    """0: of none."""
-    count: int
-
-
 @dataclass(slots=True, eq=False)
 class ExpertCall:
     """Rows of one layer for one expert. Stateless: it may be sent again, elsewhere, or twice."""
@@ -249,26 +233,6 @@ class ExpertCall:
     """At the replica: asks, without waiting, whether the trunk has taken the call back."""
     adapters: tuple[AdapterRows, ...] = ()
     """Which adapter is added to the expert's weights for which rows: their counts sum to T. (): none for any."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightLayout:
-    """What the bytes of one key's weights are in memory: replicas of equal layouts can exchange them."""
-
-    format: str
-    """Of the weights: "float", or a quantised one."""
-    packing: str
-    """The order of the bytes: a backend's own, or its build's."""
-    dtype: str
-    """Of an unquantised item."""
-    shape: tuple[int, int]
-    """hidden_size, intermediate_size"""
-    options: tuple[tuple[str, str], ...] = ()
-    """Of the format, by name: its group size, say."""
-
-    def __str__(self) -> str:
-        options = "".join(f", {name} {value}" for name, value in self.options)
-        return f"{self.format} {self.dtype} {self.shape[0]} x {self.shape[1]}, {self.packing}{options}"
 
 
 @dataclass(frozen=True, slots=True)
