@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from moe_ray.adapter_nouns import AdapterEntry as AdapterEntry
 from moe_ray.adapter_nouns import AdapterRef as AdapterRef
 from moe_ray.adapter_nouns import AdapterRows as AdapterRows
 from moe_ray.engine_stats import EngineStats as EngineStats

@@ -28,7 +28,7 @@ from moe_ray.api.metrics_route import EXPOSITION, metrics_route
 from moe_ray.api.observation import REQUEST_ID, Watching
 from moe_ray.api.ollama import errors as ollama_errors
 from moe_ray.api.ollama import routes as ollama_routes
-from moe_ray.api.openai import adapters as adapter_routes
+from moe_ray.api.openai import adapter_routes
 from moe_ray.api.openai import errors as openai_errors
 from moe_ray.api.openai import routes as openai_routes
 from moe_ray.api.openai.answers import OpenAIError

@@ -19,13 +19,12 @@ from moe_ray.api.observation import Observation
 from moe_ray.api.output import JobOutput
 from moe_ray.api.responses.memory import ResponseStore
 from moe_ray.api.tgi.limits import TgiLimits
-from moe_ray.core import AdapterRef
+from moe_ray.core import AdapterEntry, AdapterRef
 from moe_ray.errors import InvalidRequest, ModelNotFound
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
 from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.text.tokenizer import Tokenizer
-from moe_ray.trunk.adapter_book import AdapterEntry
 
 LONG_BODY = 16_384
 """Bodies longer than this many bytes are tokenized on another thread, so that running streams do not stall."""

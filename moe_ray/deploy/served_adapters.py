@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from moe_ray.config import Config
-from moe_ray.core import AdapterRef
+from moe_ray.core import AdapterEntry, AdapterRef
 from moe_ray.errors import AdapterError, ConfigError
 from moe_ray.hub import resolve_adapter
 from moe_ray.model.lora.adapter_config import FILE
 from moe_ray.model.lora.adapter_file import read_adapter
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.trunk.adapter_book import AdapterEntry
 
 Opener = Callable[[str], AdapterRef]
 

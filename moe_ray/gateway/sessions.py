@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc.aio
 
-from moe_ray.core import AdapterRef, Request, TokenEvent, TrunkInfo
+from moe_ray.core import AdapterEntry, AdapterRef, Request, TokenEvent, TrunkInfo
 from moe_ray.errors import MoeRayError, NotReady
 from moe_ray.gateway.session import Live, Session
 from moe_ray.gateway.trunk_choice import choose, extend_keys
@@ -21,7 +21,7 @@ from moe_ray.gateway.trunk_link import TrunkLink
 from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport.base import LinkOptions
-from moe_ray.trunk.adapter_book import AdapterBook, AdapterEntry
+from moe_ray.trunk.adapter_book import AdapterBook
 
 logger = logging.getLogger(__name__)
 

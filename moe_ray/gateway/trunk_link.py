@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable
 
 import grpc.aio
 
-from moe_ray.core import Request, TokenEvent, TrunkInfo
+from moe_ray.core import AdapterEntry, Request, TokenEvent, TrunkInfo
 from moe_ray.errors import ProtocolError
 from moe_ray.gateway.trunk_choice import TrunkView
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.grpc_channel import open_aio_channel, token_metadata
-from moe_ray.trunk.adapter_book import AdapterEntry
 from moe_ray.trunk.wire import pack_adapter, pack_request, unpack_adapter, unpack_event
 
 logger = logging.getLogger(__name__)

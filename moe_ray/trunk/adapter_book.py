@@ -8,26 +8,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from moe_ray.core import AdapterRef
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterEntry:
-    """An adapter that is served under a name, or was."""
-
-    name: str
-    adapter_id: int
-    source: str
-    """A directory, which every node has, or a repository of the Hugging Face Hub."""
-    version: int
-    """Of two entries of one name, the one with the higher version counts: nanoseconds since 1970."""
-    removed: bool = False
-
-    @property
-    def ref(self) -> AdapterRef:
-        return AdapterRef(self.adapter_id, self.source)
+from moe_ray.core import AdapterEntry, AdapterRef
 
 
 class AdapterBook:

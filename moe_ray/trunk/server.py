@@ -11,14 +11,14 @@ from typing import Final
 
 import grpc
 
-from moe_ray.core import TokenEvent
+from moe_ray.core import AdapterEntry, TokenEvent
 from moe_ray.engine.loop import EngineLoop
 from moe_ray.errors import EngineError, InvalidRequest
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.pb import moe_ray_pb2_grpc as pb_grpc
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.grpc_channel import StreamThreads, TokenInterceptor, join_address, listen, server_options
-from moe_ray.trunk.adapter_book import AdapterBook, AdapterEntry
+from moe_ray.trunk.adapter_book import AdapterBook
 from moe_ray.trunk.traces import RequestTraces
 from moe_ray.trunk.wire import pack_load, pack_step, unpack_adapter, unpack_request
 

@@ -9,13 +9,21 @@ from typing import Any, Final, cast
 from google.protobuf.descriptor import FieldDescriptor
 
 from moe_ray import errors
-from moe_ray.core import EngineStats, FinishReason, Request, RoutedExperts, SamplingParams, TokenEvent, TokenLogprobs
+from moe_ray.core import (
+    AdapterEntry,
+    EngineStats,
+    FinishReason,
+    Request,
+    RoutedExperts,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from moe_ray.engine.step_times import STAGES, Kind, StepTimes
 from moe_ray.errors import InvalidRequest, MoeRayError, ProtocolError
 from moe_ray.histogram import Histogram
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.sampling import Grammar, GrammarKind
-from moe_ray.trunk.adapter_book import AdapterEntry
 
 _FINISH_REASONS: Final = ("stop", "length", "abort")
 _SAMPLING_FIELDS: Final[tuple[FieldDescriptor, ...]] = tuple(pb.SamplingParams.DESCRIPTOR.fields)  # type: ignore[arg-type]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from moe_ray.core import AdapterRef
-from moe_ray.trunk.adapter_book import AdapterBook, AdapterEntry
+from moe_ray.core import AdapterEntry, AdapterRef
+from moe_ray.trunk.adapter_book import AdapterBook
 from moe_ray.trunk.wire import pack_adapter, unpack_adapter
 
 POET, PIRATE = AdapterRef(7, "/poet"), AdapterRef(8, "/pirate")
