@@ -36,19 +36,43 @@ class Reference:
         self._greedy: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._likeliest: dict[tuple[int, ...], list[int]] = {}
 
-    def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """The most likely continuation, up to and including the end-of-sequence token."""
-        import torch
+    def greedy(self, prompt: Sequence[int], max_tokens: int, guess: Sequence[int] = ()) -> list[int]:
+        """The most likely continuation, up to and including the end-of-sequence token.
 
+        `guess`: what is asserted to be it. One pass tells how far it is, and only the rest is generated token by token.
+        """
         key = (tuple(prompt), max_tokens)
         if key not in self._greedy:
-            ids = torch.tensor([list(prompt)])
-            with torch.inference_mode(), all_cores():
-                out = self._model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
-                )
-            self._greedy[key] = out[0, len(prompt) :].tolist()
+            known = self._right_part(prompt, guess)[:max_tokens] if guess else []
+            rest = max_tokens - len(known)
+            if known and known[-1] in self._ends():
+                rest = 0
+            self._greedy[key] = known + (self._generated([*prompt, *known], rest) if rest else [])
         return self._greedy[key]
+
+    def _right_part(self, prompt: Sequence[int], guess: Sequence[int]) -> list[int]:
+        """The greedy tokens that one pass over prompt and guess tells: each follows what is greedy itself."""
+        found: list[int] = []
+        for at, token in enumerate(self.likeliest([*prompt, *guess])[len(prompt) - 1 :]):
+            found.append(token)
+            if token in self._ends() or list(guess[at : at + 1]) != [token]:
+                break
+        return found
+
+    def _ends(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        return {ends} if isinstance(ends, int) else set(ends or ())
+
+    def _generated(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        import torch
+
+        ids = torch.tensor([token_ids])
+        with torch.inference_mode(), all_cores():
+            out = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+            )
+        generated: list[int] = out[0, len(token_ids) :].tolist()
+        return generated
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits of what follows each position, [T, V]."""
