@@ -233,7 +233,9 @@ def test_two_overrides_of_one_group_that_differ_are_both_named() -> None:
         "`experts.overrides.2` and `experts.overrides.3` differ, but these experts share an actor "
         "(`experts.experts_per_actor` is 2): give both the same"
     )
-    assert "`experts.experts_per_actor`" in fault({"experts": {"experts_per_actor": 0}})
+    said = fault({"experts": {"experts_per_actor": 0}})
+    assert "`experts.experts_per_actor" in said
+    assert "greater than or equal to 1, got 0" in said
 
 
 def test_spares_hold_what_they_say(file: Path) -> None:
