@@ -15,8 +15,8 @@ void host_add(void* host, uint64_t layer, uint64_t expert, Forward forward, void
   static_cast<Host*>(host)->add(layer, expert, forward, handle);
 }
 
-void host_add_adapter(void* host, uint64_t layer, uint64_t expert, uint64_t adapter_id, const void* handle) {
-  static_cast<Host*>(host)->add_adapter(layer, expert, adapter_id, handle);
+int host_add_adapter(void* host, uint64_t layer, uint64_t expert, uint64_t adapter_id, const void* handle) {
+  return static_cast<Host*>(host)->add_adapter(layer, expert, adapter_id, handle);
 }
 void host_remove_adapter(void* host, uint64_t layer, uint64_t expert, uint64_t adapter_id) {
   static_cast<Host*>(host)->remove_adapter(layer, expert, adapter_id);

@@ -33,11 +33,13 @@ class Host {
     networks_.emplace(Key{layer, expert}, Network{forward, handle, {layer, expert, 0, 0, 0, 0}});
   }
 
-  // Lets calls for a held key name an adapter, by a handle of what computes. The id: not 0, not held for the key.
-  void add_adapter(uint64_t layer, uint64_t expert, uint64_t id, const void* handle) {
-    Network& network = *find(layer, expert);
+  // Lets calls for a key name an adapter, by a handle of what computes. The id: not 0. False: the key is not held, or
+  // has this adapter already.
+  bool add_adapter(uint64_t layer, uint64_t expert, uint64_t id, const void* handle) {
+    Network* network = find(layer, expert);
+    if (!network) return false;
     std::lock_guard<std::mutex> lock(queue_.state);
-    network.adapters.emplace(id, std::make_unique<HeldAdapter>(HeldAdapter{handle, 0}));
+    return network->adapters.emplace(id, std::make_unique<HeldAdapter>(HeldAdapter{handle, 0})).second;
   }
 
   // Refuses calls that name an adapter from now on, and returns when those that came before have been computed.

@@ -44,7 +44,7 @@ _SIGNATURES: Final = {
     "host_new": (c_void_p, (c_int64, c_uint64, c_int64, c_uint64, c_int)),
     "host_free": (None, (c_void_p,)),
     "host_add": (None, (c_void_p, c_uint64, c_uint64, c_void_p, c_void_p)),
-    "host_add_adapter": (None, (c_void_p, c_uint64, c_uint64, c_uint64, c_void_p)),
+    "host_add_adapter": (c_int, (c_void_p, c_uint64, c_uint64, c_uint64, c_void_p)),
     "host_remove_adapter": (None, (c_void_p, c_uint64, c_uint64, c_uint64)),
     "host_stats": (None, (c_void_p, c_void_p)),
     "host_key_stats": (c_uint64, (c_void_p, c_void_p, c_uint64)),
@@ -158,9 +158,13 @@ class Host:
         """Let calls of a key that is held name an adapter. `handle`: what its entry's function knows it by.
 
         None: nothing is added, or the entry is interpreted, which goes by the id. `keeps` lives until it is removed.
+        Nothing where it names the adapter already. Raises `KeyError` where the key is not held.
         """
+        if (layer, expert, adapter_id) in self._adapters:
+            return
+        if not self._library.host_add_adapter(self._host, layer, expert, adapter_id, handle):
+            raise KeyError((layer, expert))
         self._adapters[layer, expert, adapter_id] = keeps
-        self._library.host_add_adapter(self._host, layer, expert, adapter_id, handle)
 
     def remove_adapter(self, layer: int, expert: int, adapter_id: int) -> None:
         """Refuse calls that name the adapter from now on, and wait for those that came before. Idempotent.

@@ -12,6 +12,13 @@ using namespace moe_ray;
 
 namespace {
 
+// The threads, for as long as nobody else may use them: weights are packed while others compute.
+struct Threads {
+  explicit Threads(void* pool) : pool(*static_cast<Pool*>(pool)), lock(this->pool.using_) {}
+  Pool& pool;
+  std::lock_guard<std::mutex> lock;
+};
+
 // Calls work with a null pointer of the rows' type.
 template <class Work>
 void with_dtype(int32_t dtype, const Work& work) {
@@ -66,20 +73,23 @@ int32_t table_middle() { return Nibbles<true>::kTableMiddle; }
 // Rounds w [n, k] of a dtype to codes [n, k] with scales, and offsets unless null, [n, k / group]; levels: 16 or null.
 void round_codes(void* pool, int32_t dtype, const void* w, int64_t n, int64_t k, int32_t bits, int64_t group,
                  const float* levels, uint8_t* codes, float* scales, float* offsets) {
+  const Threads threads(pool);
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    round_rows(*static_cast<Pool*>(pool), static_cast<const T*>(w), n, k, {bits, group, offsets != nullptr, levels}, codes,
+    round_rows(threads.pool, static_cast<const T*>(w), n, k, {bits, group, offsets != nullptr, levels}, codes,
                scales, offsets);
   });
 }
 
 // Packs matrix `which` of the block at `memory`, whose header is written.
 void pack_floats(void* pool, void* memory, int64_t which, const void* w) {
-  moe_ray::pack_floats(*static_cast<Pool*>(pool), matrix_at(memory), which, static_cast<const uint8_t*>(w));
+  const Threads threads(pool);
+  moe_ray::pack_floats(threads.pool, matrix_at(memory), which, static_cast<const uint8_t*>(w));
 }
 void pack_codes(void* pool, void* memory, int64_t which, const uint8_t* codes, const float* scales, const float* offsets,
                 int64_t group) {
-  moe_ray::pack_codes(*static_cast<Pool*>(pool), matrix_at(memory), which, codes, scales, offsets, group);
+  const Threads threads(pool);
+  moe_ray::pack_codes(threads.pool, matrix_at(memory), which, codes, scales, offsets, group);
 }
 
 // Rows `ids` of a block's first matrix [n, k], as float32 [count, k].
@@ -89,9 +99,10 @@ void unpack_rows(const void* memory, const int64_t* ids, int64_t count, float* o
 
 // out [rows, n] = x [rows, k] w^T, float32.
 void linear_f32(void* pool, int32_t dtype, const void* x, int64_t rows, const void* memory, float* out) {
+  const Threads threads(pool);
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    linear_into(*static_cast<Pool*>(pool), static_cast<const T*>(x), rows, matrix_at(memory), out);
+    linear_into(threads.pool, static_cast<const T*>(x), rows, matrix_at(memory), out);
   });
 }
 
@@ -111,11 +122,10 @@ int64_t bare_loop(void* pool, const void* memory, int64_t times) {
 
 void expert_ffn(void* pool, int32_t dtype, const void* x, const float* weights, int64_t rows, const void* w13,
                 const void* w2, void* out, const AdapterRun* runs, int64_t num_runs) {
-  Pool& threads = *static_cast<Pool*>(pool);
-  std::lock_guard<std::mutex> lock(threads.using_);  // several carriers may serve one expert
+  const Threads threads(pool);  // several carriers may serve one expert
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    ffn(threads, static_cast<const T*>(x), weights, rows, matrix_at(w13), matrix_at(w2), static_cast<T*>(out),
+    ffn(threads.pool, static_cast<const T*>(x), weights, rows, matrix_at(w13), matrix_at(w2), static_cast<T*>(out),
         runs, num_runs);
   });
 }
@@ -153,8 +163,9 @@ int layer_supported(int64_t heads, int64_t kv_heads, int64_t head_dim) {
 // expert has [E], and where each token's k-th row went: row_of [T, K], experts ascending.
 void layer_front(void* pool, int32_t dtype, const Shape* shape, const Layer* layer, const Step* step, float* hidden,
                  void* rows, float* row_weights, int64_t* counts, int32_t* row_of) {
+  const Threads threads(pool);
   with_dtype(dtype, [&](auto* type) {
-    moe_ray::layer_front(*static_cast<Pool*>(pool), *shape, *layer, *step, hidden, static_cast<decltype(type)>(rows),
+    moe_ray::layer_front(threads.pool, *shape, *layer, *step, hidden, static_cast<decltype(type)>(rows),
                          row_weights, counts, row_of);
   });
 }
@@ -171,11 +182,11 @@ void combine(int32_t dtype, float* hidden, int64_t tokens, int64_t width, int64_
 // rows picked.
 void head(void* pool, const float* hidden, int64_t width, const int64_t* which, int64_t count, const float* norm,
           float eps, const void* memory, float* out, const AdapterRun* runs, int64_t num_runs) {
-  Pool& threads = *static_cast<Pool*>(pool);
+  const Threads threads(pool);
   float* normed = room(scratch.normed, count * width);
   for (int64_t i = 0; i < count; i++) rms_norm(hidden + which[i] * width, norm, width, eps, normed + i * width);
-  const Additions to_head(threads, runs, num_runs, &HeadAdapter::head, normed, width, count);
-  linear_into(threads, normed, count, matrix_at(memory), out, &to_head);
+  const Additions to_head(threads.pool, runs, num_runs, &HeadAdapter::head, normed, width, count);
+  linear_into(threads.pool, normed, count, matrix_at(memory), out, &to_head);
 }
 
 }  // extern "C"

@@ -114,6 +114,18 @@ def test_each_row_has_its_adapter(replica: Replica, native: bool) -> None:
     link.close()
 
 
+def test_an_adapter_is_added_once_and_to_keys_that_are_held(replica: Replica) -> None:
+    before = replica.ffn[KEY].adapter_handle(3)
+    replica.add(3)
+    assert replica.ffn[KEY].adapter_handle(3) == before
+    with pytest.raises(KeyError):
+        replica.host.add_adapter(0, 5, 3, None, None)
+    replica.host.remove_adapter(0, 5, 3)
+    replica.host.remove_adapter(*KEY, 99)
+    with pytest.raises(AdapterNotHeld):
+        replica.ffn[KEY].adapter_handle(99)
+
+
 def test_it_is_the_product_with_the_sum_of_both(replica: Replica) -> None:
     asked = replica.call((3, 7))
     part = PARTS[3]

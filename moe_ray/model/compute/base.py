@@ -105,7 +105,10 @@ class FFN(Protocol):
         ...
 
     def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
-        """Hold what an adapter adds, for calls to name it from now on; while others compute, from one thread."""
+        """Hold what an adapter adds, for calls to name it from now on; while others compute, from one thread.
+
+        Nothing where it is held already: an id is that of the content.
+        """
         ...
 
     def remove_adapter(self, adapter_id: int) -> None:

@@ -54,6 +54,8 @@ class NativeFFN:
         return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2, runs)
 
     def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
+        if adapter_id in self._adapters:
+            return  # of the same content, by its id; the memory that it is known by must stay
         inner, hidden = self.w13.shape.n, self.w13.shape.k
         held = None
         if part.gate or part.up or part.down:

@@ -83,6 +83,8 @@ class TorchFFN:
 
     @torch.inference_mode()
     def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
+        if adapter_id in self._adapters:
+            return  # of the same content, by its id; the memory that it is known by must stay
         inner, hidden = self._w2.shape[1], self._w2.shape[0]
         held = ThinExpert(
             Thin.above((part.gate, part.up), (inner, inner), self._w2), Thin.above((part.down,), (hidden,), self._w2)
