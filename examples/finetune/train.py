@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import torch
         import trl  # noqa: F401
     except ImportError as error:
-        sys.exit(f"{error}: pip install 'moe_ray[finetune]'")
+        sys.exit(f"{error}: pip install -e '.[finetune]'")
     has_card = torch.cuda.is_available()
     try:
         setup = build(wanted, has_card)
