@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import subprocess
 import sys
@@ -62,7 +61,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.skipif("adapters" not in inspect.signature(LLM).parameters, reason="LLM takes no adapters yet")
 def test_the_adapter_answers_in_moe_ray_as_in_peft(train_script: Any, base: Path, data: Path, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
