@@ -177,6 +177,7 @@ DASHBOARDS: dict[str, tuple[str, tuple[Row, ...]]] = {
                         (
                             (f"sum by (trunk) (ray_moe_ray_trunk_running{{{HERE}}})", "running {{trunk}}"),
                             (f"sum by (trunk) (ray_moe_ray_trunk_waiting{{{HERE}}})", "waiting {{trunk}}"),
+                            (f"sum by (trunk) (ray_moe_ray_trunk_adapters{{{HERE}}})", "adapters held {{trunk}}"),
                         ),
                     ),
                     Panel(

@@ -88,6 +88,8 @@ EXAMPLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "chat": {"messages": _ASK, "max_tokens": 16},
         "text": {"prompt": "The capital of France is", "max_tokens": 16},
     },
+    "/v1/load_lora_adapter": {"a directory": {"lora_name": "poet", "lora_path": "/models/poet"}},
+    "/v1/unload_lora_adapter": {"by its name": {"lora_name": "poet"}},
     "/house/scale": {
         "two replicas": {"expert": 3, "replicas": 2},
         "as many as the policy says": {"expert": 3, "replicas": None},
@@ -96,10 +98,10 @@ EXAMPLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
 }
 """Path → what the request shows → its body."""
 _NAMED: Final = ("/v1/", "/api/")
-"""Bodies on paths that begin so name a model."""
+"""Bodies on paths that begin so name a model, but for those of adapters."""
 
 
 def examples_of(path: str, model: str) -> dict[str, dict[str, Any]]:
     """The examples of a path, of the served model."""
-    names = {"model": model} if path.startswith(_NAMED) else {}
+    names = {"model": model} if path.startswith(_NAMED) and not path.endswith("_lora_adapter") else {}
     return {shown: {**names, **body} for shown, body in EXAMPLES[path].items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_ray.bench.child import ChildFailed, Parent, answer_commands
-from moe_ray.bench.expert_process import ExpertHost, unpacked
+from moe_ray.bench.expert_process import ExpertHost
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo, Request, SamplingParams
 from moe_ray.engine.build import build_engine
@@ -21,6 +21,7 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_experts, model_keys
+from moe_ray.experts.replica_data import unpacked
 from moe_ray.hub import open_draft
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
+from moe_ray.experts.replica_data import packed
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import limit_torch_threads, open_compute
@@ -70,16 +70,6 @@ class ExpertHost:
         from moe_ray.transport.ray import RayExpertServer
 
         return RayExpertServer(self._worker.forward)
-
-
-def packed(info: ReplicaInfo) -> dict[str, Any]:
-    """`info` as JSON can carry it."""
-    return {**asdict(info), "keys": sorted(info.keys)}
-
-
-def unpacked(data: dict[str, Any]) -> ReplicaInfo:
-    """What `packed` made."""
-    return ReplicaInfo(**{**data, "keys": frozenset((layer, expert) for layer, expert in data["keys"])})
 
 
 def main() -> None:

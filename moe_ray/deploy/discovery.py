@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError
@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from moe_ray.core import ReplicaInfo, TrunkInfo
 from moe_ray.deploy.ray_internals import routed_replicas
 from moe_ray.errors import NotReady
+from moe_ray.experts.replica_data import packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,7 @@ _AWAY = (RayServeException, RayError, TimeoutError, ConnectionError)
 
 def as_metadata(info: ReplicaInfo) -> dict[str, Any]:
     """What a replica answers to Serve's `record_replica_metadata`, which Serve pushes to all that hold its handle."""
-    sets = {"keys": sorted(info.keys), "adapters": sorted(info.adapters)}
-    return {"endpoint": {**asdict(info), **sets, "addresses": dict(info.addresses)}}
+    return {"endpoint": packed(info)}
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> ReplicaInfo | None:
@@ -41,9 +41,8 @@ def from_metadata(metadata: Mapping[str, Any]) -> ReplicaInfo | None:
     if told is None:
         return None
     try:
-        sets = {"keys": frozenset(map(tuple, told["keys"])), "adapters": frozenset(told["adapters"])}
-        return ReplicaInfo(**{**told, **sets})
-    except (TypeError, KeyError, ValueError) as error:
+        return unpacked(told)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         logger.warning("a replica reports itself in a form that this version does not know: %r", error)
         return None
 

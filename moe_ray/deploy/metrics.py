@@ -80,6 +80,7 @@ ENGINE_GAUGES: Final = {
     "num_waiting": ("waiting", "Sequences waiting to be admitted."),
     "kv_blocks_total": ("kv_blocks", "Blocks of the KV cache."),
     "kv_blocks_free": ("kv_blocks_free", "Blocks of the KV cache that no sequence holds."),
+    "adapters": ("adapters", "LoRA adapters that the trunk holds."),
 }
 """The other fields of `EngineStats` → name and help."""
 

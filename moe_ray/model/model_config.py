@@ -121,7 +121,7 @@ class ModelConfig:
         head_dim = read.positive_int("head_dim", keys.head_dim or hidden // heads)
         config = ModelConfig(
             family=family,
-            router=_router(read, family),
+            router=_router_of(read, family),
             vocab_size=read.positive_int("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.positive_int(keys.intermediate_size),
@@ -171,7 +171,7 @@ class ModelConfig:
         return config
 
 
-def _router(read: ConfigReader, family: Family) -> Router:
+def _router_of(read: ConfigReader, family: Family) -> Router:
     router, keys = family.router, family.config
     if keys.norm_topk_prob is not None:
         router = replace(router, renormalise=read.flag("norm_topk_prob", keys.norm_topk_prob))

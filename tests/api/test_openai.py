@@ -257,6 +257,8 @@ def test_chat_messages(tokenizer: Tokenizer) -> None:
 def test_every_error_has_a_status() -> None:
     expected = {
         errors.InvalidRequest: 400,
+        errors.AdapterError: 400,
+        errors.AdapterUnavailable: 503,
         errors.ContextLengthExceeded: 400,
         errors.Unauthorized: 401,
         errors.ModelNotFound: 404,

@@ -45,10 +45,12 @@ class UnloadAdapterRequest(Documented):
 
 
 def add_routes(app: FastAPI, service: ServedModel) -> None:
-    """Add the routes to `app`; they change what `service` serves."""
+    """Add the routes to `app`; they change what `service` serves. Where that is not permitted, they only say so."""
+    told = service.open_adapter is not None
 
     @app.post(
         "/v1/load_lora_adapter",
+        include_in_schema=told,
         openapi_extra=json_body(LoadAdapterRequest),
         response_class=Response,  # which has no media type of its own
         responses={200: _TEXT, **failures(OpenAIError, *ANYWHERE, 400, 403, 500)},
@@ -66,6 +68,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
 
     @app.post(
         "/v1/unload_lora_adapter",
+        include_in_schema=told,
         openapi_extra=json_body(UnloadAdapterRequest),
         response_class=Response,
         responses={200: _TEXT, **failures(OpenAIError, *ANYWHERE, 400, 403, 404, 500)},

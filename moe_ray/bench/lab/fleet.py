@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from moe_ray.bench.child import Child
-from moe_ray.bench.expert_process import unpacked
 from moe_ray.bench.lab.emulate import TOP_K, ReplicaSample, ServiceTime
 from moe_ray.core import ReplicaInfo
 from moe_ray.errors import MoeRayError
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
+from moe_ray.experts.replica_data import unpacked
 from moe_ray.model.moe import Routed, group
 from moe_ray.transport import connect
 from moe_ray.transport.base import Link, LinkOptions

@@ -11,9 +11,9 @@ from collections import deque
 from typing import Any
 
 from moe_ray.bench.child import Parent, answer_commands
-from moe_ray.bench.expert_process import packed
 from moe_ray.bench.lab.emulate import ServiceQueue, ServiceTime, percentile
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
+from moe_ray.experts.replica_data import packed
 from moe_ray.transport.base import LinkOptions
 from moe_ray.transport.socket import SocketExpertServer
 

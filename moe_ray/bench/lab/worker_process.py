@@ -8,10 +8,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from moe_ray.bench.child import Parent, answer_commands
-from moe_ray.bench.expert_process import packed
 from moe_ray.bench.lab.emulate import ServiceTime
 from moe_ray.bench.lab.skew_process import sleep_until
 from moe_ray.core import AdapterRows, ReplicaInfo
+from moe_ray.experts.replica_data import packed
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
