@@ -182,7 +182,11 @@ void fronts(void* pool, int32_t dtype, bool scaled) {
     const int64_t start = 0;
     std::vector<int64_t> counts(experts);
     std::vector<float> by(tokens * 2), logits(tokens * D);
-    const Shape shape{D, heads, kv, hd, experts, 2, 1e-5f, 0.125f, group == 3 ? 4 : 0};
+    const Shape shape{D, heads, kv, hd, experts, 2, 1e-5f, 0.125f, group == 3 ? 4 : 0,
+                      group == 7 ? 0.5f : 1.0f, group != 7, group == 7};
+    // What families other than Mixtral have beside it.
+    const bool normed = group > 1, biased = group == 3;
+    const std::vector<float> q_norm(heads * hd, 1.25f), k_norm(kv * hd, 0.75f), bias = random_floats(width, 0.5f);
     std::vector<float> k_scales(slots * kv), v_scales(slots * kv);
     const Layer layer{norm.data(),
                       norm.data(),
@@ -192,7 +196,11 @@ void fronts(void* pool, int32_t dtype, bool scaled) {
                       k_cache.data(),
                       v_cache.data(),
                       scaled ? k_scales.data() : nullptr,
-                      scaled ? v_scales.data() : nullptr};
+                      scaled ? v_scales.data() : nullptr,
+                      normed ? q_norm.data() : nullptr,
+                      normed ? k_norm.data() : nullptr,
+                      biased ? bias.data() : nullptr,
+                      biased ? bias.data() : nullptr};
     const Step step{tokens,       block_size, positions.data(), where.data(), sequence.data(),
                     tables.data(), &start,    rope.data(), nullptr,         0};
     layer_front(pool, dtype, &shape, &layer, &step, hidden.data(), rows.data(), by.data(), counts.data(), row_of.data());
