@@ -72,8 +72,7 @@ class Gateway:
         sequences = SequenceMetrics(config.served_name)
         self._reporter = Reporter(sequences.report)
         model = ModelConfig.load(directory)
-        open_adapter = adapter_opener(model, config.adapters.max_rank)
-        self._sessions.serve_adapters(configured_adapters(config.adapters.modules, open_adapter))
+        self._sessions.serve_adapters(configured_adapters(config.adapters, model))
         self._service = ServedModel(
             config.served_name,
             Tokenizer(directory, http.tool_call_parser),
@@ -82,7 +81,7 @@ class Gateway:
             config.model.aliases,
             Observation(config.served_name, self._tracing, sequences.take),
             response_store(http, responses),
-            open_adapter if config.adapters.runtime_loading else None,
+            adapter_opener(model, config.adapters.max_rank) if config.adapters.runtime_loading else None,
         )
         facts = ModelFacts(
             config.served_name, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from moe_ray.config import Config
+from moe_ray.config.adapters import AdaptersSection
 from moe_ray.core import AdapterEntry, AdapterRef
-from moe_ray.errors import AdapterError, ConfigError
+from moe_ray.errors import ConfigError
 from moe_ray.hub import resolve_adapter
 from moe_ray.model.lora.adapter_config import FILE
 from moe_ray.model.lora.adapter_file import read_adapter
@@ -22,10 +23,7 @@ def adapter_opener(model: ModelConfig, most_rank: int) -> Opener:
     """
 
     def opened(source: str) -> AdapterRef:
-        adapter = read_adapter(resolve_adapter(source), model)
-        if adapter.rank > most_rank:
-            raise AdapterError(f"{source}: its rank {adapter.rank} is above adapters.max_rank {most_rank}")
-        return AdapterRef(adapter.adapter_id, source)
+        return AdapterRef(read_adapter(resolve_adapter(source), model, most_rank).adapter_id, source)
 
     return opened
 
@@ -36,14 +34,17 @@ def check_adapters(config: Config, model: ModelConfig) -> None:
     for name, source in config.adapters.modules.items():
         if name in own:
             raise ConfigError(f"adapters.modules: {name!r} is a name of the model itself")
-        adapter_opener(model, config.adapters.max_rank)(source)
+        read_adapter(resolve_adapter(source), model, config.adapters.max_rank)
 
 
-def configured_adapters(modules: Mapping[str, str], opened: Opener) -> list[AdapterEntry]:
-    """The entries of `adapters.modules`, as old as their files: what requests have changed since goes before them."""
+def configured_adapters(options: AdaptersSection, model: ModelConfig) -> list[AdapterEntry]:
+    """The entries of `adapters.modules`, as old as their files: what requests have changed since goes before them.
+
+    Raises `AdapterError` for one that does not fit the model.
+    """
     entries = []
-    for name, source in modules.items():
-        adapter = opened(source)
-        age = (resolve_adapter(source) / FILE).stat().st_mtime_ns
+    for name, source in options.modules.items():
+        adapter = read_adapter(resolve_adapter(source), model, options.max_rank)
+        age = (adapter.directory / FILE).stat().st_mtime_ns
         entries.append(AdapterEntry(name, adapter.adapter_id, source, age))
     return entries

@@ -190,11 +190,9 @@ class AdapterShelf:
     def _read(self, ref: AdapterRef) -> Adapter:
         """On a thread of its own."""
         try:
-            adapter = read_adapter(self._locate(ref.source), self._place.config)
+            adapter = read_adapter(self._locate(ref.source), self._place.config, self._most_rank)
             if adapter.adapter_id != ref.adapter_id:
                 raise AdapterError("its files have changed since it was registered")
-            if adapter.rank > self._most_rank:
-                raise AdapterError(f"its rank {adapter.rank} is above adapters.max_rank {self._most_rank}")
             if any(map(adapter.touches_experts, range(self._place.config.num_hidden_layers))):
                 if self._holder is None:
                     raise AdapterError("it changes experts, and those of this engine hold no adapters")

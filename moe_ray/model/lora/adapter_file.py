@@ -248,12 +248,15 @@ class Adapter:
         return array
 
 
-def read_adapter(directory: Path, config: ModelConfig) -> Adapter:
+def read_adapter(directory: Path, config: ModelConfig, most_rank: int | None = None) -> Adapter:
     """The adapter in a directory, in peft's format, for a model of this shape. Raises `AdapterError`.
 
     It adds to what the file has tensors for; all of them must be of the model, and named by its config.
     """
-    return Adapter(directory, config)
+    adapter = Adapter(directory, config)
+    if most_rank is not None and adapter.rank > most_rank:
+        raise AdapterError(f"{directory}: its rank {adapter.rank} is above adapters.max_rank {most_rank}")
+    return adapter
 
 
 def _header(directory: Path) -> dict[str, TensorEntry]:
