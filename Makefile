@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 # Whole files go to one worker each, so that what a file's tests see of each other never depends on timing.
-FAST := $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile
+FAST := $(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE)
 REFERENCES := auto-gptq==0.7.1 autoawq==0.2.9  # single files of them; what they depend on is large, old and not needed
 CLIENTS := text-generation==0.7.0  # TGI's own; it asks for an older huggingface_hub, and runs with ours
 GUIDELLM := guidellm==0.8.1  # wants older versions of packages that we have: in an environment of its own over ours
@@ -33,8 +34,9 @@ test-fast: venv browser  ## all that is proven without Ray: three minutes on two
 test-fast-torch: venv  ## the same as on a CPU that moe_ray has no kernels for: torch computes
 	$(FAST) --plain-cpu $(ARGS) $(NONE_IS_FINE)
 
-test-slow: venv arm64 browser  ## Ray, servers, processes that are killed, parity with transformers through all of it
-	$(BIN)/pytest -m slow $(ARGS) $(NONE_IS_FINE)
+test-slow: venv arm64 browser  ## long computing, side by side; then Ray, servers, processes that are killed, parity through all of it
+	$(BIN)/pytest -m "slow and apart" $(SIDE_BY_SIDE) $(ARGS) $(NONE_IS_FINE)
+	$(BIN)/pytest -m "slow and not apart" $(ARGS) $(NONE_IS_FINE)
 
 check: venv  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ from moe_ray.adapter_nouns import AdapterEntry as AdapterEntry
 from moe_ray.adapter_nouns import AdapterRef as AdapterRef
 from moe_ray.adapter_nouns import AdapterRows as AdapterRows
 from moe_ray.engine_stats import EngineStats as EngineStats
+from moe_ray.engine_stats import TierStats as TierStats
 from moe_ray.errors import MoeRayError
 from moe_ray.sampling import SamplingParams as SamplingParams
 from moe_ray.timings import LayerTimes, SequenceTimes
@@ -198,7 +199,8 @@ class Batch:
     degraded: set[int] = field(default_factory=set)
     """Flat positions that were computed without one of their experts (`on_expert_loss: renormalise`)."""
     routed: np.ndarray | None = None  # [T, num_hidden_layers, num_experts_per_tok]
-    """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to."""
+    """Where a sequence asks for it: filled by the forward pass with the experts that each token is routed to; zeros in
+    layers without experts."""
     layer_times: list[LayerTimes] | None = None
     """Where a sequence is traced: filled by the forward pass."""
     adapter_ids: list[int] = field(default_factory=list)

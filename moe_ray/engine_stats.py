@@ -6,7 +6,39 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStats:
+class TierStats:
+    """What became of KV blocks below the cache: in host memory ("swap") and on a disk."""
+
+    swap_bytes: int = 0
+    """Held now."""
+    disk_bytes: int = 0
+    """In the directory, of other processes too, as far as is known."""
+    swap_stored_bytes: int = 0
+    swap_loaded_bytes: int = 0
+    swap_hit_tokens: int = 0
+    """Tokens that were loaded from host memory instead of computed; among `prefix_hit_tokens`."""
+    swap_evicted_blocks: int = 0
+    swap_load_seconds: float = 0.0
+    """Time of steps that went into copies to the cache, from either tier."""
+    disk_written_bytes: int = 0
+    disk_loaded_bytes: int = 0
+    disk_hit_tokens: int = 0
+    """Tokens that were loaded from the disk instead of computed; among `prefix_hit_tokens`."""
+    disk_read_seconds: float = 0.0
+    """Time of the thread that reads."""
+    disk_removed_files: int = 0
+    """To stay below the limit."""
+    disk_damaged_files: int = 0
+    disk_dropped_blocks: int = 0
+    """Blocks that were not queued to be written: the queue was full."""
+    disk_failures: int = 0
+    """Reads and writes that the system refused."""
+    tier_declined_tokens: int = 0
+    """Tokens that lay in a tier and were computed all the same: as measured, that is faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats(TierStats):
     """A snapshot of the engine; cheap to take."""
 
     num_running: int = 0

@@ -11,6 +11,10 @@ class ConfigError(MoeRayError):
     """A flag, an environment variable or a key of the configuration is wrong; names it and what is allowed."""
 
 
+class OverBudget(ConfigError):
+    """An actor's weights take more of its card than its budget; names both."""
+
+
 class CheckpointError(MoeRayError):
     """A checkpoint is missing, truncated, misshapen or of a refused format; names the file and the tensor."""
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,19 +20,16 @@ from moe_ray.model.foreign import (
     PARAMS,
     SINGLE,
     index_in,
-    is_shard,
     refuse_foreign_file,
     single_in,
     what_it_is,
 )
+from moe_ray.model.repo_files import IN_FOLDERS, SMALL_FILES, weight_files
 
 if TYPE_CHECKING:
     from moe_ray.convert.demo import Progress
     from moe_ray.model.checkpoint import Checkpoint
 
-SMALL_FILES: Final = ("*.json", "*.jinja", "tokenizer.model*", "merges.txt")
-"""What is read beside weights: configuration, tokenizer, templates. Of the repository's root: folders are not read."""
-IN_FOLDERS: Final = "*/*"
 _REPO_ID: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<file>[\w./-]+\.gguf))?")
 
 
@@ -42,8 +37,29 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     """Return the directory of `config.model.path`: built (demo), found (a directory) or downloaded (a Hub repo id).
 
     A GGUF file (a path, the only one of a directory, or one of a repo as owner/name:FILE.gguf) is unpacked: see
-    `unpacked`. Raises `CheckpointError` when there is no such directory, file or repo, or the download fails.
+    `unpacked`. With `config.model.hf_overrides` it is a directory with these in its config.json. Raises
+    `CheckpointError` when there is no such directory, file or repo, or the download fails, `ConfigError`. Where
+    `config.model.load_format` is dummy, no weights are looked for: see `dummy_checkpoint`.
     """
+    if config.model.load_format == "dummy":
+        from moe_ray.convert.dummy import dummy_checkpoint
+        from moe_ray.convert.recipe import no_progress
+
+        small = with_overrides(config, _resolve_small(config))
+        return dummy_checkpoint(small, config.cache_dir, progress or no_progress)
+    return with_overrides(config, _resolve_model(config, progress))
+
+
+def with_overrides(config: Config, where: Path) -> Path:
+    """`where`, a directory or a config.json, with what `config.model.hf_overrides` says. Raises as `overridden`."""
+    if not config.model.hf_overrides:
+        return where
+    from moe_ray.convert.overridden import overridden
+
+    return overridden(where, config.model.hf_overrides, config.cache_dir)
+
+
+def _resolve_model(config: Config, progress: Progress | None) -> Path:
     name = config.model.path
     if name == DEMO_MODEL:
         from moe_ray.convert.demo import demo_model_path
@@ -66,6 +82,17 @@ def resolve_model(config: Config, progress: Progress | None = None) -> Path:
     if repo["file"] is not None:
         return _unpacked(_download_gguf(repo["repo"], repo["file"], config.model.revision), config)
     return _download(name, config.model.revision)
+
+
+def _resolve_small(config: Config) -> Path:
+    """The directory of `config.model.path` with its config.json and tokenizer, or its config.json alone."""
+    name = config.model.path
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path.resolve()
+    if path.exists() or _REPO_ID.fullmatch(name) is None or name.endswith(".gguf"):
+        return _resolve_model(config, None)
+    return _download_small(name, config.model.revision)
 
 
 def resolve_adapter(source: str) -> Path:
@@ -96,8 +123,17 @@ def resolve_draft(config: Config, progress: Progress | None = None, config_only:
         from moe_ray.convert.dense_demo import dense_demo_path
 
         return dense_demo_path(config.cache_dir, progress)
-    model = config.model.model_copy(update={"path": name, "revision": None})
+    model = config.model.model_copy(update={"path": name, "revision": None, "hf_overrides": {}})
     return (resolve_config if config_only else resolve_model)(config.model_copy(update={"model": model}), progress)
+
+
+def check_draft(config: Config) -> None:
+    """Raise `ConfigError` where a token id means another token to `config.engine.draft_model` than to the model."""
+    draft = resolve_draft(config)
+    if draft is not None:
+        from moe_ray.text.same_vocabulary import check_same_vocabulary
+
+        check_same_vocabulary(draft, resolve_model(config))
 
 
 def open_draft(config: Config, target: Path, progress: Progress | None = None) -> Checkpoint | None:
@@ -128,11 +164,11 @@ def resolve_config(config: Config, progress: Progress | None = None) -> Path:
     name = config.model.path
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return path.resolve()
+        return with_overrides(config, path.resolve())
     repo = _REPO_ID.fullmatch(name)
     if name == DEMO_MODEL or path.exists() or repo is None or repo["file"] is not None:
         return resolve_model(config, progress)
-    return _download_config(name, config.model.revision)
+    return with_overrides(config, _download_config(name, config.model.revision))
 
 
 def _unpacked(gguf: Path, config: Config) -> Path:
@@ -149,33 +185,6 @@ def _gguf_in(directory: Path) -> Path | None:
         return None
     name = choose_file([path.name for path in directory.glob("*.gguf")], str(directory))
     return None if name is None else directory / name
-
-
-def small_files(names: Collection[str]) -> list[str]:
-    """Those of a repository's files that are read beside weights."""
-    return sorted(name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in SMALL_FILES))
-
-
-def weight_files(directory: Path) -> list[str]:
-    """The weights that are read of a repository whose small files are in `directory`: by its index, or the one file.
-
-    Other files with the same weights in another form (consolidated.safetensors, variants, copies in folders) are not.
-    An index that cannot be read is left to `Checkpoint`, which says what is wrong with it.
-    """
-    try:
-        index = index_in([path.name for path in directory.iterdir()]) or INDEX
-        files = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values()
-    except FileNotFoundError:
-        return [SINGLE]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return sorted({name for name in files if isinstance(name, str) and is_shard(name)})
-
-
-def other_weight_files(names: Collection[str]) -> list[str]:
-    """Weights under other names, read where there is neither index nor the one file: Mistral's own, or AutoGPTQ's."""
-    pattern = CONSOLIDATED if PARAMS in names else GPTQ_SINGLE
-    return sorted(name for name in names if "/" not in name and fnmatch(name, pattern))
 
 
 @contextmanager
@@ -203,15 +212,20 @@ def _download_gguf(repo_id: str, file: str, revision: str | None) -> Path:
     return Path(parts[0])
 
 
+def _download_small(repo_id: str, revision: str | None) -> Path:
+    """All of a repository but its weights."""
+    from huggingface_hub import snapshot_download
+
+    small = {"allow_patterns": list(SMALL_FILES), "ignore_patterns": [IN_FOLDERS]}
+    with _said(repo_id):
+        return Path(snapshot_download(repo_id, revision=revision, **small))
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    directory = _download_small(repo_id, revision)
     with _said(repo_id):
-        directory = Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=list(SMALL_FILES), ignore_patterns=[IN_FOLDERS]
-            )
-        )
         # A snapshot's directory is named by its commit: the weights are of that one, wherever the branch is by now.
         weights = [glob.escape(name) for name in weight_files(directory)]
         if weights:

@@ -15,7 +15,7 @@ from moe_ray.api.output import ChoiceOutput
 from moe_ray.config import load_config
 from moe_ray.core import AdapterRef, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
 from moe_ray.engine.build import build_engine
-from moe_ray.errors import InvalidRequest
+from moe_ray.errors import ConfigError, InvalidRequest
 from moe_ray.experts.local import local_experts
 from moe_ray.hub import open_draft, resolve_adapter, resolve_model
 from moe_ray.llm_inputs import Prompt, as_params, as_prompts
@@ -67,6 +67,8 @@ class LLM:
         kv_cache_dtype: str | None = None,
         draft_model: str | Path | None = None,
         max_model_len: int | None = None,
+        hf_overrides: Mapping[str, Any] | str | None = None,
+        load_format: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
@@ -74,8 +76,10 @@ class LLM:
         """Load `model`: a directory, a Hugging Face repo id, or `demo`.
 
         `quantize`, `quantize_trunk`: hold the experts', the trunk's matrices in fewer bits: "int8", "int4" or "nf4".
-        `kv_cache_dtype`: "auto", or "int8": half of bfloat16's memory for the KV cache.
+        `kv_cache_dtype`: "auto", "int8" or "fp8": half of bfloat16's memory for the KV cache.
         `draft_model`: a small model that guesses tokens, where that pays (`engine={"speculative": "draft"}`: always).
+        `hf_overrides`: other values of keys of the model's config.json, or their JSON.
+        `load_format`: "auto", or "dummy": random weights, of which config.json and a tokenizer are enough.
         `adapters`: LoRA adapters in PEFT's format, the name by which `generate` is asked for one to its directory or
         repo id. `options` are further sections of the configuration, e.g. `engine={"max_num_seqs": 8}`. `progress` is
         called with (what, done, total) while things load.
@@ -85,13 +89,17 @@ class LLM:
         # Experts in this process compute when they are asked: no micro-batch has anything to wait for.
         drafts = {} if draft_model is None else {"draft_model": str(draft_model), "speculative": "auto"}
         engine = {"micro_batches": 1, "kv_cache_dtype": kv_cache_dtype, **drafts, **options.pop("engine", {})}
-        model_options = {"path": str(model), "max_model_len": max_model_len, **compute}
+        named = {"path": str(model), "load_format": load_format, "hf_overrides": hf_overrides}
+        model_options = {**named, "max_model_len": max_model_len, **compute}
         sections = {
             "experts": {"quantize": quantize, **options.pop("experts", {})},
             "trunk": {"quantize": quantize_trunk, **options.pop("trunk", {})},
         }
         self.config = load_config({**options, **sections, "engine": engine, "model": model_options})
-        quantize_of = self.config.experts.quantize_of
+        if self.config.variants:
+            raise ConfigError(
+                "`variants`: several models share experts in a server (moe-ray serve), not in one process"
+            )
         directory = resolve_model(self.config, progress)
         self.tokenizer = Tokenizer(directory)
         checkpoint, draft = Checkpoint.open(directory), open_draft(self.config, directory, progress)
@@ -107,7 +115,12 @@ class LLM:
             self.config,
             checkpoint,
             lambda compute: local_experts(
-                checkpoint, compute, lambda e: watch(f"Expert{e}") or _ignore, quantize_of, resolve_adapter
+                checkpoint,
+                compute,
+                lambda e: watch(f"Expert{e}") or _ignore,
+                self.config.experts.quantize_of,
+                resolve_adapter,
+                self.config.experts.offload_bytes_of,
             ),
             watch("Trunk"),
             lambda: token_bytes(self.tokenizer),

@@ -15,7 +15,6 @@ from moe_ray.engine.kv_cache import KVCache
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import model_keys
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
@@ -63,11 +62,11 @@ WAYS: dict[str, dict[str, Any]] = {
 def save_adapter(base: Path, directory: Path, seed: int, **config: Any) -> Path:
     """An adapter with random weights, as the installed peft writes it."""
     from peft import LoraConfig, get_peft_model
-    from transformers import MixtralForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     config = {"lora_alpha": 16, "init_lora_weights": False, **config}
-    adapted = get_peft_model(MixtralForCausalLM.from_pretrained(base), LoraConfig(**config))
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config))
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -98,9 +97,9 @@ def save_old_adapter(directory: Path, seed: int, names: tuple[str, ...] = ("w1",
 def peft_logits(base: Path, adapter: Path | None, ids: list[int]) -> torch.Tensor:
     """[T, V] by transformers and peft."""
     from peft import PeftModel
-    from transformers import MixtralForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = MixtralForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     logits: torch.Tensor = model.eval()(torch.tensor([ids])).logits[0]
@@ -122,7 +121,7 @@ class AdaptedModel:
     def __init__(self, directory: Path, compute: Compute, quantize: str | None = None) -> None:
         checkpoint = Checkpoint.open(directory)
         self.config = config = checkpoint.config
-        keys = model_keys(config.num_hidden_layers, config.num_local_experts)
+        keys = config.expert_keys
         self.ffn = read_experts(checkpoint, keys, compute, quantize=quantize)
         worker = ExpertWorker(self.ffn, config.hidden_size, compute)
         info = ReplicaInfo("all#local", "local", 1, keys, config.hidden_size, compute.dtype, {"local": "all"})

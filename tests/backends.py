@@ -12,7 +12,7 @@ import torch
 from moe_ray.config import load_config
 from moe_ray.errors import KernelsUnavailable
 from moe_ray.model.compute.base import FFN, TrunkCompute
-from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.compute import Compute, triton_here
 from moe_ray.model.compute.native.expert import NativeFFN
 from moe_ray.model.compute.native.held_form import form_of, hold
 from moe_ray.model.compute.native.trunk import NativeTrunk
@@ -22,7 +22,8 @@ from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.families import TrunkRole
 from moe_ray.model.matrix import FloatMatrix
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.model.trunk_weights import LayerWeights
+from moe_ray.model.trunk_weights import VECTORS, LayerWeights
+from moe_ray.model.weights import weights_of_trunk
 from moe_ray.native.build import KERNELS, cpu_flags, kernels_here
 from moe_ray.native.kernels import Kernels
 
@@ -48,10 +49,21 @@ BACKENDS = {
 }
 
 
+EXPERTS_BY_TRITON = {
+    f"triton {dtype}": Backend(dtype, experts="triton") for dtype in ("float32", "bfloat16", "float16")
+}
+"""In Triton's interpreter, which is slow: for fewer tests than the others."""
+TRUNKS_BY_TRITON = {"triton trunk float32": Backend("float32", trunk="triton")}
+"""The same."""
+
+
 @cache
 def open_backend(name: str, threads: int = 1) -> Compute:
     """The backend of this name; skips the test where this machine cannot run it."""
-    backend = BACKENDS[name]
+    by_triton = EXPERTS_BY_TRITON | TRUNKS_BY_TRITON
+    if name in by_triton and triton_here() != "interprets":
+        pytest.skip("Triton is not installed, or compiles for a card")
+    backend = (BACKENDS | by_triton)[name]
     try:
         kernels = Kernels(load_config().cache_dir, threads, backend.kernels) if backend.native else None
         return Compute(backend, kernels, threads)
@@ -105,6 +117,11 @@ class RandomWeights:
             out=FloatMatrix(out.to(self.dtype)),
             post_norm=(1 + random(c.hidden_size, scale=0.1, seed=9)).to(self.dtype),
             gate=random(c.num_local_experts, c.hidden_size, scale=scale).to(self.dtype),
+            vectors={
+                weight.role: random(*weight.shape, seed=index + 20).to(self.dtype)
+                for weight in weights_of_trunk(c)
+                if weight.layer == index and weight.role in VECTORS
+            },
         )
 
     def norm(self) -> torch.Tensor:

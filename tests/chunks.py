@@ -39,6 +39,7 @@ SHAPES = [
     model(7, 1, 32),
     model(16, 2, 32),
     model(16, 1, 256),
+    model(8, 1, 64, model_type="gpt_oss", sliding_window=11, num_local_experts=6, num_experts_per_tok=2),
 ]
 
 ONE, TWO = [3 + 5 * i % 91 for i in range(70)], [1 + 7 * i % 93 for i in range(33)]
@@ -56,20 +57,25 @@ class Chunks:
         quantize: str | None = None,
         kv_cache_dtype: str = "auto",
         trunk: TrunkCompute | None = None,
+        length: int = 160,
     ) -> None:
-        """`trunk`: default: one of random weights."""
+        """`trunk`: default: one of random weights. `length`: of the longest sequence, 160 or 1280."""
         self.config, self.block_size = config, 4
-        self.trunk = trunk or trunk_of(compute, config, 256, quantize)
+        self.blocks_each = length // self.block_size
+        self.trunk = trunk or trunk_of(compute, config, max(256, length), quantize)
         held = cache_dtype(kv_cache_dtype, compute.torch_dtype)
-        self.cache = KVCache(config, 256, self.block_size, held, torch.device("cpu"))
+        self.cache = KVCache(config, max(256, 6 * self.blocks_each), self.block_size, held, torch.device("cpu"))
+
+    def table(self, number: int, blocks: int) -> list[int]:
+        """The blocks of a sequence: in no order, of no other sequence."""
+        return [(7 * b + 3) % self.blocks_each + self.blocks_each * number for b in range(blocks)]
 
     def run(self, chunks: list[tuple[int, list[int], int, int]]) -> tuple[torch.Tensor, list[moe.Routed]]:
         """One pass over chunks; logits of every position, and the routing of every layer."""
         batch = Batch([], [], [], [], [0], [], [])
         for number, tokens, start, end in chunks:
             seq = Sequence(Request(str(number), (1,), SamplingParams()), tokens)
-            # Blocks in no order, of no other sequence.
-            seq.block_table = [(7 * b + 3) % 40 + 40 * number for b in range(-(-end // self.block_size))]
+            seq.block_table = self.table(number, -(-end // self.block_size))
             batch.sequences.append(seq)
             batch.token_ids += tokens[start:end]
             batch.positions += range(start, end)
@@ -88,3 +94,11 @@ class Chunks:
                 parts = (routed.rows * routed.weights[:, None]).to(routed.rows.dtype).split(routed.counts)
                 work.combine(routed, torch.cat([part * (0.5 + 0.1 * e) for e, part in enumerate(parts)]))
             return work.logits(list(range(batch.num_tokens))), routings
+
+
+def in_pieces(chunks: Chunks) -> torch.Tensor:
+    """Logits of `WHOLE`, computed in chunks, behind what is cached, in other company and order."""
+    first, _ = chunks.run([(0, ONE, 0, 41)])
+    mixed, _ = chunks.run([(1, TWO, 0, 5), (0, ONE, 41, 42)])
+    last, _ = chunks.run([(0, ONE, 42, 70), (1, TWO, 5, 33)])
+    return torch.cat((first, mixed[5:], last[:28], mixed[:5], last[28:]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,12 @@ from random_mixtral import TOKENIZER, save_random_mixtral
 from reference import Reference
 from served import Served, deploy
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.deploy.local_ray import prepare_local_ray
+from moe_ray.model.compute.compute import has_cuda
 
+if not has_cuda():  # before Triton is imported anywhere: without a card its kernels are interpreted, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 prepare_local_ray()  # before ray is imported anywhere
 # A pool of compute threads beside a dozen other processes on few cores waits more than it computes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -169,9 +172,7 @@ def http_port(ray_cluster: None) -> int:
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port), logging_config=LoggingConfig(log_level="ERROR"))
     return port
 

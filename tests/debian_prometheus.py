@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ import httpx
 import pytest
 import yaml
 from served import eventually
+
+from moe_ray.bench.free_port import free_port
 
 
 def prometheus_tool(name: str) -> Path:
@@ -49,9 +50,7 @@ def running_prometheus(directory: Path, jobs: Sequence[dict[str, Any]]) -> Itera
     """Its HTTP API, once it has scraped each of `jobs` without a fault; it does so each second."""
     program, config = prometheus_tool("prometheus"), directory / "config.yaml"
     config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": list(jobs)}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         *(program, f"--config.file={config}", f"--storage.tsdb.path={directory / 'data'}"),
         *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"),

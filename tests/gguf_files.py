@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
+from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import quantize
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
+
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.weights import weights_of_model
 
 Era = Literal["stacked", "separate", "joined"]
 """How experts lie: stacked by role; a tensor each (until April 2024); gate and up in one stack."""
@@ -85,22 +88,12 @@ def write_gguf(
     """
     config = config_of(source)
     writer = GGUFWriter(target, "llama", split_max_size=split)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    rope = config.get("rope_parameters") or config
-    writer.add_rope_freq_base(rope["rope_theta"])
+    _add_shape(writer, config)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_expert_count(config["num_local_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
     for key, value in metadata.items():
         kind_of_value = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}[
             type(value)
@@ -113,6 +106,77 @@ def write_gguf(
         plain = values.ndim == 1 or "ffn_gate_inp" in name
         written = GGMLQuantizationType.F32 if plain else qtype
         writer.add_tensor(name, quantize(np.ascontiguousarray(values), written), raw_dtype=written)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """Of a mixture, whatever its architecture."""
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
+    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+
+
+TENSORS = {
+    **{"embed": MODEL_TENSOR.TOKEN_EMBD, "norm": MODEL_TENSOR.OUTPUT_NORM, "head": MODEL_TENSOR.OUTPUT},
+    **{"input_norm": MODEL_TENSOR.ATTN_NORM, "post_norm": MODEL_TENSOR.FFN_NORM, "router": MODEL_TENSOR.FFN_GATE_INP},
+    **{"q": MODEL_TENSOR.ATTN_Q, "k": MODEL_TENSOR.ATTN_K, "v": MODEL_TENSOR.ATTN_V, "out": MODEL_TENSOR.ATTN_OUT},
+    **{"q_norm": MODEL_TENSOR.ATTN_Q_NORM, "k_norm": MODEL_TENSOR.ATTN_K_NORM},
+    **{"gate": MODEL_TENSOR.FFN_GATE_EXP, "up": MODEL_TENSOR.FFN_UP_EXP, "down": MODEL_TENSOR.FFN_DOWN_EXP},
+    **{"shared_gate": MODEL_TENSOR.FFN_GATE_SHEXP, "shared_up": MODEL_TENSOR.FFN_UP_SHEXP},
+    **{"shared_down": MODEL_TENSOR.FFN_DOWN_SHEXP, "shared_share": MODEL_TENSOR.FFN_GATE_INP_SHEXP},
+}
+"""Role of a weight → llama.cpp's tensor."""
+
+
+def write_family(source: Path, target: Path, architecture: str, **metadata: bool) -> Path:
+    """Write `target` with the weights of `source`, in float32, as llama.cpp's converter does for an architecture.
+
+    `metadata`: flags beside those that the converter writes, `__` for a dot.
+    """
+    config = config_of(source)
+    checkpoint = Checkpoint.open(source)
+    writer = GGUFWriter(target, architecture)
+    _add_shape(writer, config)
+    for key, add in (
+        ("head_dim", writer.add_key_length),
+        ("head_dim", writer.add_value_length),
+        ("moe_intermediate_size", writer.add_expert_feed_forward_length),
+        ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
+        ("attention_multiplier", writer.add_attention_scale),
+        ("embedding_multiplier", writer.add_embedding_scale),
+        ("residual_multiplier", writer.add_residual_scale),
+        ("logits_scaling", writer.add_logit_scale),
+        ("clip_qkv", writer.add_clamp_kqv),
+    ):
+        if config.get(key) is not None:
+            add(config[key])
+    for key, value in metadata.items():
+        writer.add_bool(f"{architecture}.{key.replace('__', '.')}", value)
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    stacks: dict[str, list[np.ndarray]] = {}
+    for weight in weights_of_model(checkpoint.config):
+        role, suffix = weight.role.removesuffix("_bias"), "bias" if weight.role.endswith("_bias") else "weight"
+        values = checkpoint.read_values(weight)
+        if architecture == "granitemoe" and role in heads:
+            values = permute(values, heads[role])
+        name = f"{TENSOR_NAMES[TENSORS[role]].format(bid=weight.layer)}.{suffix}"
+        if weight.expert is None:
+            writer.add_tensor(name, np.ascontiguousarray(values[0] if role == "shared_share" else values))
+        else:
+            stacks.setdefault(name, []).append(values)
+    for name, matrices in stacks.items():
+        writer.add_tensor(name, np.stack(matrices))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

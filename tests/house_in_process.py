@@ -41,12 +41,13 @@ class HouseInProcess:
         info = self._trunk.info
         trunk = {
             "replica_id": info.replica_id,
+            "model": self._facts.name,
             "node_id": info.node_id,
             "pid": info.pid,
             **self._trunk.runtime.status(),
         }
         answers = {f"Expert{i}": [self._answer(*each)] for i, each in enumerate(self._replicas)}
-        return {**house_view(self._facts, {}, [trunk], answers, []), "control": self.control}
+        return {**house_view(self._facts, {}, {"Trunk": [trunk]}, answers, []), "control": self.control}
 
     def _answer(self, replica: Any, worker: ExpertWorker, sampler: LoadSampler) -> dict[str, Any]:
         stats, keys = worker.stats(), len(worker.keys)

@@ -16,7 +16,7 @@ from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import local_experts, model_keys
+from moe_ray.experts.local import local_experts
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
@@ -47,7 +47,7 @@ def engine_over(served: Served, carrier: str, **engine: object) -> Iterator[Engi
             links = ReplicaTable(
                 discovery.ask,
                 lambda info: connect(carrier, info, link_options(config)),
-                model_keys(model.num_hidden_layers, model.num_local_experts),
+                model.expert_keys,
             )
             links.start()
             pool = ExpertDispatcher(links, asker=discovery)

@@ -18,8 +18,9 @@ from gguf_files import write_gguf
 
 from moe_ray.config import load_config
 from moe_ray.errors import CheckpointError
-from moe_ray.hub import resolve_config, resolve_model, small_files, weight_files
+from moe_ray.hub import resolve_config, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.repo_files import small_files, weight_files
 
 COMMIT = "0" * 40
 WEIGHTS = b"weights" * 1000

@@ -164,6 +164,20 @@ FILE_NEVER = {  # files that work without a package their room may have
     "experts/planning/autoscale.py": {"torch", "numpy"},
     "experts/planning/balance.py": {"torch"},
     "experts/planning/placement.py": {"torch", "numpy"},
+    **{
+        f"experts/planning/{name}.py": {"torch", "numpy"}
+        for name in (
+            "advice",
+            "card_placement",
+            "card_table",
+            "expert_calls",
+            "machines",
+            "model_cost",
+            "rates",
+            "routing",
+        )
+    },
+    **{f"experts/planning/{name}.py": {"torch", "numpy"} for name in ("search", "spreads", "step_time")},
     "experts/server/weight_loader.py": {"torch"},
     "experts/server/load_counters.py": {"torch", "numpy"},
     "model/checkpoint_facts.py": {"torch", "transformers", "numpy"},

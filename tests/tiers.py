@@ -3,15 +3,21 @@
 A test is marked by its fixtures, so that a new test of a served model is slow without another word. What starts Ray
 or a server by itself, or takes more than about two seconds of a core, carries `@pytest.mark.slow`. A fast test that
 asks for a slow fixture while it runs, or starts Ray in this process, fails.
+
+Slow tests of `APART` compute and no more: several run side by side. The others run one at a time.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
 SLOW_FIXTURES = frozenset({"ray_cluster", "demo_reference"})
+APART = frozenset({"model", "native", "convert", "quality", "engine"})
+"""Rooms whose slow tests need neither Ray nor a server."""
 FAST_TIMEOUT_S = 120
 """A fast test that has taken this long hangs. What is slow has the limit of pyproject.toml: so does a fast test that
 may be the one that builds the demo model."""
@@ -29,6 +35,8 @@ def mark(item: pytest.Item) -> None:
     """Mark what is slow by its fixtures, and limit the time of what is fast."""
     if SLOW_FIXTURES & fixtures(item):
         item.add_marker(pytest.mark.slow)
+    elif is_slow(item) and item.path.relative_to(TESTS).parts[0] in APART:
+        item.add_marker(pytest.mark.apart)
     elif not is_slow(item) and "demo_model" not in fixtures(item) and item.get_closest_marker("timeout") is None:
         item.add_marker(pytest.mark.timeout(FAST_TIMEOUT_S))
 

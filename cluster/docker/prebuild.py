@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ def prebuild(cache_dir: Path) -> list[Path]:
         list(builders.map(lambda each: build.shared_library(each, cache_dir), here))
     for lock in (cache_dir / "native").glob("*.lock"):
         lock.unlink()
+    shutil.rmtree(cache_dir / "native" / build.OBJECTS, ignore_errors=True)  # an image is not built again from parts
     return sorted((cache_dir / "native").glob("*.so"))
 
 

@@ -221,6 +221,47 @@ DASHBOARDS: dict[str, tuple[str, tuple[Row, ...]]] = {
                         most=1,
                     ),
                     Panel(
+                        "Tokens from below the KV cache",
+                        (
+                            (rate("ray_moe_ray_trunk_swap_hit_tokens_total"), "from host memory"),
+                            (rate("ray_moe_ray_trunk_disk_hit_tokens_total"), "from disk"),
+                            (rate("ray_moe_ray_trunk_tier_declined_tokens_total"), "computed, because that is faster"),
+                        ),
+                        says="Per second, with engine.kv_swap_gib or engine.kv_disk_dir.",
+                    ),
+                    Panel(
+                        "Bytes below the KV cache",
+                        (
+                            (f"sum by (trunk) (ray_moe_ray_trunk_swap_bytes{{{HERE}}})", "host memory {{trunk}}"),
+                            (f"max by (trunk) (ray_moe_ray_trunk_disk_bytes{{{HERE}}})", "disk, as seen by {{trunk}}"),
+                        ),
+                        "bytes",
+                        says="Trunks may share the directory.",
+                    ),
+                    Panel(
+                        "KV bytes per second",
+                        (
+                            (rate("ray_moe_ray_trunk_swap_stored_bytes_total"), "to host memory"),
+                            (rate("ray_moe_ray_trunk_swap_loaded_bytes_total"), "from host memory"),
+                            (rate("ray_moe_ray_trunk_disk_written_bytes_total"), "to disk"),
+                            (rate("ray_moe_ray_trunk_disk_loaded_bytes_total"), "from disk"),
+                        ),
+                        "Bps",
+                    ),
+                    Panel(
+                        "Time and faults below the KV cache",
+                        (
+                            (rate("ray_moe_ray_trunk_swap_load_seconds_total"), "seconds of copies in steps"),
+                            (rate("ray_moe_ray_trunk_disk_read_seconds_total"), "seconds of reading, beside steps"),
+                            (rate("ray_moe_ray_trunk_swap_evicted_blocks_total"), "blocks given up by host memory"),
+                            (rate("ray_moe_ray_trunk_disk_removed_files_total"), "blocks given up by the disk"),
+                            (rate("ray_moe_ray_trunk_disk_dropped_blocks_total"), "blocks not written, queue full"),
+                            (rate("ray_moe_ray_trunk_disk_damaged_files_total"), "damaged files"),
+                            (rate("ray_moe_ray_trunk_disk_failures_total"), "reads and writes refused"),
+                        ),
+                        says="Per second.",
+                    ),
+                    Panel(
                         "Degraded tokens, preemptions",
                         (
                             (rate("ray_moe_ray_trunk_degraded_tokens_total"), "tokens without one of their experts"),

@@ -68,9 +68,7 @@ def metrics_route(
         """What this gateway and its trunks have counted, for Prometheus."""
         experts = await load.get()
         accept = request.headers.get("accept", "")
-        body, media_type = expose(
-            accept, service.served_name, service.observation.counts, service.trunks_told(), experts
-        )
+        body, media_type = expose(accept, [model.told() for model in service.models], experts)
         return Response(body, headers={"Content-Type": media_type})
 
     return metrics

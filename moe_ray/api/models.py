@@ -25,7 +25,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.get("/v1/models", responses=answers(ModelList | MessageModels, EITHER_ERROR, statuses=()))
     async def models(request: Request) -> dict[str, Any]:
         """The served model under each of its names: OpenAI's list, or Anthropic's page."""
-        cards = [_card_of(request)(service, name) for name in service.names]
+        cards = [_card_of(request)(service.check_model(name).model, name) for name in service.names]
         if VERSION_HEADER in request.headers:
             return {"data": cards, "has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
         return {"object": "list", "data": cards}
@@ -33,8 +33,7 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
     @app.get("/v1/models/{model:path}", responses=answers(ModelCard | MessageModel, EITHER_ERROR, statuses=(404,)))
     async def model(model: str, request: Request) -> dict[str, Any]:
         """One model card; 404 for a model that is not served."""
-        service.check_model(model)
-        return _card_of(request)(service, model)
+        return _card_of(request)(service.check_model(model).model, model)
 
 
 def _card_of(request: Request) -> Card:

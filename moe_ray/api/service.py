@@ -23,7 +23,7 @@ from moe_ray.core import AdapterEntry, AdapterRef
 from moe_ray.errors import InvalidRequest, ModelNotFound
 from moe_ray.gateway.sessions import Sessions
 from moe_ray.model.checkpoint_facts import CheckpointFacts, checkpoint_facts
-from moe_ray.observe.trunk_told import TrunkTold
+from moe_ray.observe.exposition import ModelTold
 from moe_ray.text.tokenizer import Tokenizer
 
 LONG_BODY = 16_384
@@ -83,11 +83,13 @@ class Asked:
 
     name: str
     """What responses call it."""
+    model: ServedModel
+    """Which of the served ones."""
     adapter: AdapterRef | None = None
 
 
 class ServedModel:
-    """One model over its trunks. Runs on the loop of its `Sessions`."""
+    """One model over its trunks, and what is served beside it. Runs on the loop of its `Sessions`."""
 
     def __init__(
         self,
@@ -99,11 +101,13 @@ class ServedModel:
         observation: Observation | None = None,
         responses: ResponseStore | None = None,
         open_adapter: Callable[[str], AdapterRef] | None = None,
+        variants: Sequence[ServedModel] = (),
     ) -> None:
         """`aliases` are further names that requests may use; in them `*` stands for anything.
 
         `responses` keeps what clients of /v1/responses may ask for again; None: nothing is kept. `open_adapter` checks
         the adapter of a source, which takes a moment, and raises `AdapterError`; None: clients may not add any.
+        `variants`: further models, each over its own trunks, that requests to this one may name.
         """
         self.observation = observation or Observation(served_name)
         self.served_name = served_name
@@ -114,13 +118,26 @@ class ServedModel:
         self.open_adapter = open_adapter
         self.created = int(time.time())
         self._sessions = sessions
+        self._variants = {variant.served_name: variant for variant in variants}
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """This model and its variants."""
+        return [self, *self._variants.values()]
 
     async def missing(self) -> list[str] | None:
-        """Parts of the model that are not up: `Trunk`, `Expert3`, …; None once requests are served."""
+        """Parts of the models that are not up: `Trunk`, `Expert3`, …; None once requests to each are served."""
+        found = await self._own_missing("Trunk")
+        for name, variant in self._variants.items():
+            found |= await variant._own_missing(f"Trunk-{name}")
+        return sorted(found) or None
+
+    async def _own_missing(self, trunk: str) -> set[str]:
+        """The same of this model alone, whose trunks are called `trunk`."""
         statuses = await self._sessions.status()
         if any(status.ready for status in statuses):
-            return None
-        return sorted({name for status in statuses for name in status.missing}) or ["Trunk"]
+            return set()
+        return {name for status in statuses for name in status.missing} or {trunk}
 
     async def health(self) -> Response:
         """200 once a trunk and every expert are up, else 503 naming what is missing."""
@@ -134,11 +151,11 @@ class ServedModel:
     @property
     def num_requests(self) -> int:
         """HTTP requests whose sequences have not all ended."""
-        return self._sessions.num_open
+        return sum(model._sessions.num_open for model in self.models)
 
-    def trunks_told(self) -> list[TrunkTold]:
-        """What each linked trunk last said of itself."""
-        return self._sessions.told()
+    def told(self) -> ModelTold:
+        """What metrics tell of this model: its counts, and what each linked trunk last said of itself."""
+        return ModelTold(self.served_name, self.observation.counts, self._sessions.told())
 
     @property
     def max_model_len(self) -> int | None:
@@ -147,9 +164,9 @@ class ServedModel:
 
     @property
     def names(self) -> list[str]:
-        """The names that can be listed: the served one, the aliases without a `*`, then the adapters'."""
+        """The names that can be listed: the served one, aliases without a `*`, the variants', the adapters'."""
         adapters = (entry.name for entry in self._sessions.adapters)
-        return [self.served_name, *(alias for alias in self.aliases if "*" not in alias), *adapters]
+        return [self.served_name, *(alias for alias in self.aliases if "*" not in alias), *self._variants, *adapters]
 
     def adapter(self, name: str) -> AdapterEntry | None:
         """The adapter that is served under a name; None: none is, or the name is the model's own."""
@@ -157,7 +174,7 @@ class ServedModel:
 
     def add_adapter(self, name: str, adapter: AdapterRef) -> None:
         """Serve an adapter under a name. Raises `InvalidRequest` where something is served under it."""
-        if self._is_own(name) or self._sessions.find_adapter(name) is not None:
+        if self._is_own(name) or name in self._variants or self._sessions.find_adapter(name) is not None:
             raise InvalidRequest(f"The lora adapter '{name}' has already been loaded.", "lora_name")
         self._sessions.add_adapter(name, adapter)
 
@@ -174,16 +191,18 @@ class ServedModel:
         return checkpoint_facts(self.tokenizer.directory)
 
     def check_model(self, requested: str | None) -> Asked:
-        """What a request asks for: the served model by one of its names, or by none, or an adapter by its own.
+        """What a request asks for: this model by one of its names, or by none, a variant or an adapter by its own.
 
         Raises `ModelNotFound` for any other name.
         """
+        if requested in self._variants:
+            return Asked(requested, self._variants[requested])
         if requested is None or self._is_own(requested):
-            return Asked(self.served_name)
+            return Asked(self.served_name, self)
         entry = self._sessions.find_adapter(requested)
         if entry is None:
             raise ModelNotFound(f"The model `{requested}` does not exist.")
-        return Asked(entry.name, entry.ref)
+        return Asked(entry.name, self, entry.ref)
 
     def _is_own(self, name: str) -> bool:
         """Whether a name is the model's."""

@@ -17,7 +17,7 @@ from moe_ray.bench.kernels import milliseconds_of, open_kernels
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.errors import ConfigError
-from moe_ray.model.kv_bytes import kv_bytes_per_token
+from moe_ray.model.kv_bytes import NARROW, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.native.host import DTYPE_CODES
 from moe_ray.native.kernels import Kernels, Layer, ModelShape, StepInputs
@@ -62,11 +62,13 @@ class _Case:
             }
         )
         blocks = -(-context // BLOCK)
-        dtype = getattr(torch, held)
+        dtype = torch.float8_e4m3fn if held == "fp8" else getattr(torch, held)
         cache = KVCache(self.config, tokens * blocks, BLOCK, dtype, torch.device("cpu"))
         kv = cache.layer(0)
         for part, scales in ((kv.k, kv.k_scales), (kv.v, kv.v_scales)):
-            if scales is None:
+            if held == "fp8":
+                part.copy_(torch.randn(part.shape))
+            elif scales is None:
                 part.normal_()
             else:
                 part.random_(-127, 128)
@@ -81,12 +83,12 @@ class _Case:
             np.arange(0, tokens * blocks, blocks),
             np.ones((context, o.head_dim), np.float32),
         )
-        rows = "bfloat16" if held == "int8" else held
+        rows = "bfloat16" if held in NARROW else held
         widths = ((o.heads + 2 * o.kv_heads) * o.head_dim, HIDDEN), (HIDDEN, o.heads * o.head_dim), (1, HIDDEN)
         blocks_of = [kernels.pack_floats("bfloat16", np.full(w, 0.01, ml_dtypes.bfloat16)) for w in widths]
         norm = np.ones(HIDDEN, np.float32)
         held_at = [None if each is None else each.data_ptr() for each in (kv.k, kv.v, kv.k_scales, kv.v_scales)]
-        layer = Layer(*(norm.ctypes.data,) * 2, *(block.address for block in blocks_of), *held_at)
+        layer = Layer(*(norm.ctypes.data,) * 2, *(block.address for block in blocks_of), *held_at, float8=held == "fp8")
         step = StepInputs(tokens, BLOCK, *(array.ctypes.data for array in arrays))
         shape = ModelShape(HIDDEN, o.heads, o.kv_heads, o.head_dim, 1, 1, 1e-5, o.head_dim**-0.5, 0)
         outputs = (
@@ -107,11 +109,17 @@ class _Case:
         return milliseconds_of(lambda: self.kernels.layer_front(*self._arguments))
 
 
+def attention_ms(kernels: Kernels, held: str, context: int, options: AttentionOptions) -> float:
+    """Milliseconds of one token of each of `options.sequences`, the median of `options.repeats` runs after one."""
+    case = _Case(kernels, held, context, options)
+    return statistics.median([case.milliseconds() for _ in range(options.repeats + 1)][1:])
+
+
 def run_attention(options: AttentionOptions, on_progress: Progress) -> Report:
     """Time each cache on each instruction set, in turn. Raises `ConfigError` for what this machine cannot run."""
     for name in options.caches:
-        if name not in (*DTYPE_CODES, "int8"):
-            raise ConfigError(f"--caches: {name!r} is none of {', '.join((*DTYPE_CODES, 'int8'))}")
+        if name not in (*DTYPE_CODES, *NARROW):
+            raise ConfigError(f"--caches: {name!r} is none of {', '.join((*DTYPE_CODES, *NARROW))}")
     threads = options.threads or cores()
     opened = open_kernels(options.kernels, threads)
     if not opened[0].supports_attention(options.heads, options.kv_heads, options.head_dim):

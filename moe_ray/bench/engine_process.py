@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_ray.bench.card import memory_of_this_process
 from moe_ray.bench.child import ChildFailed, Parent, answer_commands
 from moe_ray.bench.expert_process import ExpertHost
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo, Request, SamplingParams
 from moe_ray.engine.build import build_engine
 from moe_ray.engine.engine import Engine
+from moe_ray.engine.traced_step import StepTracer, TracedStep
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import local_experts, model_keys
+from moe_ray.experts.local import local_experts
 from moe_ray.experts.replica_data import unpacked
 from moe_ray.hub import open_draft
 from moe_ray.model.checkpoint import Checkpoint
@@ -33,17 +35,23 @@ RAY_LOAD_S = 300.0
 FIRST_ID = 3
 """Lower ids are unknown, begin and end of sequence, in the models we know."""
 
+TRACEPARENT = "00-" + 32 * "1" + "-" + 16 * "1" + "-01"
+MOST_TRACED_STEPS = 1_000_000
+
 Wave = dict[str, Any]
 
 
-def run_wave(engine: Engine, prompts: list[list[int]], output_tokens: int) -> Wave:
-    """Submit all prompts at once, generate greedily to the full length, and time it (seconds from the submission)."""
+def run_wave(engine: Engine, prompts: list[list[int]], output_tokens: int, traceparent: str = "") -> Wave:
+    """Submit all prompts at once, generate greedily to the full length, and time it (seconds from the submission).
+
+    With a `traceparent` the engine's tracer, if it has one, is told of the steps.
+    """
     sampling = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
     outputs: dict[str, list[int]] = {f"p{i}": [] for i in range(len(prompts))}
     first: dict[str, float] = {}
     started = time.perf_counter()
     for name, prompt in zip(outputs, prompts, strict=True):
-        engine.submit(Request(name, tuple(prompt), sampling))
+        engine.submit(Request(name, tuple(prompt), sampling, traceparent=traceparent))
     decoded, now = 0, 0.0  # tokens that came after every sequence had its first
     while engine.has_work:
         all_began = len(first) == len(outputs)
@@ -77,6 +85,7 @@ class EngineHost:
         self._parent, self._closing = parent, closing
         self._engine: Engine | None = None
         self._vocab_size = 0
+        self._exchanges: list[float] = []  # seconds from the first call of a layer to its last row, of decoding steps
         self._actors: list[Any] = []  # an actor lives as long as somebody holds its handle
 
     def load(
@@ -101,21 +110,36 @@ class EngineHost:
             dtypes.append(compute.dtype)
             if carrier == "local":
                 bars = partial(self._expert_bar, name)
-                return local_experts(checkpoint, compute, bars, settings.experts.quantize_of)
-            keys = model_keys(model.num_hidden_layers, model.num_local_experts)
-            return self._linked(settings, infos, keys, carrier, token)
+                of = settings.experts
+                return local_experts(checkpoint, compute, bars, of.quantize_of, offload_bytes=of.offload_bytes_of)
+            return self._linked(settings, infos, model.expert_keys, carrier, token)
 
         draft = open_draft(settings, checkpoint.directory)
         self._engine = build_engine(settings, checkpoint, pool, self._bar(f"{name} Trunk"), draft=draft)
+        self._engine.trace_steps(StepTracer(self._note, MOST_TRACED_STEPS))
         self._vocab_size = model.vocab_size
         checkpoint.close()
         return {"dtype": dtypes[0]}
 
-    def run(self, concurrency: int, prompt_tokens: int, output_tokens: int, seed: int) -> Wave:
-        """Time one wave of `concurrency` prompts."""
+    def run(
+        self, concurrency: int, prompt_tokens: int, output_tokens: int, seed: int, layer_times: bool = False
+    ) -> Wave:
+        """Time one wave of `concurrency` prompts; `layer_times`: and the exchange with the experts of each layer."""
         assert self._engine is not None, "load comes first"
         prompts = random_prompts(concurrency, prompt_tokens, self._vocab_size, seed)
-        return run_wave(self._engine, prompts, output_tokens)
+        self._exchanges.clear()
+        wave = run_wave(self._engine, prompts, output_tokens, TRACEPARENT if layer_times else "")
+        if self._exchanges:
+            wave["exchange_p50_us"] = 1e6 * statistics.median(self._exchanges)
+        return wave
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes of the card that this process has taken at most; of the CPU what is resident."""
+        return memory_of_this_process()
+
+    def _note(self, step: TracedStep) -> None:
+        if step.num_tokens == step.num_sequences:  # none of them computes a prompt
+            self._exchanges += [layer.gathered_s - layer.begun_s for layer in step.layers]
 
     def _expert_bar(self, name: str, expert: int) -> Callable[[int, int], None]:
         return self._bar(f"{name} Expert{expert}")
@@ -164,7 +188,7 @@ def main() -> None:
     parent = Parent()
     with contextlib.ExitStack() as closing:
         host = EngineHost(parent, closing)
-        answer_commands(parent, {"load": host.load, "run": host.run})
+        answer_commands(parent, {"load": host.load, "run": host.run, "memory": host.memory})
 
 
 if __name__ == "__main__":

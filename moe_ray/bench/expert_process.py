@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moe_ray.bench.card import memory_of_this_process
 from moe_ray.bench.child import Parent, answer_commands
 from moe_ray.config import Config
 from moe_ray.core import ReplicaInfo
@@ -31,7 +32,7 @@ class ExpertHost:
         model = checkpoint.config
         quantize = settings.experts.of(expert).quantize
         compute = open_compute(model, Wanted.of(settings.model, quantize), settings.cache_dir, threads)
-        self._keys = frozenset((layer, expert) for layer in range(model.num_hidden_layers))
+        self._keys = frozenset((layer, expert) for layer in model.mixture_layers)
         ffn = read_experts(checkpoint, self._keys, compute, progress, quantize)
         checkpoint.close()
         self._worker = ExpertWorker(ffn, model.hidden_size, compute, native_dir=settings.cache_dir)
@@ -73,7 +74,7 @@ class ExpertHost:
 
 
 def main() -> None:
-    """Answer `load`: load an expert, listen, and say where."""
+    """Answer `load`: load an expert, listen, and say where; and `memory`."""
     parent, hosts = Parent(), list[ExpertHost]()
 
     def load(expert: int, carriers: list[str], token: str, **what: Any) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def main() -> None:
         hosts.append(ExpertHost(expert=expert, progress=lambda done, total: parent.progress(name, done, total), **what))
         return packed(hosts[-1].listen(carriers, token))
 
-    answer_commands(parent, {"load": load})
+    answer_commands(parent, {"load": load, "memory": memory_of_this_process})
     for host in hosts:
         host.close()
 

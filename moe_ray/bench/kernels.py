@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from moe_ray.bench.any_order import TorchProduct, torch_products
 from moe_ray.bench.probe import Probe
 from moe_ray.bench.report import Plot, Report, Row, machine_facts
 from moe_ray.config import load_config
@@ -59,6 +60,8 @@ class KernelOptions:
     threads: int | None = None
     """Default: the cores of this process."""
     repeats: int = 5
+    any_order: bool = False
+    """Time torch's products as well, whose sums have no order of their own: what keeping one costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,14 @@ class _Case:
     kernels: Kernels
     format: str
     copies: list[Packed]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernels.name} {self.format}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.copies[0].nbytes
 
     def bare_gflop_per_s(self) -> float:
         """What these weights' best instruction reaches in a loop that fetches nothing."""
@@ -77,35 +88,37 @@ class _Case:
             best = max(best, 2 * products / (time.perf_counter() - started) / 1e9)
         return best
 
-    def milliseconds(self, x: np.ndarray, out: np.ndarray) -> float:
-        """Of one product of x [rows, K] bfloat16, on average over the copies."""
-        run, pool, rows = self.kernels.library.linear_f32, self.kernels.pool, len(x)
+    def products_of(self, x: np.ndarray) -> Callable[[], None]:
+        """What multiplies x [rows, K] float32, as bfloat16, by each copy."""
+        product, pool, rows = self.kernels.library.linear_f32, self.kernels.pool, x.astype(ml_dtypes.bfloat16)
+        out = np.empty((len(x), self.copies[0].shape.n), np.float32)
 
-        def each_copy() -> None:
+        def run() -> None:
             for packed in self.copies:
-                run(pool, 2, x.ctypes.data, rows, packed.address, out.ctypes.data)
+                product(pool, 2, rows.ctypes.data, len(x), packed.address, out.ctypes.data)
 
-        return milliseconds_of(each_copy) / len(self.copies)
+        return run
 
 
 def run_kernels(options: KernelOptions, on_progress: Progress) -> Report:
     """Time each format on each instruction set, in turn. Raises `ConfigError` for what this machine cannot run."""
     threads = options.threads or cores()
-    cases = list(_cases(options, threads))
+    values = np.random.default_rng(1).standard_normal((options.outputs, options.inputs), dtype=np.float32) / 32
+    cases = _cases(options, threads, values)
+    free = torch_products(values, threads, ROTATION_BYTES) if options.any_order else []
+    timed: list[_Case | TorchProduct] = [*cases, *free]
     probe = Probe(threads, (), torch.bfloat16)
     generator = np.random.default_rng(0)
-    inputs = {
-        rows: generator.standard_normal((rows, options.inputs)).astype(ml_dtypes.bfloat16) for rows in options.rows
-    }
-    bare = [case.bare_gflop_per_s() for case in cases]
+    inputs = {rows: generator.standard_normal((rows, options.inputs), dtype=np.float32) for rows in options.rows}
+    bare = {case.name: case.bare_gflop_per_s() for case in cases}
     times: dict[tuple[int, int], list[float]] = {}
     machine = probe.measure()
     for repeat in range(options.repeats):
         on_progress("products", repeat, options.repeats)
-        for number, case in enumerate(cases):
+        for number, case in enumerate(timed):
             for rows, x in inputs.items():
-                out = np.empty((rows, options.outputs), np.float32)
-                times.setdefault((number, rows), []).append(case.milliseconds(x, out))
+                took = milliseconds_of(case.products_of(x)) / len(case.copies)
+                times.setdefault((number, rows), []).append(took)
     on_progress("products", options.repeats, options.repeats)
     facts = {
         "outputs": options.outputs,
@@ -119,24 +132,31 @@ def run_kernels(options: KernelOptions, on_progress: Progress) -> Report:
     return Report(
         "kernels",
         [
-            _row(cases[number], rows, statistics.median(found), work, machine.read_gb_per_s, bare[number])
+            _row(timed[number], rows, statistics.median(found), work, machine.read_gb_per_s, bare)
             for (number, rows), found in times.items()
         ],
         facts,
     )
 
 
-def _row(case: _Case, rows: int, milliseconds: float, weights: int, read_gb_per_s: float, bare: float) -> Row:
+def _row(
+    case: _Case | TorchProduct,
+    rows: int,
+    milliseconds: float,
+    weights: int,
+    read_gb_per_s: float,
+    bare: Mapping[str, float],
+) -> Row:
     gflop_per_s = 2 * rows * weights / milliseconds / 1e6
-    read = case.copies[0].nbytes / milliseconds / 1e6
+    read = case.nbytes / milliseconds / 1e6
     return {
-        "what": f"{case.kernels.name} {case.format}",
+        "what": case.name,
         "rows": rows,
         "ms": round(milliseconds, 4),
         "gb_per_s": round(read, 1),
         "share_of_read": round(read / read_gb_per_s, 2),
         "gflop_per_s": round(gflop_per_s, 1),
-        "share_of_bare_loop": round(gflop_per_s / bare, 2),
+        "share_of_bare_loop": round(gflop_per_s / bare[case.name], 2) if case.name in bare else None,
     }
 
 
@@ -157,7 +177,7 @@ def open_kernels(names: tuple[str, ...], threads: int) -> list[Kernels]:
     return opened
 
 
-def _cases(options: KernelOptions, threads: int) -> list[_Case]:
+def _cases(options: KernelOptions, threads: int, values: np.ndarray) -> list[_Case]:
     known = (*FLOATS, *GROUPINGS, WIDE)
     for name in options.formats:
         if name not in known:
@@ -165,7 +185,6 @@ def _cases(options: KernelOptions, threads: int) -> list[_Case]:
     if options.inputs % 128:
         raise ConfigError(f"--inputs: must be a multiple of 128, got {options.inputs}")
     opened = open_kernels(options.kernels, threads)
-    values = np.random.default_rng(1).standard_normal((options.outputs, options.inputs), dtype=np.float32) / 32
     cases = []
     for kernels, form in product(opened, options.formats):
         packed = _packed(kernels, form, values)

@@ -57,6 +57,8 @@ class Recipe:
 
 
 M1 = Recipe()
+M1_LONG = Recipe(max_position_embeddings=32_768)
+"""M1 with positions for long contexts: the same weights."""
 SMALL = Recipe(
     hidden_size=256,
     intermediate_size=512,
@@ -66,7 +68,7 @@ SMALL = Recipe(
     vocab_size=4096,
 )
 """What starts and answers quickly, where it is not the computing that is measured."""
-_NAMES = {M1: MODEL_NAME, SMALL: "bench-small"}
+_NAMES = {M1: MODEL_NAME, M1_LONG: "bench-m1-long", SMALL: "bench-small"}
 
 
 def resolve_bench_model(model: str | None, config: Config, progress: Progress) -> Path:

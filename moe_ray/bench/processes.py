@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import IO, NoReturn
 import httpx
 import psutil
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.errors import ConfigError, NotReady
 
 MIB = 2**20
@@ -55,7 +55,7 @@ def own_server(
     `NotReady` with what the server said where it does not come up, or has ended by itself when it is left, whatever
     else went wrong then.
     """
-    port = _free_port()
+    port = free_port()
     started = time.monotonic()
     with tempfile.TemporaryFile() as said, _handled(_told_to_end, signal.SIGTERM):
         process = subprocess.Popen(
@@ -165,10 +165,3 @@ def _ray_address(said: IO[bytes]) -> str:
             return found[1]
         time.sleep(POLL_S)
     raise NotReady(f"the server did not say where its Ray is: {_last_lines(said)}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

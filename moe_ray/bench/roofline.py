@@ -104,7 +104,8 @@ def work_of(model: ModelConfig, dtype: str, kv_cache_dtype: str = "auto") -> Wor
     size = dtype_bytes(dtype)
     trunk_weights = list(weights_of_trunk(model))
     embedding = model.vocab_size * model.hidden_size
-    expert = sum(weight.numel for weight in weights_of_expert(model, 0, 0))
+    layers = len(model.mixture_layers)
+    expert = sum(weight.numel for weight in weights_of_expert(model, model.mixture_layers[0], 0))
     trunk = sum(weight.numel for weight in trunk_weights)
     shared = trunk if model.tie_word_embeddings else trunk - embedding  # a tied embedding is read as the head
     matrices = sum(weight.numel for weight in trunk_weights if len(weight.shape) == 2 and weight.layer is not None)
@@ -112,10 +113,10 @@ def work_of(model: ModelConfig, dtype: str, kv_cache_dtype: str = "auto") -> Wor
         shared_bytes=shared * size,
         expert_bytes=expert * size,
         kv_bytes_per_token=kv_bytes_per_token(model, held_in(kv_cache_dtype, dtype)),
-        num_layers=model.num_hidden_layers,
+        num_layers=layers,
         num_experts=model.num_local_experts,
         top_k=model.num_experts_per_tok,
-        flop_per_token=2 * (matrices + model.num_hidden_layers * model.num_experts_per_tok * expert),
+        flop_per_token=2 * (matrices + layers * model.num_experts_per_tok * expert),
         head_flop=2 * embedding,
     )
 

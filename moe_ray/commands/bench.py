@@ -146,6 +146,9 @@ def kernels(
     rows: Annotated[str, typer.Option(help="Rows that are multiplied at once: a list of numbers.")] = "1,4,16,128",
     outputs: Annotated[int, typer.Option(min=1, help="Of the matrix.")] = 7168,
     inputs: Annotated[int, typer.Option(min=1, help="Of the matrix, a multiple of 128.")] = 1024,
+    any_order: Annotated[
+        bool, typer.Option("--any-order", help="Time torch's products, too: their sums keep to no order.")
+    ] = False,
     threads: Threads = None,
     repeats: RepeatsOfEach = 5,
     json_output: JsonOutput = False,
@@ -162,6 +165,7 @@ def kernels(
         inputs=inputs,
         threads=threads,
         repeats=repeats,
+        any_order=any_order,
     )
     run_bench(run_kernels, options, PLOT, json_output, plot)
 
@@ -194,6 +198,31 @@ def attention(
         repeats=repeats,
     )
     run_bench(run_attention, options, PLOT, json_output, plot)
+
+
+def first_token(
+    model: BenchModel = None,
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts: a list of numbers.")] = "4096,16384,32759",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="What experts and trunk are held as: int8, int4 or nf4.", show_default="as stored"),
+    ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As engine.kv_cache_dtype.")] = "auto",
+    repeats: RepeatsOfEach = 3,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Time the first token of one long prompt, by its length, and decoding behind it, in one process."""
+    from moe_ray.bench.first_token import PLOT, FirstTokenOptions, run_first_token
+
+    options = FirstTokenOptions(
+        model=model,
+        prompt_tokens=numbers(prompt_tokens, "--prompt-tokens"),
+        quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
+        repeats=repeats,
+    )
+    run_bench(run_first_token, options, PLOT, json_output, plot)
 
 
 def engine(

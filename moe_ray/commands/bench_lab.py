@@ -1,4 +1,4 @@
-"""`moe-ray bench …`: experiments with a server of its own: kills, scaling, several hosts, trunks, hot experts."""
+"""`moe-ray bench …`: experiments with servers of their own: kills, scaling, hosts, trunks, hot experts, plans."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Annotated
 import typer
 
 from moe_ray.commands.bench_options import (
+    BenchModel,
+    Concurrency,
     DecodedTokens,
     JsonOutput,
     OutputTokens,
     PlotFile,
+    PromptTokens,
+    Repeats,
     Seed,
     SmallModel,
     Streams,
@@ -157,3 +161,39 @@ def skew(
         simulation=SimulationOptions() if simulation else None,
     )
     run_bench(run_skew, options, PLOT, json_output, plot, curves)
+
+
+def plan(
+    model: BenchModel = None,
+    parts: Annotated[
+        str, typer.Option(help="Which of engine, emulated (experts that sleep), networks (needs root).")
+    ] = "engine,emulated,networks",
+    formats: Annotated[str, typer.Option(help="Of the engine's weights: which of float, int8, int4, nf4.")] = (
+        "float,int8,int4"
+    ),
+    concurrency: Concurrency = "1,8,32",
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: DecodedTokens = 96,
+    repeats: Repeats = 3,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Measured per emulated placement.")] = 5.0,
+    probe_again: Annotated[
+        bool, typer.Option(help="Measure this CPU anew first, instead of what `moe-ray plan --fleet here` keeps.")
+    ] = True,
+    json_output: JsonOutput = False,
+    plot: PlotFile = None,
+) -> None:
+    """Compare what `moe-ray plan --fleet` predicts of placements with what they take on this machine."""
+    from moe_ray.bench.lab.plan_validation import PLOT, PlanBenchOptions, run_plan_bench
+
+    options = PlanBenchOptions(
+        model=model,
+        parts=names(parts),
+        formats=names(formats),
+        concurrency=numbers(concurrency, "--concurrency"),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        seconds=seconds,
+        probe_again=probe_again,
+    )
+    run_bench(run_plan_bench, options, PLOT, json_output, plot)

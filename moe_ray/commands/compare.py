@@ -13,6 +13,7 @@ from moe_ray.commands.options import (
     ConfigFile,
     Device,
     Dtype,
+    HfOverrides,
     JsonOutput,
     Kernels,
     KvCacheDtype,
@@ -47,6 +48,7 @@ def compare(
     quantize: Quantize = None,
     quantize_trunk: QuantizeTrunk = None,
     kv_cache_dtype: KvCacheDtype = None,
+    hf_overrides: HfOverrides = None,
     config: ConfigFile = None,
     settings: Settings = None,
     dtype_b: Annotated[str | None, typer.Option(help="--dtype of B.", show_default=AS_A)] = None,
@@ -54,6 +56,9 @@ def compare(
     quantize_b: Annotated[str | None, typer.Option(help="--quantize of B.", show_default=AS_A)] = None,
     quantize_trunk_b: Annotated[str | None, typer.Option(help="--quantize-trunk of B.", show_default=AS_A)] = None,
     kv_cache_dtype_b: Annotated[str | None, typer.Option(help="--kv-cache-dtype of B.", show_default=AS_A)] = None,
+    hf_overrides_b: Annotated[
+        str | None, typer.Option(metavar="JSON", help="--hf-overrides of B.", show_default=AS_A)
+    ] = None,
     config_b: Annotated[Path | None, typer.Option(help="--config of B.", show_default=AS_A)] = None,
     settings_b: Annotated[
         list[str] | None, typer.Option("--set-b", metavar="KEY=VALUE", help="--set of B, beside those of A.")
@@ -77,7 +82,9 @@ def compare(
     scored = ScoredText.read(text, context, stride, limit_tokens)
     kept_as = spool_dtype(spool)
     flags_a = ModelFlags(
-        a, dtype, device, kernels, quantize, quantize_trunk, kv_cache_dtype, config, tuple(settings or ())
+        *(a, dtype, device, kernels, quantize, quantize_trunk, kv_cache_dtype, config),
+        hf_overrides=hf_overrides,
+        settings=tuple(settings or ()),
     )
     flags_b = replace(
         flags_a,
@@ -88,6 +95,7 @@ def compare(
         quantize_trunk=quantize_trunk_b or quantize_trunk,
         kv_cache_dtype=kv_cache_dtype_b or kv_cache_dtype,
         config=config_b or config,
+        hf_overrides=hf_overrides_b or hf_overrides,
         settings_b=tuple(settings_b or ()),
     )
     chosen = flags_a.configured(), flags_b.configured()

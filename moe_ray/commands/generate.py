@@ -10,7 +10,9 @@ import typer
 from moe_ray.commands.options import (
     Device,
     Dtype,
+    HfOverrides,
     KvCacheDtype,
+    LoadFormat,
     MaxModelLen,
     MaxTokens,
     Model,
@@ -35,6 +37,8 @@ def generate(
     quantize_trunk: QuantizeTrunk = None,
     kv_cache_dtype: KvCacheDtype = None,
     max_model_len: MaxModelLen = None,
+    hf_overrides: HfOverrides = None,
+    load_format: LoadFormat = None,
 ) -> None:
     """Complete one prompt in this process, without Ray, streaming to standard output."""
     from moe_ray.commands.cache import with_usable_cache
@@ -55,6 +59,8 @@ def generate(
             quantize_trunk=quantize_trunk,
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=max_model_len,
+            hf_overrides=hf_overrides,
+            load_format=load_format,
             progress=progress,
         )
     source: Any = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -40,7 +41,7 @@ from moe_ray.deploy.served_adapters import check_adapters
 from moe_ray.deploy.servers import APP_NAME
 from moe_ray.deploy.urls import listen_address, missing_at, url_of
 from moe_ray.errors import MoeRayError, NotReady
-from moe_ray.hub import resolve_model
+from moe_ray.hub import check_draft, resolve_model
 from moe_ray.model.compute.compute import this_machine
 from moe_ray.model.compute.resolve import Wanted, resolve
 from moe_ray.model.model_config import ModelConfig
@@ -81,9 +82,11 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     ingress = choose_ingress(options.ingress, options.address is None, config.gateway.num_replicas)
     with loading_bars(console) as progress:
         directory = resolve_model(config, progress)
-    # Reads every header and the tokenizer: a broken checkpoint is told before anything is started.
-    plan = planned(config, directory)
-    Tokenizer(directory)
+        # Reads every header and the tokenizers: a broken checkpoint is told before anything is started.
+        plan = planned(config, directory, progress=partial(progress, "comparing experts"))
+    for each in (config, *config.for_variants):
+        Tokenizer(resolve_model(each))
+        check_draft(each)
     check_adapters(config, plan.model)
     timeline.mark("model")
     if options.address is None:
@@ -124,11 +127,17 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
 
 def _print_backend(config: Config, model: ModelConfig, console: Console) -> None:
     """Say what trunk and experts compute with on this machine, and what makes that slower than it could be."""
-    wanted = Wanted.of(config.model, config.trunk.quantize or config.experts.quantize)
-    backend = resolve(model, wanted, this_machine(wanted))
-    console.print(f"computing {backend}", highlight=False, soft_wrap=True)
-    if backend.slower_because:
-        console.print(f"  {backend.slower_because}", style="yellow", highlight=False, soft_wrap=True)
+    alike = config.trunk.device == config.experts.device or config.transport == "local"
+    for whose, section in (("trunk ", config.trunk), ("experts ", config.experts)):
+        quantize = (config.trunk.quantize or config.experts.quantize) if alike else section.quantize
+        wanted = Wanted.of(config.computing_on(section.device).model, quantize)
+        backend = resolve(model, wanted, this_machine(wanted))
+        console.print(f"computing {'' if alike else whose}{backend}", highlight=False, soft_wrap=True)
+        for note in (*backend.notes, backend.slower_because):
+            if note:
+                console.print(f"  {note}", style="yellow", highlight=False, soft_wrap=True)
+        if alike:
+            return
 
 
 @contextlib.contextmanager

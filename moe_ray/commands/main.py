@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moe_ray.commands import adapters, bench, bench_lab
+from moe_ray.commands import adapters, bench, bench_gpu, bench_lab
 from moe_ray.commands.chat import chat
 from moe_ray.commands.command_line import run_command
 from moe_ray.commands.compare import compare
@@ -30,11 +30,14 @@ BENCHES = (
     bench.attention,
     bench.transport,
     bench.engine,
+    bench.first_token,
+    bench_gpu.gpu,
     bench_lab.chaos,
     bench_lab.scale,
     bench_lab.cluster,
     bench_lab.trunks,
     bench_lab.skew,
+    bench_lab.plan,
 )
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_ray.commands.planned import Planned, size
-from moe_ray.experts.planning.footprint import Network, network_step
+from moe_ray.experts.planning.network_step import Network, network_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Distance:
     """Of a step; None: nobody has measured it."""
 
     def rows(self, planned: Planned) -> list[dict[str, float]]:
-        """What each number of streams decodes at most, by `footprint.network_step`; zeros where nothing bounds."""
+        """What each number of streams decodes at most, by `network_step.network_step`; zeros where nothing bounds."""
         steps = [network_step(planned.model, planned.plan.dtype, self.network, count) for count in self.streams]
         return [
             {
@@ -48,7 +48,7 @@ def print_distance(console: Console, planned: Planned, distance: Distance) -> No
     """Print what a network adds to a decoding step and leaves of tokens/s, a line per number of streams."""
     network, compute = distance.network, distance.compute_ms
     speed = "no bound on bandwidth" if network.gbit is None else f"{network.gbit:g} Gbit/s at the trunk"
-    layers = planned.model.num_hidden_layers
+    layers = len(planned.model.mixture_layers)
     console.print(f"\n[bold]network[/]  {network.latency_ms:g} ms one way, {speed}; {layers} round trips a step")
     table = Table(box=None, pad_edge=False, header_style="dim")
     columns = ["streams", "out a step", "in", "latency ms", "transfer ms", "network ms", "tokens/s at most"]

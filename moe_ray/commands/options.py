@@ -29,6 +29,15 @@ Dtype = Annotated[
         autocompletion=one_of("auto", "float32", "bfloat16", "float16"),
     ),
 ]
+Variant = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME=PATH",
+        help="A further model, under this name, on the same experts: what is equal of theirs is held once. May be "
+        "repeated.",
+    ),
+]
 DraftModel = Annotated[
     str | None,
     typer.Option(
@@ -61,8 +70,36 @@ QuantizeTrunk = Annotated[
         autocompletion=_quantizations,
     ),
 ]
+CpuOffload = Annotated[
+    float | None,
+    typer.Option(
+        "--cpu-offload-gib",
+        help="GiB of each expert actor's weights that stay in the host's memory and are copied to its card for a call.",
+        show_default="0",
+    ),
+]
 KvCacheDtype = Annotated[
-    str | None, typer.Option(help="auto, or int8: half of bfloat16's memory for the KV cache.", show_default="auto")
+    str | None, typer.Option(help="auto, int8 or fp8: half of bfloat16's memory for the KV cache.", show_default="auto")
+]
+EnforceEager = Annotated[
+    bool | None,
+    typer.Option("--enforce-eager", help="On a card, no CUDA graphs: slower, with less memory.", show_default="graphs"),
+]
+LoadFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, or dummy: random weights, of which a config.json is enough.",
+        show_default="auto",
+        autocompletion=one_of("auto", "dummy"),
+    ),
+]
+HfOverrides = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='Other values of the model\'s config.json, as in {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}.',
+        show_default="none",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration; may be repeated.")

@@ -6,6 +6,7 @@ from moe_ray.commands.options import (
     ConfigFile,
     Device,
     Dtype,
+    HfOverrides,
     JsonOutput,
     Kernels,
     KvCacheDtype,
@@ -31,6 +32,7 @@ def perplexity(
     quantize: Quantize = None,
     quantize_trunk: QuantizeTrunk = None,
     kv_cache_dtype: KvCacheDtype = None,
+    hf_overrides: HfOverrides = None,
     config: ConfigFile = None,
     settings: Settings = None,
     json_output: JsonOutput = False,
@@ -46,7 +48,9 @@ def perplexity(
 
     scored = ScoredText.read(text, context, stride, limit_tokens)
     flags = ModelFlags(
-        model, dtype, device, kernels, quantize, quantize_trunk, kv_cache_dtype, config, tuple(settings or ())
+        *(model, dtype, device, kernels, quantize, quantize_trunk, kv_cache_dtype, config),
+        hf_overrides=hf_overrides,
+        settings=tuple(settings or ()),
     )
     chosen = flags.configured()
     with loading_bars(error_console()) as progress:

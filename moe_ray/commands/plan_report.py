@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
@@ -10,8 +11,10 @@ from rich.table import Table
 
 from moe_ray.commands.balance_report import Balanced, balance_json
 from moe_ray.commands.network_report import Distance, network_json
-from moe_ray.commands.planned import GB, GIB, Planned, size
+from moe_ray.commands.planned import GB, GIB, Planned, SharedExperts, size
 from moe_ray.experts.planning.cards import smallest_card
+from moe_ray.experts.planning.footprint import ActorPlan
+from moe_ray.experts.planning.offload import PCIE_GB_S, PCIE_SHARE
 
 
 def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_cards: bool = False) -> None:
@@ -53,6 +56,10 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_ca
             row.append(_said(smallest_card(plan.need_bytes(actor))))
         table.add_row(*row)
     console.print(table)
+    if offloaded := [actor for actor in plan.actors if actor.host.host_bytes]:
+        _print_offloaded(console, offloaded)
+    if planned.shared is not None:
+        _print_shared(console, planned.shared)
     if for_cards:
         _print_whole(console, planned)
     console.print(
@@ -64,6 +71,29 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_ca
             f"draft model, in each trunk: {draft.parameters / 1e6:,.1f} M parameters, {size(draft.weight_bytes)}; "
             f"{draft.kv_bytes_per_token:,} B a token of that KV cache are its own"
         )
+
+
+def _print_offloaded(console: Console, actors: Sequence[ActorPlan]) -> None:
+    """What stays in the host's memory, and what copying it takes."""
+    host, most = actors[0].host, max(actors, key=lambda actor: actor.host.host_bytes)
+    same = all(actor.host == host for actor in actors)
+    whose = f"{actors[0].name} to {actors[-1].name} each keep" if same and len(actors) > 1 else f"{most.name} keeps"
+    console.print(
+        f"{whose} {size(most.host.host_bytes)} in the host's memory, {size(most.card_bytes)} on the card: a step that "
+        f"calls all those layers copies them in {1e3 * most.host.copy_s:,.0f} ms, at {PCIE_SHARE:.0%} (assumed) of "
+        f"PCIe 3.0 x16's {PCIE_GB_S:g} GB/s; that is slower than all on the card",
+        soft_wrap=True,
+    )
+
+
+def _print_shared(console: Console, shared: SharedExperts) -> None:
+    """What all models take together, against the first one alone and against each by itself."""
+    console.print(
+        f"all models: {size(shared.total_bytes)}, {shared.total_bytes / shared.alone_bytes:.2f} times the first one "
+        f"alone ({size(shared.alone_bytes)}); each by itself: {size(shared.separate_bytes)}. Experts held once for "
+        f"several models: {size(shared.shared_bytes)}; of variants alone: {size(shared.added_expert_bytes)}",
+        soft_wrap=True,
+    )
 
 
 def _print_whole(console: Console, planned: Planned) -> None:
@@ -83,10 +113,22 @@ def _json_card(card: tuple[int, str] | None) -> dict[str, object] | None:
     return None if card is None else {"gib": card[0], "cards": card[1].split(", ")}
 
 
+def _shared_json(shared: SharedExperts) -> dict[str, object]:
+    return {
+        **asdict(shared),
+        "added_expert_bytes": shared.added_expert_bytes,
+        "shared_bytes": shared.shared_bytes,
+    }
+
+
 def plan_json(
-    planned: Planned, gpu_gib: float | None, balanced: Balanced | None = None, distance: Distance | None = None
+    planned: Planned,
+    gpu_gib: float | None,
+    balanced: Balanced | None = None,
+    distance: Distance | None = None,
+    fleet: Mapping[str, object] | None = None,
 ) -> str:
-    """The plan as one JSON object; with `balanced`, what to replicate under "balance"; `distance` under "network"."""
+    """The plan as one JSON object; `balanced` is under "balance", `distance` under "network", `fleet` under "fleet"."""
     plan = planned.plan
     fits = {a.name: ok for a, ok, _ in plan.fits(int(gpu_gib * GIB))} if gpu_gib is not None else {}
     rows = [
@@ -97,6 +139,7 @@ def plan_json(
             "weight_bytes": actor.weight_bytes,
             "scale_bytes": actor.scale_bytes,
             "read_bytes": planned.bytes_to_read.get(actor.name),
+            **({"host_bytes": actor.host.host_bytes, "card_bytes": actor.card_bytes} if actor.host.host_bytes else {}),
             "smallest_card": _json_card(smallest_card(plan.need_bytes(actor))),
             **({"fits": fits[actor.name]} if fits else {}),
         }
@@ -114,9 +157,11 @@ def plan_json(
             "kv_cache_dtype": plan.kv_cache_dtype,
             "context": plan.context,
             **({} if plan.draft is None else {"draft_model": asdict(plan.draft)}),
+            **({} if planned.shared is None else {"variants": _shared_json(planned.shared)}),
             "rows": rows,
             **({} if balanced is None else {"balance": balance_json(planned, balanced)}),
             **({} if distance is None else {"network": network_json(planned, distance)}),
+            **({} if fleet is None else {"fleet": fleet}),
         },
         indent=1,
     )

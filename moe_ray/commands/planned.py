@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moe_ray.commands.planned_variants import VariantParts, variant_parts
 from moe_ray.config import Config
 from moe_ray.experts.planning.footprint import DraftPlan, Plan, WeightsHeld, make_plan, weights_of_keys
-from moe_ray.experts.planning.placement import Holding, holdings
+from moe_ray.experts.planning.placement import Holding, holdings, with_variants
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.families import Weight
 from moe_ray.model.foreign import INDEX, PICKLES
 from moe_ray.model.formats import StoredWeight
 from moe_ray.model.formats.held import HeldAs
+from moe_ray.model.implied import implied_formats
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.surplus import check_surplus, config_of_trunk
 from moe_ray.model.weights import weights_of_trunk
 
 GIB, MIB = 2**30, 2**20
 GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExperts:
+    """Bytes of weights of several models on the same experts, and of each of them on experts of its own."""
+
+    total_bytes: int
+    """Of all together, spares not counted."""
+    alone_bytes: int
+    """Of the first model alone."""
+    trunk_bytes: int
+    """Of the variants' trunks."""
+    separate_bytes: int
+    """Of all models, each with experts of its own."""
+
+    @property
+    def added_expert_bytes(self) -> int:
+        """Of the variants' experts that no earlier model has."""
+        return self.total_bytes - self.alone_bytes - self.trunk_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of experts that are held once, and would be held again by each model alone."""
+        return self.separate_bytes - self.total_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +60,29 @@ class Planned:
     bytes_to_read: dict[str, int]
     held: WeightsHeld
     experts_per_actor: int = 1
+    shared: SharedExperts | None = None
+    """None: there are no variants."""
 
     @property
     def unseen_quantization(self) -> str | None:
         """How the weights are quantised by config.json, where they are not here to be looked at: planned as if not."""
-        unseen = self.model.quantization if not self.bytes_to_read else None
+        unseen = self.model.quantization if not self.bytes_to_read and not self.held.stored else None
         return None if unseen is None else unseen.method
 
 
-def planned(config: Config, directory: Path, without_weights: bool = False, cards: bool = False) -> Planned:
+def planned(
+    config: Config,
+    directory: Path,
+    without_weights: bool = False,
+    cards: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Planned:
     """Plan the model of `directory`, checking every tensor's header. Raises `CheckpointError`, `ConfigError`.
 
     `without_weights`: a directory with no more than its config.json will do, or that file itself. Experts inside the
     trunk (`transport: local`) are planned one by one. `cards`: the actors compute on cards, not on this machine's CPU,
-    so the dtype is the checkpoint's unless one is configured.
+    so the dtype is the checkpoint's unless one is configured. `progress` is told of the bytes by which the experts of
+    variants are compared.
     """
     from moe_ray.model.compute.resolve import choose_dtype
     from moe_ray.native import build
@@ -59,18 +94,20 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
     spares, per_actor = config.experts.spare_keys(layers, experts), config.experts.group_size
     if config.transport == "local":
         spares, per_actor = (), 1
-    placed = holdings(layers, experts, per_actor, spares)
-    found = _Found({}, {})
+    parts = variant_parts(config, progress)
+    by_base = holdings(layers, experts, per_actor, spares)
+    placed = with_variants(by_base, parts.added, experts)
+    found = _Found({}, implied_formats(model))
     weights = any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.gguf", INDEX, *PICKLES))
     if weights or not without_weights:
         checkpoint = Checkpoint.open(directory)
         check_surplus(checkpoint)
         model = config_of_trunk(checkpoint)
-        found = _checked(checkpoint, model, placed)
+        found = _checked(checkpoint, model, placed, parts)
         checkpoint.close()
-    device = "cuda" if cards or config.model.device == "cuda" else "cpu"
+    device = "cuda" if cards or "cuda" in (config.model.device, config.trunk.device, config.experts.device) else "cpu"
     dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags(), build.kernels_here())
-    held = weights_held(config, dtype, experts, found.quantised)
+    held = weights_held(config, dtype, experts, found.quantised, 1 + len(parts.trunks))
     draft = _draft(
         config,
         directory,
@@ -78,8 +115,16 @@ def planned(config: Config, directory: Path, without_weights: bool = False, card
         without_weights,
         lambda own: choose_dtype(config.model.dtype, own, device, build.cpu_flags(), build.kernels_here()),
     )
-    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft)
-    return Planned(config.served_name, directory, model, plan, found.bytes_to_read, held, per_actor)
+    trunks = {one.name: (one.model, replace(held, stored=one.quantised)) for one in parts.trunks}
+    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft, trunks)
+    shared = None
+    if trunks:
+        by_itself = [
+            make_plan(each, dtype, by_base, own).total_bytes for each, own in ((model, held), *trunks.values())
+        ]
+        of_trunks = sum(actor.weight_bytes for actor in plan.actors if actor.name in trunks)
+        shared = SharedExperts(plan.total_bytes, by_itself[0], of_trunks, sum(by_itself))
+    return Planned(config.served_name, directory, model, plan, found.bytes_to_read, held, per_actor, shared)
 
 
 def _draft(
@@ -102,12 +147,23 @@ def _draft(
 
 
 def weights_held(
-    config: Config, dtype: str, num_experts: int, quantised: Mapping[Weight, StoredWeight] | None = None
+    config: Config,
+    dtype: str,
+    num_experts: int,
+    quantised: Mapping[Weight, StoredWeight] | None = None,
+    num_models: int = 1,
 ) -> WeightsHeld:
-    """What the configuration says the weights are held as; those that come `quantised` keep their own bits."""
-    experts = {expert: HeldAs(dtype, config.experts.quantize_of(expert)) for expert in range(num_experts)}
+    """What the configuration says the weights are held as; those that come `quantised` keep their own bits.
+
+    `num_models`: of those whose experts are numbered together (`experts/sharing.py`).
+    """
+    experts = {
+        number: HeldAs(dtype, config.experts.quantize_of(number % num_experts))
+        for number in range(num_models * num_experts)
+    }
     spares = tuple(HeldAs(dtype, spare.quantize) for spare in config.experts.spares)
-    return WeightsHeld(HeldAs(dtype, config.trunk.quantize), experts, quantised or {}, spares)
+    offloaded = {number: config.experts.offload_bytes_of(number) for number in range(num_experts)}
+    return WeightsHeld(HeldAs(dtype, config.trunk.quantize), experts, quantised or {}, offloaded, spares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +174,18 @@ class _Found:
     quantised: dict[Weight, StoredWeight]
 
 
-def _checked(checkpoint: Checkpoint, model: ModelConfig, placed: Sequence[Holding]) -> _Found:
-    """Look every tensor up. Raises `CheckpointError` naming file and tensor."""
+def _checked(checkpoint: Checkpoint, model: ModelConfig, placed: Sequence[Holding], parts: VariantParts) -> _Found:
+    """Look every tensor up; those of variants are in `parts`. Raises `CheckpointError` naming file and tensor."""
     found = _Found({}, {})
     actors = {"Trunk": tuple(weights_of_trunk(model)), **{one.name: weights_of_keys(model, one.keys) for one in placed}}
     for name, weights in actors.items():
         stored = {weight: checkpoint.find(weight) for weight in weights}
         found.bytes_to_read[name] = sum(each.nbytes for each in stored.values())
         found.quantised.update({weight: each for weight, each in stored.items() if each.grouping is not None})
+    for one in placed:
+        found.bytes_to_read[one.name] += parts.bytes_to_read(model, one.variant_keys)
+    found.quantised.update(parts.quantised)
+    found.bytes_to_read.update({trunk.name: trunk.bytes_to_read for trunk in parts.trunks})
     return found
 
 

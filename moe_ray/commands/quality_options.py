@@ -39,6 +39,7 @@ class ModelFlags:
     quantize_trunk: str | None
     kv_cache_dtype: str | None
     config: Path | None
+    hf_overrides: str | None = None
     settings: tuple[str, ...] = ()
     """Values of --set."""
     settings_b: tuple[str, ...] = ()
@@ -50,7 +51,10 @@ class ModelFlags:
         from moe_ray.config import load_config
 
         flags = {
-            "model": {"path": self.model, "dtype": self.dtype, "device": self.device, "kernels": self.kernels},
+            "model": {
+                **{"path": self.model, "dtype": self.dtype, "device": self.device, "kernels": self.kernels},
+                "hf_overrides": self.hf_overrides,
+            },
             "experts": {"quantize": self.quantize},
             "trunk": {"quantize": self.quantize_trunk},
             "engine": {"kv_cache_dtype": self.kv_cache_dtype},

@@ -92,11 +92,11 @@ def print_comparison(
         table.add_row("routing", "other layers or experts: not compared")
     else:
         layers = measured.routing
-        worst = min(range(len(layers)), key=lambda layer: layers[layer].same_experts)
+        worst = min(layers, key=lambda layer: layer.same_experts)
         table.add_row(
             "routing",
             f"same experts for {100 * float(np.mean([x.same_experts for x in layers])):.2f} % of (token, k), "
-            f"least {100 * layers[worst].same_experts:.2f} % in layer {worst}; "
+            f"least {100 * worst.same_experts:.2f} % in layer {worst.layer}; "
             f"weights apart by {float(np.mean([x.weight_difference for x in layers])):.4f}",
         )
     console.print(table, soft_wrap=True)
@@ -133,8 +133,8 @@ def comparison_json(measured: Comparison, names: tuple[str, str], passage: Passa
             "routing": None
             if routing is None
             else [
-                {"layer": i, "same_experts": layer.same_experts, "weight_difference": layer.weight_difference}
-                for i, layer in enumerate(routing)
+                {"layer": of.layer, "same_experts": of.same_experts, "weight_difference": of.weight_difference}
+                for of in routing
             ],
             "first_differences": [
                 {

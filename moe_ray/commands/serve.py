@@ -11,15 +11,20 @@ from moe_ray.commands.options import (
     DEFAULT_PORT,
     MODEL_HELP,
     ConfigFile,
+    CpuOffload,
     Device,
     DraftModel,
     Dtype,
+    EnforceEager,
+    HfOverrides,
     KvCacheDtype,
+    LoadFormat,
     LogFormat,
     LogLevel,
     MaxModelLen,
     Quantize,
     QuantizeTrunk,
+    Variant,
     error_console,
 )
 
@@ -45,11 +50,26 @@ def serve(
     quantize: Quantize = None,
     quantize_trunk: QuantizeTrunk = None,
     kv_cache_dtype: KvCacheDtype = None,
+    cpu_offload_gib: CpuOffload = None,
     max_model_len: MaxModelLen = None,
+    hf_overrides: HfOverrides = None,
+    load_format: LoadFormat = None,
+    enforce_eager: EnforceEager = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed together.", show_default="64")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens per step.", show_default="512")] = None,
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory of the KV cache.", show_default="from free memory")
+    ] = None,
+    kv_swap_gib: Annotated[
+        float | None,
+        typer.Option(help="Host memory that takes KV blocks which the cache gives up.", show_default="0: none"),
+    ] = None,
+    kv_disk_dir: Annotated[
+        str | None,
+        typer.Option(help="Absolute path of a directory that keeps KV blocks over restarts.", show_default="none"),
+    ] = None,
+    kv_disk_gib: Annotated[
+        float | None, typer.Option(help="Most that the files in --kv-disk-dir take together.", show_default="16")
     ] = None,
     micro_batches: Annotated[
         str | None,
@@ -87,6 +107,7 @@ def serve(
             help="Serve a LoRA adapter (PEFT) under this name: of a directory or a Hugging Face repo. May be repeated.",
         ),
     ] = None,
+    variant: Variant = None,
     tool_call_parser: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +122,13 @@ def serve(
         str | None,
         typer.Option(
             help="wait; fail: 503 at once; renormalise: go on with the other experts, and say so.", show_default="wait"
+        ),
+    ] = None,
+    recorded_load: Annotated[
+        str | None,
+        typer.Option(
+            help="The JSON of GET /experts of an earlier run: hot experts get replicas on cards that remain.",
+            show_default="none",
         ),
     ] = None,
     page_control: Annotated[
@@ -136,7 +164,7 @@ def serve(
 
     if address is None:
         prepare_local_ray()
-    from moe_ray.commands.adapter_option import named_sources
+    from moe_ray.commands.adapter_option import named_sources, named_variants
     from moe_ray.commands.launch import LaunchOptions, run
 
     flags = {
@@ -145,6 +173,9 @@ def serve(
             "dtype": dtype,
             "device": device,
             "max_model_len": max_model_len,
+            "hf_overrides": hf_overrides,
+            "load_format": load_format,
+            "enforce_eager": enforce_eager,
             "served_name": served_model_name[0] if served_model_name else None,
             "aliases": served_model_name[1:] if served_model_name and served_model_name[1:] else None,
         },
@@ -153,16 +184,26 @@ def serve(
             "max_num_batched_tokens": max_num_batched_tokens,
             "kv_cache_gib": kv_cache_gib,
             "kv_cache_dtype": kv_cache_dtype,
+            "kv_swap_gib": kv_swap_gib,
+            "kv_disk_dir": kv_disk_dir,
+            "kv_disk_gib": kv_disk_gib,
             "micro_batches": micro_batches,
             "speculative": speculative or (draft_model and "auto"),
             "draft_model": draft_model,
             "draft_quantize": draft_quantize,
             "num_speculative_tokens": num_speculative_tokens,
         },
-        "experts": {"deadline_s": expert_deadline, "on_expert_loss": on_expert_loss, "quantize": quantize},
+        "experts": {
+            "deadline_s": expert_deadline,
+            "on_expert_loss": on_expert_loss,
+            "quantize": quantize,
+            "cpu_offload_gib": cpu_offload_gib,
+            "recorded_load": recorded_load,
+        },
         "trunk": {"quantize": quantize_trunk},
         "gateway": {"tool_call_parser": tool_call_parser, "page": {"control": page_control}},
         "adapters": {"modules": named_sources(adapter)},
+        "variants": named_variants(variant),
         "transport": transport,
         "log_level": log_level,
         "log_format": log_format,

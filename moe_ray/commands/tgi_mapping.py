@@ -19,7 +19,8 @@ KEYS: Final[dict[str, str]] = {
     "quantize": "experts.quantize and trunk.quantize, or what the checkpoint has",
     "speculate": "engine.speculative and engine.num_speculative_tokens",
     "dtype": "model.dtype",
-    "kv_cache_dtype": "engine.kv_cache_dtype: auto or int8",
+    "cuda_graphs": "model.enforce_eager where it is 0; other sizes are recorded as they come",
+    "kv_cache_dtype": "engine.kv_cache_dtype: auto, int8, or fp8 for fp8_e4m3fn",
     "max_concurrent_requests": "engine.max_num_seqs and engine.max_waiting together; 429 beyond",
     "max_best_of": "gateway.tgi.max_best_of",
     "max_stop_sequences": "gateway.tgi.max_stop_sequences",
@@ -47,7 +48,6 @@ NOTES: Final[dict[str, str]] = {
     "validation_workers": "bodies are validated by the gateway; gateway.num_replicas is the number of those",
     "waiting_served_ratio": "prompts are computed in chunks beside running sequences; none of these waits for them",
     "max_waiting_tokens": "prompts are computed in chunks beside running sequences; none of these waits for them",
-    "cuda_graphs": "there are none",
     "prometheus_port": "metrics are on the port of the API",
     "shard_uds_path": "actors find each other through Ray",
     "master_addr": "actors find each other through Ray",
@@ -116,6 +116,7 @@ def mapped(arguments: TgiArguments, environ: Mapping[str, str]) -> Mapped:
             "path": arguments.model_id,
             "revision": arguments.revision,
             "dtype": arguments.dtype,
+            "enforce_eager": True if arguments.cuda_graphs == "0" else None,
             "max_model_len": arguments.max_total_tokens,
         },
         "engine": {
@@ -192,9 +193,9 @@ def _quantize(arguments: TgiArguments) -> tuple[str | None, list[str]]:
 
 def _kv_cache_dtype(arguments: TgiArguments) -> str | None:
     asked = arguments.kv_cache_dtype
-    if asked is not None and asked.startswith("fp8"):
-        raise ConfigError(f"--kv-cache-dtype {asked} is not supported: use int8, of the same size")
-    return asked
+    if asked == "fp8_e5m2":
+        raise ConfigError(f"--kv-cache-dtype {asked} is not supported: use fp8_e4m3fn, of the same size")
+    return "fp8" if asked == "fp8_e4m3fn" else asked
 
 
 def _speculation(arguments: TgiArguments) -> dict[str, Any]:

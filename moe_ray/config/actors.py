@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -25,6 +25,9 @@ class ActorOptions(Section):
     from the cluster's cards."""
     resources: Mapping[str, float] = {}
     """Custom Ray resources that Ray reserves for each actor: name → amount."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of its card in GiB that each actor may take for weights, KV cache and what it computes with; more is an
+    error. `moe-ray serve` plans it where actors share a card. Default: no limit."""
     accelerator_type: str | None = None
     """Ray's name of the card that its node must have, such as T4 or L4."""
     labels: Mapping[str, str] = {}
@@ -35,6 +38,8 @@ class ActorOptions(Section):
     """Hold the weights in fewer bits, with a scale for each group of inputs: int8 (groups of 128), int4 (of 32) or nf4
     (of 64, by a table). They are quantised while they load, on a CPU. Norms, gates and embeddings stay as they are.
     Default: as stored."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where these actors compute, where that is not `model.device`: experts on CPUs beside others on cards."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads of the process on a CPU. Default: all cores for a trunk with native kernels, else one."""
 

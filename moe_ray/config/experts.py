@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
@@ -20,6 +21,9 @@ MOST_ACTORS: Final = 16
 class ExpertOptions(ScaledOptions):
     """What holds for the actors of one expert, or of a group of them."""
 
+    cpu_offload_gib: float = Field(default=0.0, ge=0)
+    """GiB of its weights that an expert actor on a card keeps in the host's memory, in whole layers: they are copied to
+    the card when calls need them, which is slower. Not of spares."""
     max_replicas_per_node: int | None = Field(default=None, ge=1, le=100)
     """Most replicas of one expert on a node; further ones wait for another node. Default: no limit, spread where there
     is room."""
@@ -88,6 +92,9 @@ class ExpertsSection(ExpertOptions):
     """Expert number → keys of this section that differ for its actors, e.g. {3: {num_replicas: 2}}."""
     spares: tuple[Spare, ...] = ()
     """Further actors with hot layers of hot experts, e.g. [{experts: {3: 8-15, 5: all}}]; they do not autoscale."""
+    recorded_load: Path | None = None
+    """File with a recorded load, the JSON of `GET /experts`. `moe-ray serve` gives hot experts replicas on cards that
+    remain, and layers with most of it stay on the card where there is an offload. Default: no record."""
     deadline_s: float = Field(default=60.0, gt=0)
     """Seconds that a call waits for a live replica before its requests fail with 503."""
     on_expert_loss: Literal["wait", "fail", "renormalise"] = "wait"
@@ -142,9 +149,22 @@ class ExpertsSection(ExpertOptions):
                 )
         return found[-1]
 
+    def with_replicas(self, added: Mapping[int, int]) -> ExpertsSection:
+        """This section with `added` replicas more of each expert, expert -> how many; of experts with own actors."""
+        overrides = dict(self.overrides)
+        for expert, count in added.items():
+            start, most = self.of(expert).num_replicas + count, self.of(expert).max_replicas
+            bound = {} if most is None else {"max_replicas": max(start, most)}
+            overrides[expert] = {**overrides.get(expert, {}), "num_replicas": start, **bound}
+        return self.model_copy(update={"overrides": overrides})
+
     def quantize_of(self, expert: int) -> str | None:
         """What the weights of `expert` are quantised to. Raises as `of`."""
         return self.of(expert).quantize
+
+    def offload_bytes_of(self, expert: int) -> int:
+        """Bytes of the weights of `expert` that stay in the host's memory at least. Raises as `of`."""
+        return int(self.of(expert).cpu_offload_gib * 2**30)
 
     def spare_keys(self, num_layers: int, num_experts: int) -> tuple[frozenset[ExpertKey], ...]:
         """The keys of each spare of a model. Raises `ConfigError` where spares or overrides name what it lacks."""

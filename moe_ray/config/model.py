@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import json
+from typing import Any, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,7 +11,7 @@ from moe_ray.config.section import Section
 
 DEMO_MODEL: Final = "demo"
 InstructionSet = Literal["avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "neon_dotprod", "neon"]
-KernelChoice = Literal["auto", "native", "torch"] | InstructionSet
+KernelChoice = Literal["auto", "native", "triton", "torch"] | InstructionSet
 
 
 class ModelSection(Section):
@@ -30,10 +31,30 @@ class ModelSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where trunk and experts compute. auto: the GPU where the process sees one, else the CPU."""
     kernels: KernelChoice = "auto"
-    """native: the C++ kernels, for CPUs with AVX2 and arm64, built on first use. auto: those where they run, else
-    torch. Or those of one instruction set that this CPU has, so that unlike machines compute alike."""
+    """native: the C++ kernels, for CPUs with AVX2 and arm64, built on first use. triton: those for cards, compiled on
+    first use. auto: either where they run, else torch. Or the native ones of one instruction set that this CPU has, so
+    that unlike machines compute alike."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights instead of the model's, of which config.json is enough: to measure speed and memory."""
+    enforce_eager: bool = False
+    """On a card, launch kernels one by one, and not as CUDA graphs: slower, with less memory."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and output together. Default: the model's, cut to what the KV cache holds."""
+    hf_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the model's config.json that have other values than in the file, as an object or its JSON. A
+    `rope_scaling` (or `rope_parameters`) of type yarn or linear makes contexts longer by its factor."""
+
+    @field_validator("hf_overrides", mode="before")
+    @classmethod
+    def _as_an_object(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"must be a JSON object ({error})") from None
+        if not isinstance(value, dict):
+            raise ValueError("must be a JSON object")
+        return value
 
     @field_validator("aliases")
     @classmethod

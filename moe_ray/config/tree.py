@@ -31,6 +31,7 @@ from moe_ray.config.section import explain
 from moe_ray.config.tls import TlsSection
 from moe_ray.config.tracing import TracingSection
 from moe_ray.config.trunk import TrunkSection
+from moe_ray.config.variants import MOST_VARIANTS, VariantOptions
 from moe_ray.errors import ConfigError
 
 ENV_PREFIX: Final = "MOE_RAY_"
@@ -58,6 +59,9 @@ class Config(BaseSettings):
     gateway: GatewaySection = GatewaySection()
     adapters: AdaptersSection = AdaptersSection()
     tracing: TracingSection = Field(default_factory=TracingSection)
+    variants: tuple[VariantOptions, ...] = Field(default=(), max_length=MOST_VARIANTS)
+    """Further models on the same experts, such as fine-tunes that left most of them as they were, at most 15; not with
+    `transport: local`. The other sections hold for all models; `adapters` and `model.aliases` for the first alone."""
     transport: Transport = "auto"
     """Carrier of the calls to experts. auto: the first of socket, grpc and ray that reaches the replica. local: experts
     in the trunk's own process."""
@@ -97,6 +101,36 @@ class Config(BaseSettings):
     def served_name(self) -> str:
         return self.model.served_name or Path(self.model.path).name or "model"
 
+    def computing_on(self, device: str | None) -> Config:
+        """The same with `model.device` as one actor's `device` says; None: as it is."""
+        if device is None:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"device": device})})
+
+    @property
+    def for_variants(self) -> tuple[Config, ...]:
+        """The configuration by which each variant's trunks and gateway serve it, as if it were the only model."""
+        return tuple(self._for(variant) for variant in self.variants)
+
+    def _for(self, variant: VariantOptions) -> Config:
+        model: dict[str, Any] = {
+            "path": variant.path,
+            "revision": variant.revision,
+            "served_name": variant.name,
+            "aliases": (),
+            "max_model_len": variant.max_model_len,
+            "hf_overrides": {},
+        }
+        trunks = {} if variant.num_trunks is None else {"num_replicas": variant.num_trunks}
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update=model),
+                "trunk": self.trunk.model_copy(update=trunks),
+                "adapters": AdaptersSection(),
+                "variants": (),
+            }
+        )
+
 
 def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> Config:
     """Merge flags (a nested mapping; None values are absent), environment, `file` (YAML) and defaults.
@@ -117,8 +151,13 @@ def load_config(flags: Mapping[str, Any] | None = None, file: Path | None = None
         for expert in merged.experts.overrides:
             merged.experts.of(expert)  # now, rather than when that expert is started
         _check_growth(merged)
+        _check_variants(merged)
         values = {name: getattr(merged, name) for name in Config.model_fields}
-        located_parts = {"model": located(merged.model), "adapters": _located_adapters(merged.adapters)}
+        located_parts = {
+            "model": located(merged.model),
+            "adapters": _located_adapters(merged.adapters),
+            "variants": tuple(map(_located_variant, merged.variants)),
+        }
         return Config.model_construct(**{**values, **located_parts})
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
@@ -142,6 +181,25 @@ def _located_adapters(adapters: AdaptersSection) -> AdaptersSection:
     """`adapters` with relative paths of directories on this machine made absolute, as `located` does."""
     modules = {name: os.path.abspath(s) if Path(s).is_dir() else s for name, s in adapters.modules.items()}
     return adapters.model_copy(update={"modules": modules})
+
+
+def _located_variant(variant: VariantOptions) -> VariantOptions:
+    path = located(ModelSection(path=variant.path)).path
+    return variant.model_copy(update={"path": path})
+
+
+def _check_variants(config: Config) -> None:
+    """Raise `ConfigError` where variants cannot share the experts, or two models have one name."""
+    if config.variants and config.transport == "local":
+        raise ConfigError(
+            "`variants`: experts in the trunk's own process (`transport: local`) are not shared with another model; "
+            "allowed transports: auto, socket, grpc, ray"
+        )
+    taken = [config.served_name, *config.model.aliases, *config.adapters.modules]
+    for variant in config.variants:
+        if variant.name in taken:
+            raise ConfigError(f"`variants`: {variant.name!r} is the name of another model or adapter")
+        taken.append(variant.name)
 
 
 def _check_growth(config: Config) -> None:
@@ -190,7 +248,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _without_none(mapping: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in mapping.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "hf_overrides":  # whose nulls are values
             value = _without_none(value)
             if not value:
                 continue

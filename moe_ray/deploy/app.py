@@ -9,15 +9,21 @@ from ray.serve import Application
 
 from moe_ray.config import Config, load_config
 from moe_ray.config.actors import ActorOptions
+from moe_ray.config.experts import ExpertOptions
 from moe_ray.deploy.expert_replica import ExpertReplica
 from moe_ray.deploy.gateway_replica import Gateway
-from moe_ray.deploy.replica_targets import autoscaling_config, trunk_autoscaling_config
+from moe_ray.deploy.recorded_load import recorded_rows
+from moe_ray.deploy.replica_targets import TRUNK, autoscaling_config, trunk_autoscaling_config
 from moe_ray.deploy.stored_responses import StoredResponses
 from moe_ray.deploy.trunk_replica import TrunkReplica
-from moe_ray.experts.planning.placement import Holding, holdings
+from moe_ray.deploy.variants import variants_of
+from moe_ray.experts.planning.placement import Holding, holdings, with_variants
+from moe_ray.experts.server.expert_memory import ExpertMemory
+from moe_ray.experts.sharing import added_keys
 from moe_ray.hub import resolve_model
 from moe_ray.model.model_config import ModelConfig
 
+GIB = 2**30
 HEALTH_CHECK_S = 1.0
 """Serve learns by its checks that a process is gone, and replaces it then."""
 CONTROL_CALLS = 64
@@ -38,23 +44,38 @@ def build_app(config: Config, trunks_by_hand: bool = True) -> Application:
     `trunks_by_hand`: where trunks do not autoscale, `moe-ray scale` may change their number.
     """
     model = ModelConfig.load(resolve_model(config))
-    experts = []
+    experts, rows = [], recorded_rows(config, model)
     layers, count = model.num_hidden_layers, model.num_local_experts
     config = config.model_copy(update={"experts": config.experts.grouped(count)})
+    variants = variants_of(config)
     if config.transport != "local":
         spares = config.experts.spare_keys(layers, count)
-        for holding in holdings(layers, count, config.experts.group_size, spares):
+        placed = holdings(layers, count, config.experts.group_size, spares)
+        added = added_keys((variant.numbers for variant in variants), count)
+        for holding in with_variants(placed, added, count):
             actor = _actor(config, holding)
             experts.append(
                 serve.deployment(ExpertReplica, name=holding.name)
                 .options(**_expert_options(config, holding))
-                .bind(config, holding, actor.threads or 1, actor.quantize)
+                .bind(
+                    config.computing_on(actor.device),
+                    holding,
+                    actor.threads or 1,
+                    actor.quantize,
+                    _memory(actor, rows),
+                )
             )
     trunk = (
         serve.deployment(TrunkReplica, name="Trunk")
         .options(**_trunk_options(config, trunks_by_hand))
-        .bind(config, experts)
+        .bind(config.computing_on(config.trunk.device), experts)
     )
+    others = [
+        serve.deployment(TrunkReplica, name=variant.trunk_name)
+        .options(**_trunk_options(variant.config, by_hand=False, unit=variant.trunk_name))
+        .bind(variant.config.computing_on(config.trunk.device), experts, variant.numbers)
+        for variant in variants
+    ]
     return (
         serve.deployment(Gateway, name="Gateway")
         .options(
@@ -63,7 +84,7 @@ def build_app(config: Config, trunks_by_hand: bool = True) -> Application:
             max_ongoing_requests=config.gateway.max_ongoing_requests,
             graceful_shutdown_timeout_s=10,
         )
-        .bind(config, trunk, experts, shared_responses(config))
+        .bind(config, trunk, experts, shared_responses(config), others)
     )
 
 
@@ -81,18 +102,24 @@ def shared_responses(config: Config) -> Application | None:
     ).bind(config)
 
 
-def _trunk_options(config: Config, by_hand: bool) -> dict[str, Any]:
+def _trunk_options(config: Config, by_hand: bool, unit: str = TRUNK) -> dict[str, Any]:
     trunk = config.trunk
     options = _options(trunk)
     # A trunk that is told to go lets its requests end first; then it has what every actor has.
     options["graceful_shutdown_timeout_s"] += trunk.drain_s
     if by_hand or trunk.autoscale.enabled:
-        return {**options, "autoscaling_config": trunk_autoscaling_config(trunk, config.engine.max_num_seqs)}
+        return {**options, "autoscaling_config": trunk_autoscaling_config(trunk, config.engine.max_num_seqs, unit)}
     return {**options, "num_replicas": trunk.num_replicas}
 
 
 def _actor(config: Config, holding: Holding) -> ActorOptions:
     return config.experts.of(holding.experts[0]) if holding.spare is None else config.experts.spares[holding.spare]
+
+
+def _memory(actor: ActorOptions, rows: list[list[float]] | None) -> ExpertMemory:
+    budget = None if actor.gpu_memory_gib is None else int(actor.gpu_memory_gib * GIB)
+    offload = int(actor.cpu_offload_gib * GIB) if isinstance(actor, ExpertOptions) else 0
+    return ExpertMemory(budget, offload, None if rows is None else tuple(map(tuple, rows)))
 
 
 def _expert_options(config: Config, holding: Holding) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import ray
@@ -12,12 +14,20 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_ray.config import Config
-from moe_ray.experts.planning.cards import GIB, MEMORY_LABEL, Card, Part, Shares, memory_of, share_cards
+from moe_ray.config.actors import ActorOptions
+from moe_ray.config.experts import ExpertsSection
+from moe_ray.experts.planning.card_placement import CardPlacement, PlacedPart
+from moe_ray.experts.planning.card_table import has_bfloat16, sheet_of
+from moe_ray.experts.planning.cards import GIB, MEMORY_LABEL, Card, Part, memory_of
 from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS, Plan
 from moe_ray.experts.planning.placement import experts_in
 
 KIND_LABEL: Final = "ray.io/accelerator-type"
 """Label by which Ray names the kind of a node's cards."""
+NODE_LABEL: Final = "ray.io/node-id"
+"""Label by which Ray names a node: of a node that comes in its place it is another."""
+SPEED_LABEL: Final = "moe-ray/gpu-read-gb-s"
+"""Label of a Ray node: GB/s that each of its cards reads of its memory, where it was measured."""
 KIND_RESOURCE: Final = "accelerator_type:"
 ASK_TIMEOUT_S: Final = 30.0
 
@@ -31,7 +41,8 @@ def cards_of(nodes: Sequence[Mapping[str, Any]]) -> list[Card]:
             continue
         named = (name.removeprefix(KIND_RESOURCE) for name in resources if name.startswith(KIND_RESOURCE))
         kind = labels.get(KIND_LABEL) or next(named, None)
-        card = Card(node["NodeID"], kind, memory_of(kind, labels.get(MEMORY_LABEL)))
+        memory = memory_of(kind, labels.get(MEMORY_LABEL))
+        card = Card(node["NodeID"], kind, memory, _read_gb_s(kind, memory, labels.get(SPEED_LABEL)))
         found += [card] * int(resources.get("GPU", 0))
     return found
 
@@ -41,22 +52,27 @@ def cluster_cards() -> list[Card]:
     cards = cards_of(ray.nodes())
     unknown = sorted({card.node for card in cards if card.memory is None})
     measured = _measured(unknown) if unknown else {}
-    return [Card(card.node, card.kind, measured.get(card.node)) if card.node in measured else card for card in cards]
+    return [replace(card, memory=measured[card.node]) if card.node in measured else card for card in cards]
 
 
 def by_hand(config: Config) -> bool:
-    """Whether the configuration says itself which actors have cards, or that they compute on CPUs."""
+    """Whether the configuration says itself which actors have cards, or that all of them compute on CPUs."""
     experts = config.experts
     actors = (config.trunk, experts, *experts.spares)
+    devices = [each.device for each in actors]
+    devices += [override["device"] for override in experts.overrides.values() if "device" in override]
     return (
-        config.model.device == "cpu"
+        all((device or config.model.device) == "cpu" for device in devices)
         or any(actor.num_gpus is not None for actor in actors)
         or any(override.get("num_gpus") is not None for override in experts.overrides.values())
     )
 
 
 def parts_of(config: Config, plan: Plan) -> list[Part]:
-    """The deployments of `config` as parts that want a card each; `plan` is in the dtype of the cards."""
+    """The deployments of `config` as parts that want a card each; `plan` is in the dtype of the cards.
+
+    Those that compute on CPUs are left out.
+    """
     trunk, *rest = plan.actors
     if config.engine.kv_cache_gib is not None:
         cache = int(config.engine.kv_cache_gib * GIB)
@@ -64,32 +80,103 @@ def parts_of(config: Config, plan: Plan) -> list[Part]:
         longest = config.model.max_model_len or plan.context
         cache = min(LEAST_CACHE_TOKENS, longest) * plan.kv_bytes_per_token
     if config.transport == "local":
-        return [Part(trunk.name, plan.total_bytes, config.trunk.num_replicas, cache)]
-    parts = [Part(trunk.name, trunk.weight_bytes, config.trunk.num_replicas, cache)]
+        whole = trunk.weight_bytes + plan.draft_bytes + sum(actor.card_bytes for actor in rest if not actor.spare)
+        return [Part(trunk.name, whole, config.trunk.num_replicas, cache)]
+    trunk_bytes = trunk.weight_bytes + plan.draft_bytes
+    found: list[tuple[ActorOptions, Part]] = []
+    found.append((config.trunk, Part(trunk.name, trunk_bytes, config.trunk.num_replicas, cache)))
+    for own in config.for_variants:
+        variant = rest.pop(0)
+        found.append((own.trunk, Part(variant.name, variant.weight_bytes, own.trunk.num_replicas, cache)))
     spares = iter(config.experts.spares)
     for actor in rest:
         options = next(spares) if actor.spare else config.experts.of(experts_in(actor.name)[0])
-        parts.append(Part(actor.name, actor.weight_bytes, options.num_replicas))
-    return parts
+        found.append((options, Part(actor.name, actor.card_bytes, options.num_replicas)))
+    return [part for options, part in found if (options.device or config.model.device) != "cpu"]
 
 
-def on_cards(config: Config, plan: Plan, cards: Sequence[Card]) -> tuple[Config, Shares]:
-    """`config` with a share of a card for every actor, and the shares. Raises `ConfigError` naming what is missing."""
-    shares = share_cards(cards, parts_of(config, plan), config.engine.kv_cache_gib is not None)
-    labels = {} if not shares.kinds else {KIND_LABEL: _selector(shares.kinds)}
+def on_cards(config: Config, plan: Plan, placement: CardPlacement, cards: Sequence[Card]) -> Config:
+    """`config` with the share of a card, the nodes and the budget of every actor, as `placement` says.
 
-    def placed(section: Any) -> Any:
-        return section.model_copy(update={"num_gpus": shares.num_gpus, "labels": {**labels, **section.labels}})
+    The dtype is made one that all of them compute in: float16 where a card has no bfloat16.
+    """
+    changes: dict[str, Any] = {}
+    trunk = placement.of("Trunk")
+    if trunk is not None:
+        changes["trunk"] = config.trunk.model_copy(update=_asked(trunk, config.trunk))
+        if trunk.cache_bytes is not None:
+            gib = int(1000 * trunk.cache_bytes / GIB) / 1000
+            changes["engine"] = config.engine.model_copy(update={"kv_cache_gib": gib})
+    if config.transport != "local":
+        changes["experts"] = _experts_on_cards(config.experts, plan, placement)
+    dtype = dtype_for(config, plan, placement, cards)
+    if dtype != config.model.dtype:
+        changes["model"] = config.model.model_copy(update={"dtype": dtype})
+    return config.model_copy(update=changes)
 
-    spares = tuple(map(placed, config.experts.spares))
-    changes: dict[str, Any] = {
-        "trunk": placed(config.trunk),
-        "experts": placed(config.experts).model_copy(update={"spares": spares}),
+
+def dtype_for(config: Config, plan: Plan, placement: CardPlacement, cards: Sequence[Card]) -> str:
+    """`model.dtype` for these cards: float16 where one has no bfloat16; one for all where CPUs compute, too."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    if plan.dtype == "bfloat16" and any(lacking_bfloat16(placement, cards)):
+        return "float16"
+    return plan.dtype if len(placement.placed) < len(plan.actors) and config.transport != "local" else "auto"
+
+
+def lacking_bfloat16(placement: CardPlacement, cards: Sequence[Card]) -> list[str]:
+    """The kinds of cards without bfloat16 that actors may be on."""
+    kinds = {
+        card.kind
+        for placed in placement.placed
+        for card in cards
+        if (not placed.nodes or card.node in placed.nodes) and (not placed.kinds or card.kind in placed.kinds)
     }
-    if shares.cache_bytes is not None:
-        gib = round(shares.cache_bytes / GIB, 3)
-        changes["engine"] = config.engine.model_copy(update={"kv_cache_gib": gib})
-    return config.model_copy(update=changes), shares
+    return sorted(kind for kind in kinds if kind is not None and not has_bfloat16(kind))
+
+
+def _experts_on_cards(experts: ExpertsSection, plan: Plan, placement: CardPlacement) -> ExpertsSection:
+    """The section with what most of its actors get, and an override for each that gets something else."""
+    mine = {actor.name: placement.of(actor.name) for actor in plan.actors if experts_in(actor.name)}
+    counts = Counter(_told(placed) for placed in mine.values() if placed is not None)
+    usual = next((p for p in mine.values() if p and _told(p) == counts.most_common(1)[0][0]), None)
+    update = {} if usual is None else _asked(usual, experts)
+    overrides: dict[int, Mapping[str, Any]] = dict(experts.overrides)
+    for name, placed in mine.items():
+        said = next((experts.overrides[e] for e in experts_in(name) if e in experts.overrides), {})
+        if placed is None:
+            none = {"num_gpus": 0, "labels": dict(experts.labels), "gpu_memory_gib": experts.gpu_memory_gib}
+            ours: Mapping[str, Any] = {} if usual is None else none
+        elif _told(placed) == _told(usual) and "labels" not in said:
+            continue
+        else:
+            ours = _asked(placed, experts)
+        kept = {key: said[key] for key in ("gpu_memory_gib",) if key in said}
+        if "labels" in said:
+            kept["labels"] = {**ours.get("labels", {}), **said["labels"]}
+        overrides.update({expert: {**said, **ours, **kept} for expert in experts_in(name) if ours})
+    spares = []
+    for number, spare in enumerate(experts.spares):
+        where = placement.of(f"Spare{number}")
+        spares.append(spare if where is None else spare.model_copy(update=_asked(where, spare)))
+    return experts.model_copy(update={**update, "overrides": overrides, "spares": tuple(spares)})
+
+
+def _told(placed: PlacedPart | None) -> tuple[object, ...]:
+    return () if placed is None else (placed.num_gpus, placed.nodes, placed.kinds, placed.budget_bytes)
+
+
+def _asked(placed: PlacedPart, section: ActorOptions) -> dict[str, Any]:
+    """The keys of a section that put its actors where `placed` says; what it says itself of labels and budget wins."""
+    labels = {}
+    if placed.nodes:
+        labels[NODE_LABEL] = _selector(placed.nodes)
+    elif placed.kinds:
+        labels[KIND_LABEL] = _selector(placed.kinds)
+    budget = section.gpu_memory_gib
+    if budget is None and placed.budget_bytes is not None:
+        budget = int(1000 * placed.budget_bytes / GIB) / 1000
+    return {"num_gpus": placed.num_gpus, "labels": {**labels, **section.labels}, "gpu_memory_gib": budget}
 
 
 def hide_cards_of_others(device: str) -> None:
@@ -105,6 +192,16 @@ def parse_memory(text: str) -> int | None:
     """The smallest card's memory in bytes, from nvidia-smi's list in MiB, a line a card; None where it names none."""
     sizes = [int(line) for line in map(str.strip, text.splitlines()) if line.isdigit()]
     return min(sizes) * 2**20 if sizes else None
+
+
+def _read_gb_s(kind: str | None, memory: int | None, label: str | None) -> float | None:
+    """What a card reads: as its node's label says, else its data sheet; None where neither tells."""
+    try:
+        told = float(label) if label else 0.0
+    except ValueError:
+        told = 0.0
+    sheet = sheet_of(kind, memory)
+    return told if told > 0 else None if sheet is None else sheet.read_gb_s
 
 
 def _measured(node_ids: Sequence[str]) -> dict[str, int]:

@@ -26,10 +26,12 @@ from moe_ray.deploy.replica_targets import BATCHES, BUSY, CALLS, QUEUE, wait_unt
 from moe_ray.errors import EngineError
 from moe_ray.experts.planning.placement import Holding
 from moe_ray.experts.server.adapter_loader import AdapterLoader
-from moe_ray.experts.server.load_counters import WINDOW_S, LoadSampler
+from moe_ray.experts.server.expert_memory import NO_LIMITS, ExpertMemory
+from moe_ray.experts.server.load_counters import WINDOW_S, LoadSampler, by_expert
 from moe_ray.experts.server.weight_loader import CARRIER, WeightLoader
 from moe_ray.hub import resolve_adapter, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.card_memory import limit_card_memory
 from moe_ray.model.compute.compute import limit_torch_threads, open_compute
 from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.expert_reader import ExpertReader
@@ -42,10 +44,17 @@ logger = logging.getLogger(__name__)
 class ExpertReplica:
     """One actor holding some keys: one expert over all layers, or whatever its deployment holds."""
 
-    def __init__(self, config: Config, holding: Holding, threads: int, quantize: str | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        holding: Holding,
+        threads: int,
+        quantize: str | None,
+        memory: ExpertMemory = NO_LIMITS,
+    ) -> None:
         """Check all, load one layer, listen and load on; compute with `threads`, hold weights quantised to `quantize`.
 
-        Raises `CheckpointError`, `ConfigError`.
+        Raises `CheckpointError`, `ConfigError`; `OverBudget` where weights take more of the card than `memory` says.
         """
         telemetry.configure(config.log_level, config.log_format)
         hide_cards_of_others(config.model.device)
@@ -54,13 +63,16 @@ class ExpertReplica:
         checkpoint = Checkpoint.open(resolve_model(config))
         model = checkpoint.config
         compute = open_compute(model, Wanted.of(config.model, quantize), config.cache_dir, threads)
-        reader = ExpertReader(checkpoint, holding.keys, compute, reporter(name), quantize)
+        limit_card_memory(memory.budget_bytes, compute.device)
+        variants = [Checkpoint.open(resolve_model(each)) for each in config.for_variants]
+        reader = ExpertReader(checkpoint, holding.all_keys, compute, reporter(name), quantize, variants)
         self._computing = {
             "device": compute.device,
-            "kernels": compute.backend.kernels or "torch",
+            "kernels": compute.backend.kernels or compute.backend.experts,
             "format": reader.layout.format,
         }
-        self._weight_loader = WeightLoader(name, reader, model.hidden_size, compute, link_options(config).native_dir)
+        native_dir = link_options(config).native_dir
+        self._weight_loader = WeightLoader(name, reader, model.hidden_size, compute, native_dir, memory)
         self._worker = self._weight_loader.worker
         self._adapters = AdapterLoader(
             name,
@@ -76,7 +88,7 @@ class ExpertReplica:
             replica_id=replica.replica_id.to_full_id_str(),
             node_id=context.get_node_id(),
             pid=os.getpid(),
-            keys=holding.keys,
+            keys=frozenset(reader.keys),
             hidden_size=model.hidden_size,
             dtype=compute.dtype,
             addresses={carrier: server.address for carrier, server in self._servers.items()},
@@ -93,7 +105,9 @@ class ExpertReplica:
             ", ".join(f"{carrier} {address}" for carrier, address in self._info.addresses.items()),
         )
         metrics = ExpertMetrics(name, self._info.replica_id, self._worker.stats)
-        self._sampler = LoadSampler(self._worker.key_loads, surviving(metrics.report))
+        self._sampler = LoadSampler(
+            lambda: by_expert(self._worker.key_loads(), model.num_local_experts), surviving(metrics.report)
+        )
         self._sampler.start()
         self._application = replica.app_name
         self._find_peers = find_peers(replica.deployment, replica.app_name)

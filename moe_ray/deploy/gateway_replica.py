@@ -48,11 +48,11 @@ class Gateway:
         trunk: DeploymentHandle,
         experts: Sequence[DeploymentHandle],
         responses: DeploymentHandle | None,
+        variants: Sequence[DeploymentHandle] = (),
     ) -> None:
-        """`responses`: what keeps them where there are several gateways."""
+        """`responses`: what keeps them where there are several gateways. `variants`: the trunks of each variant."""
         telemetry.configure(config.log_level, config.log_format)
-        self._sessions = Sessions(discover_trunks(trunk), link_options(config), config.experts.deadline_s)
-        self._sessions.start()
+        self._sessions = _sessions_over(trunk, config)
         self._experts = experts
         http = config.gateway
         directory = resolve_model(config)
@@ -70,7 +70,22 @@ class Gateway:
         )
         self._tracing = open_tracing(config.tracing, "Gateway")
         sequences = SequenceMetrics(config.served_name)
-        self._reporter = Reporter(sequences.report)
+        store = response_store(http, responses)
+        others, reports = [], [sequences.report]
+        for own, trunks in zip(config.for_variants, variants, strict=True):
+            ended = SequenceMetrics(own.served_name)
+            reports.append(ended.report)
+            others.append(
+                ServedModel(
+                    own.served_name,
+                    Tokenizer(resolve_model(own), http.tool_call_parser),
+                    _sessions_over(trunks, own),
+                    options,
+                    observation=Observation(own.served_name, self._tracing, ended.take),
+                    responses=store,
+                )
+            )
+        self._reporter = Reporter(*reports)
         model = ModelConfig.load(directory)
         self._sessions.serve_adapters(configured_adapters(config.adapters, model))
         self._service = ServedModel(
@@ -80,15 +95,16 @@ class Gateway:
             options,
             config.model.aliases,
             Observation(config.served_name, self._tracing, sequences.take),
-            response_store(http, responses),
+            store,
             adapter_opener(model, config.adapters.max_rank) if config.adapters.runtime_loading else None,
+            others,
         )
         facts = ModelFacts(
             config.served_name, model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
         )
         application = serve.get_replica_context().app_name
         may_change = bool(http.page.control)
-        house = ServedHouse(application, facts, trunk, experts, self._service.missing, may_change)
+        house = ServedHouse(application, facts, (trunk, *variants), experts, self._service.missing, may_change)
         self._app = build_app(self._service, self._expert_load, house)
         self._port = None if http.listen is None else await OwnPort.open(self._app, Listen.parse(http.listen))
 
@@ -115,9 +131,16 @@ class Gateway:
         return overview(dict(zip(names, await ask_each(self._experts, "load"), strict=True)))
 
 
+def _sessions_over(trunks: DeploymentHandle, config: Config) -> Sessions:
+    """The sessions of one model, which look for its trunks from now on."""
+    sessions = Sessions(discover_trunks(trunks), link_options(config), config.experts.deadline_s)
+    sessions.start()
+    return sessions
+
+
 def _tgi_limits(config: Config, directory: Path) -> TgiLimits:
     """What TGI's routes allow and tell."""
-    on_cards = config.model.device == "cuda" or bool(config.trunk.num_gpus)
+    on_cards = (config.trunk.device or config.model.device) == "cuda" or bool(config.trunk.num_gpus)
     return TgiLimits(
         **config.gateway.tgi.model_dump(),
         max_concurrent_requests=config.engine.max_num_seqs + config.engine.max_waiting,

@@ -57,14 +57,14 @@ def deployed(application: str, details: Mapping[str, Any]) -> dict[str, Deployed
 def house_view(
     facts: ModelFacts,
     deployments: Mapping[str, Deployed],
-    trunks: Sequence[Mapping[str, Any]],
+    trunks: Mapping[str, Sequence[Mapping[str, Any]]],
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
     missing: Sequence[str],
 ) -> dict[str, Any]:
     """Return {model, layers, num_experts, top_k, missing, trunks, experts, window_s, max_over_mean}.
 
-    `trunks`: what each answers to `load`. `answers`: deployment of experts → what each of its replicas answers to
-    `load`. Replicas that Serve knows and that do not answer are listed with their state alone.
+    `trunks`: deployment → what each trunk answers to `load`. `answers`: the same of experts. Replicas that Serve knows
+    and that do not answer are listed with their state alone.
     """
     load = overview(answers)
     by_id = {answer["replica_id"]: answer for every in answers.values() for answer in every}
@@ -74,7 +74,7 @@ def house_view(
         "num_experts": facts.experts,
         "top_k": facts.top_k,
         "missing": list(missing),
-        "trunks": _trunks(trunks, deployments.get("Trunk")),
+        "trunks": [one for name, told in trunks.items() for one in _trunks(told, deployments.get(name))],
         "experts": [_expert(expert, deployments, by_id) for expert in load["experts"]],
         "window_s": load["window_s"],
         "max_over_mean": load["max_over_mean"],
@@ -93,6 +93,7 @@ def _trunks(answers: Sequence[Mapping[str, Any]], known: Deployed | None) -> lis
 def _trunk(answer: Mapping[str, Any], known: Deployed | None) -> dict[str, Any]:
     return {
         "replica_id": answer["replica_id"],
+        "model": answer["model"],
         "node": answer["node_id"][:8],
         "pid": answer["pid"],
         "state": _state(answer["replica_id"], known),

@@ -72,6 +72,20 @@ ENGINE_COUNTERS: Final = {
     "draft_tokens": "Guessed tokens that were verified.",
     "accepted_draft_tokens": "Guessed tokens that came true.",
     "degraded_tokens": "Tokens computed without one of their experts.",
+    "swap_stored_bytes": "Bytes of KV blocks copied to host memory.",
+    "swap_loaded_bytes": "Bytes of KV blocks copied back from there.",
+    "swap_hit_tokens": "Tokens loaded from host memory instead of computed.",
+    "swap_evicted_blocks": "KV blocks that host memory had no more room for.",
+    "swap_load_seconds": "Time of steps that went into copies to the KV cache, from host memory or read from disk.",
+    "disk_written_bytes": "Bytes of KV blocks written to disk.",
+    "disk_loaded_bytes": "Bytes of KV blocks loaded from disk.",
+    "disk_hit_tokens": "Tokens loaded from disk instead of computed.",
+    "disk_read_seconds": "Time that reading KV blocks from disk took, beside the steps.",
+    "disk_removed_files": "KV blocks removed from disk for room.",
+    "disk_damaged_files": "Damaged files of KV blocks that were removed from disk.",
+    "disk_dropped_blocks": "KV blocks that were not written to disk at once, because its queue was full.",
+    "disk_failures": "Reads and writes of KV blocks that the disk refused.",
+    "tier_declined_tokens": "Tokens computed although host memory or the disk has them: as measured, that is faster.",
 }
 """Field of `EngineStats` that only grows → help."""
 
@@ -80,6 +94,8 @@ ENGINE_GAUGES: Final = {
     "num_waiting": ("waiting", "Sequences waiting to be admitted."),
     "kv_blocks_total": ("kv_blocks", "Blocks of the KV cache."),
     "kv_blocks_free": ("kv_blocks_free", "Blocks of the KV cache that no sequence holds."),
+    "swap_bytes": ("swap_bytes", "Bytes of KV blocks in host memory."),
+    "disk_bytes": ("disk_bytes", "Bytes of files in the directory of KV blocks, as far as is known."),
     "adapters": ("adapters", "LoRA adapters that the trunk holds."),
 }
 """The other fields of `EngineStats` → name and help."""
@@ -107,7 +123,7 @@ class TrunkMetrics:
             field: Gauge(f"moe_ray_trunk_{name}", says, keys) for field, (name, says) in ENGINE_GAUGES.items()
         }
         self._used = Gauge("moe_ray_trunk_kv_blocks_used", "Blocks of the KV cache that sequences hold.", keys)
-        self._reported: dict[Counter, int] = {}
+        self._reported: dict[Counter, float] = {}
 
     def report(self) -> None:
         """Record what the counters grew by since the last time, and the state of this moment."""

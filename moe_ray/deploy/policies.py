@@ -52,9 +52,9 @@ class ExpertPolicy:
 class TrunkPolicy:
     """Decides how many trunks an application should have."""
 
-    def __init__(self, min_replicas: int, max_replicas: int, options: dict[str, Any]) -> None:
-        """`options` are the fields of `TrunkScaleOptions`, as JSON has them."""
-        self._bounds = (min_replicas, max_replicas)
+    def __init__(self, min_replicas: int, max_replicas: int, options: dict[str, Any], unit: str = TRUNK) -> None:
+        """`options` are the fields of `TrunkScaleOptions`, as JSON has them; `unit`: what numbers set by hand name."""
+        self._bounds, self._unit = (min_replicas, max_replicas), unit
         self._scaler = TrunkScaler(TrunkScaleOptions(**options))
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -66,7 +66,7 @@ class TrunkPolicy:
             return replace(state, min_replicas=least, max_replicas=most)
 
         def wanted() -> int | None:
-            return set_by_hand(context.app_name or "", [TRUNK]).get(TRUNK)
+            return set_by_hand(context.app_name or "", [self._unit]).get(self._unit)
 
         def decide() -> int:
             return self._scaler.replicas(context.current_time or 0.0, measure, wanted)

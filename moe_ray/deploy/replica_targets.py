@@ -84,8 +84,8 @@ def autoscaling_config(experts: ExpertsSection, expert: int) -> dict[str, Any]:
     }
 
 
-def trunk_autoscaling_config(trunk: TrunkSection, max_num_seqs: int) -> dict[str, Any]:
-    """Serve's `autoscaling_config` of the trunk: our policy, room for the hand."""
+def trunk_autoscaling_config(trunk: TrunkSection, max_num_seqs: int, unit: str = TRUNK) -> dict[str, Any]:
+    """Serve's `autoscaling_config` of the trunk, or of a variant's, another `unit`: our policy, room for the hand."""
     scale = trunk.autoscale
     bounds = (trunk.min_replicas, trunk.most_replicas) if scale.enabled else (trunk.num_replicas, trunk.num_replicas)
     options = TrunkScaleOptions(
@@ -96,6 +96,8 @@ def trunk_autoscaling_config(trunk: TrunkSection, max_num_seqs: int) -> dict[str
         down_after_s=scale.down_after_s,
     )
     kwargs = {"min_replicas": bounds[0], "max_replicas": bounds[1], "options": asdict(options)}
+    if unit != TRUNK:
+        kwargs["unit"] = unit
     return {
         "min_replicas": 1,
         "initial_replicas": trunk.num_replicas,

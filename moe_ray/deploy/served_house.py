@@ -30,28 +30,29 @@ class ServedHouse:
         self,
         application: str,
         facts: ModelFacts,
-        trunk: DeploymentHandle,
+        trunks: Sequence[DeploymentHandle],
         experts: Sequence[DeploymentHandle],
         missing: Callable[[], Awaitable[list[str] | None]],
         control: bool,
     ) -> None:
-        """`missing`: the parts of the model that are not up, as `GET /health` tells them."""
+        """`trunks`: of each model. `missing`: the parts that are not up, as `GET /health` tells them."""
         self.control = control
         self._application, self._facts = application, facts
-        self._trunk, self._experts, self._missing = trunk, list(experts), missing
+        self._trunks, self._experts, self._missing = list(trunks), list(experts), missing
 
     async def look(self) -> dict[str, Any]:
         """Everything of this moment. Raises `NotReady` while Serve's controller is away."""
-        details, (trunks, *answers), missing = await asyncio.gather(
+        details, told, missing = await asyncio.gather(
             self._details(),
-            ask_each([self._trunk, *self._experts], "load", TIMEOUT_S),
+            ask_each([*self._trunks, *self._experts], "load", TIMEOUT_S),
             self._missing(),
         )
+        trunks, answers = told[: len(self._trunks)], told[len(self._trunks) :]
         names = [handle.deployment_name for handle in self._experts]
         view = house_view(
             self._facts,
             deployed(self._application, details),
-            trunks,
+            dict(zip((handle.deployment_name for handle in self._trunks), trunks, strict=True)),
             dict(zip(names, answers, strict=True)),
             missing or [],
         )
@@ -73,7 +74,7 @@ class ServedHouse:
         """Kill a replica of the trunk or of an expert. Raises `InvalidRequest` for any other id."""
         details = await self._details()
         known = deployed(self._application, details)
-        names = {"Trunk", *(handle.deployment_name for handle in self._experts)}
+        names = {handle.deployment_name for handle in (*self._trunks, *self._experts)}
         if not any(replica_id in known[name].states for name in names & known.keys()):
             raise InvalidRequest("no such replica of the trunk or of an expert", "replica_id")
         logger.warning("the page kills %s", replica_id)

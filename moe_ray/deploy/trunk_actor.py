@@ -23,11 +23,16 @@ from moe_ray.engine.build import build_engine
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
-from moe_ray.experts.local import local_experts, model_keys
+from moe_ray.experts.local import local_experts
+from moe_ray.experts.planning.footprint import WeightsHeld
+from moe_ray.experts.sharing import ExpertNumbers
 from moe_ray.hub import open_draft, resolve_adapter, resolve_model
 from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.card_memory import check_budget, limit_card_memory
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
+from moe_ray.model.formats.held import HeldAs
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.weights import weights_of_trunk
 from moe_ray.text.vocabulary import token_bytes_of
 from moe_ray.transport import CARRIERS, best_carrier, connect
 from moe_ray.trunk.runtime import TrunkPlace, TrunkRuntime
@@ -38,8 +43,18 @@ logger = logging.getLogger(__name__)
 class TrunkActor:
     """A trunk in a Ray actor."""
 
-    def __init__(self, config: Config, experts: Sequence[DeploymentHandle], deployment: str, replica_id: str) -> None:
-        """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`."""
+    def __init__(
+        self,
+        config: Config,
+        experts: Sequence[DeploymentHandle],
+        deployment: str,
+        replica_id: str,
+        numbers: ExpertNumbers | None = None,
+    ) -> None:
+        """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`.
+
+        `numbers`: by which `experts` know those of this model, where they are another's as well.
+        """
         started = time.perf_counter()
         limit_torch_threads(config.trunk.threads or 1)
         checkpoint = Checkpoint.open(resolve_model(config))
@@ -49,8 +64,9 @@ class TrunkActor:
 
         def make_experts(compute: Compute) -> ExpertDispatcher:
             computes.append(compute)
+            _keep_to_budget(config, checkpoint, compute, deployment)
             if experts:
-                made.append(_remote_experts(config, checkpoint.config, experts))
+                made.append(_remote_experts(config, checkpoint.config, experts, numbers))
             else:
                 made.append(
                     local_experts(
@@ -59,6 +75,7 @@ class TrunkActor:
                         lambda e: reporter(f"Expert{e}"),
                         config.experts.quantize_of,
                         resolve_adapter,
+                        config.experts.offload_bytes_of,
                     )
                 )
             return made[0]
@@ -72,10 +89,11 @@ class TrunkActor:
         place = TrunkPlace(replica_id, node_id, ray.util.get_node_ip_address())
         self._computing = {
             "device": computes[0].device,
-            "kernels": computes[0].backend.kernels or "torch",
+            "kernels": computes[0].backend.kernels or computes[0].backend.trunk,
             "format": config.trunk.quantize or computes[0].dtype,
         }
         self._bytes_read = checkpoint.bytes_read
+        self._model = config.served_name
         self._drain_s = config.trunk.drain_s
         self._runtime = TrunkRuntime(
             engine,
@@ -106,7 +124,8 @@ class TrunkActor:
 
     def status(self) -> dict[str, Any]:
         """Memory and load, and what this trunk computes with."""
-        return {"bytes_read": self._bytes_read, **self._computing, **self._runtime.status()}
+        told = {"model": self._model, "bytes_read": self._bytes_read}
+        return {**told, **self._computing, **self._runtime.status()}
 
     @property
     def failure(self) -> BaseException | None:
@@ -125,15 +144,28 @@ class TrunkActor:
         self._reporter.close()
 
 
-def _remote_experts(config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle]) -> ExpertDispatcher:
-    keys = model_keys(model.num_hidden_layers, model.num_local_experts)
+def _keep_to_budget(config: Config, checkpoint: Checkpoint, compute: Compute, deployment: str) -> None:
+    """Limit what this process takes of its card. Raises `OverBudget` where the trunk's weights alone take more."""
+    if config.trunk.gpu_memory_gib is None:
+        return
+    budget = int(config.trunk.gpu_memory_gib * 2**30)
+    limit_card_memory(budget, compute.device)
+    stored = {weight: checkpoint.find(weight) for weight in weights_of_trunk(checkpoint.config)}
+    grouped = {weight: each for weight, each in stored.items() if each.grouping is not None}
+    held = WeightsHeld(HeldAs(compute.dtype, config.trunk.quantize), stored=grouped)
+    check_budget(deployment, sum(map(held.nbytes, stored)), budget)
+
+
+def _remote_experts(
+    config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle], numbers: ExpertNumbers | None
+) -> ExpertDispatcher:
     options = link_options(config)
     carriers = CARRIERS if config.transport == "auto" else (config.transport,)
     discovery = ExpertDiscovery(handles)
     table = ReplicaTable(
-        discovery.ask,
+        discovery.ask if numbers is None else lambda: numbers.told(discovery.ask()),
         lambda info: connect(best_carrier(info, carriers), info, options),
-        keys,
+        model.expert_keys,
         config.experts.refresh_s,
         discovery.members,
     )
@@ -144,6 +176,7 @@ def _remote_experts(config: Config, model: ModelConfig, handles: Sequence[Deploy
             deadline_s=config.experts.deadline_s,
             call_timeout_s=config.experts.call_timeout_s,
             on_loss=config.experts.on_expert_loss,
+            numbers=numbers,
             node_id=ray.get_runtime_context().get_node_id(),
         ),
         discovery,

@@ -14,19 +14,25 @@ from moe_ray.config import Config
 from moe_ray.core import TrunkInfo
 from moe_ray.deploy.cards import hide_cards_of_others
 from moe_ray.errors import EngineError
+from moe_ray.experts.sharing import ExpertNumbers
 
 
 class TrunkReplica:
     """One actor holding the shared layers and the KV cache."""
 
-    def __init__(self, config: Config, experts: Sequence[DeploymentHandle]) -> None:
-        """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`."""
+    def __init__(
+        self, config: Config, experts: Sequence[DeploymentHandle], numbers: ExpertNumbers | None = None
+    ) -> None:
+        """Load, link and listen. `experts` is empty for `transport: local`. Raises `CheckpointError`, `ConfigError`.
+
+        `numbers`: by which `experts` know those of this model, where they are another's as well.
+        """
         from moe_ray.deploy.trunk_actor import TrunkActor
 
         telemetry.configure(config.log_level, config.log_format)
         hide_cards_of_others(config.model.device)
         context = serve.get_replica_context()
-        self._engine = TrunkActor(config, experts, context.deployment, context.replica_id.to_full_id_str())
+        self._engine = TrunkActor(config, experts, context.deployment, context.replica_id.to_full_id_str(), numbers)
 
     async def endpoint(self) -> TrunkInfo:
         """Who this trunk is and where it listens."""

@@ -6,7 +6,9 @@ import ast
 import ctypes
 import importlib.util
 import re
-from collections.abc import Sequence
+import shutil
+import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,10 @@ from typing import Final
 
 from moe_ray.doctor.finding import Finding, Subject, error, ok, warning
 
+MPS_PIPES: Final = "/tmp/nvidia-mps"
+"""Where CUDA MPS has its pipes unless CUDA_MPS_PIPE_DIRECTORY says otherwise (NVIDIA's guide to MPS)."""
+MPS_CONTROL: Final = "control"
+"""The pipe of its daemon, `nvidia-cuda-mps-control -d`, which removes it when it ends."""
 DRIVER: Final = Path("/proc/driver/nvidia/version")
 _CHECK: Final = "cards"
 
@@ -36,6 +42,10 @@ class CardFacts:
     """CUDA_VISIBLE_DEVICES."""
     wanted: bool
     """The configuration asks for a card."""
+    triton_lacks: str | None = None
+    """What Triton needs once to compile its driver.c, and does not find."""
+    mps: bool = False
+    """Whether CUDA MPS runs, so that processes which share a card compute on it at once."""
 
 
 def card_facts(subject: Subject, devices: Path = Path("/dev")) -> CardFacts:
@@ -49,8 +59,23 @@ def card_facts(subject: Subject, devices: Path = Path("/dev")) -> CardFacts:
         torch=_torch_version(),
         torch_cuda=_torch_cuda(),
         visible=subject.environ.get("CUDA_VISIBLE_DEVICES"),
-        wanted=subject.config.model.device == "cuda",
+        wanted="cuda" in (subject.config.model.device, subject.config.trunk.device, subject.config.experts.device),
+        triton_lacks=None if subject.config.model.kernels == "torch" else triton_lacks(subject.environ),
+        mps=mps_runs(subject.environ),
     )
+
+
+def triton_lacks(environ: Mapping[str, str], headers: Path | None = None) -> str | None:
+    """What of a C compiler and Python's headers `triton.runtime.build` would not find; None: nothing."""
+    if not environ.get("CC") and not any(shutil.which(name, path=environ.get("PATH")) for name in ("gcc", "clang")):
+        return "a C compiler"
+    headers = headers or Path(sysconfig.get_path("include"))
+    return None if (headers / "Python.h").exists() else f"Python's headers in {headers}"
+
+
+def mps_runs(environ: Mapping[str, str]) -> bool:
+    """Whether the pipe of CUDA MPS's daemon is there, which processes of this environment would find."""
+    return (Path(environ.get("CUDA_MPS_PIPE_DIRECTORY") or MPS_PIPES) / MPS_CONTROL).exists()
 
 
 def check_cards(facts: CardFacts) -> list[Finding]:
@@ -73,7 +98,11 @@ def check_cards(facts: CardFacts) -> list[Finding]:
         return [complain(_CHECK, says + ".".join(map(str, facts.driver_cuda)), mend)]
     if facts.visible is not None and facts.visible.strip() in ("", "-1"):
         return [complain(_CHECK, f"{cards}, all hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
-    return [ok(_CHECK, f"{cards}, driver {facts.driver}, torch for CUDA {facts.torch_cuda}")]
+    if facts.triton_lacks is not None:
+        says = f"{cards}, but Triton's kernels need {facts.triton_lacks}"
+        return [complain(_CHECK, says, "install gcc and Python's headers (python3-dev), or set model.kernels to torch")]
+    sharing = "CUDA MPS runs" if facts.mps else "without CUDA MPS: processes that share a card take turns on it"
+    return [ok(_CHECK, f"{cards}, driver {facts.driver}, torch for CUDA {facts.torch_cuda}; {sharing}")]
 
 
 def examine_cards(subject: Subject) -> Sequence[Finding]:

@@ -38,7 +38,7 @@ class CheckpointState:
 
 def model_facts(subject: Subject) -> CheckpointState:
     """Find the model without downloading it, read every header and the tokenizer."""
-    from moe_ray.hub import resolve_model
+    from moe_ray.hub import resolve_model, with_overrides
 
     config = subject.config
     name = config.model.path
@@ -47,7 +47,8 @@ def model_facts(subject: Subject) -> CheckpointState:
         if away is not None:
             return CheckpointState(name, None, away)
         # A repository may be here in part: what lacks must not be fetched now.
-        directory = _cached(name, config.model.revision) or resolve_model(config)
+        cached = _cached(name, config.model.revision)
+        directory = resolve_model(config) if cached is None else with_overrides(config, cached)
     except MoeRayError as failure:
         mend = "give --model a directory, a GGUF file, a Hugging Face repository or `demo`"
         return CheckpointState(name, None, error("model", str(failure), mend))
@@ -79,7 +80,7 @@ def pointers_in(directory: Path) -> tuple[str, ...]:
 
 def missing_shards(directory: Path) -> tuple[str, ...]:
     """Weight files that an index names and that are not there."""
-    from moe_ray.hub import weight_files
+    from moe_ray.model.repo_files import weight_files
 
     if not any(directory.glob("*.safetensors.index.json")):
         return ()

@@ -7,6 +7,8 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
+from moe_ray.engine.lower_tiers import LowerTiers
+
 ROOT_KEY = b""
 
 
@@ -26,7 +28,9 @@ class BlockAllocator:
     A block is in exactly one state: free (never keyed), evictable (keyed, no references) or held (references > 0).
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, tiers: LowerTiers | None = None) -> None:
+        """`tiers`: are told of blocks that are given up, before anything is written to them."""
+        self._tiers = tiers
         self.num_blocks, self.block_size = num_blocks, block_size
         self._free = deque(range(num_blocks))
         self._evictable: OrderedDict[int, None] = OrderedDict()
@@ -43,7 +47,8 @@ class BlockAllocator:
         """Take `count` blocks, or None (and nothing taken) if there are fewer."""
         if count > self.num_free:
             return None
-        blocks = []
+        blocks: list[int] = []
+        evicted: list[tuple[int, bytes]] = []
         for _ in range(count):
             if self._free:
                 block = self._free.popleft()
@@ -53,9 +58,22 @@ class BlockAllocator:
                 assert key is not None
                 del self._block_of[key]
                 self._key[block] = None
+                evicted.append((block, key))
             self._refs[block] = 1
             blocks.append(block)
+        if evicted and self._tiers is not None:
+            self._tiers.evicted(evicted)
         return blocks
+
+    def holds(self, key: bytes) -> bool:
+        """Whether `lookup` would find it now."""
+        return key in self._block_of
+
+    def keyed(self) -> list[tuple[int, bytes]]:
+        """Findable blocks with their keys: those that are held, then the others, the one that is evicted last first."""
+        held = [block for block, refs in enumerate(self._refs) if refs]
+        keys = ((block, self._key[block]) for block in (*held, *reversed(self._evictable)))
+        return [(block, key) for block, key in keys if key is not None]
 
     def lookup(self, keys: Iterable[bytes]) -> list[int]:
         """Return the cached blocks of the longest known prefix of `keys`, taking a reference on each."""

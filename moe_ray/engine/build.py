@@ -13,10 +13,11 @@ from moe_ray.config import Config
 from moe_ray.engine.adapter_shelf import AdapterShelf, HoldingExperts
 from moe_ray.engine.build_draft import load_draft
 from moe_ray.engine.engine import Engine
-from moe_ray.engine.engine_options import EngineOptions
+from moe_ray.engine.engine_options import EngineOptions, TierOptions
 from moe_ray.engine.grammar.grammars import Grammars, TokenBytes
 from moe_ray.engine.kv_cache import num_blocks_for
 from moe_ray.engine.scheduler import SchedulerLimits
+from moe_ray.engine.tiers.cache_identity import cache_identity
 from moe_ray.errors import ConfigError
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import Compute, open_compute
@@ -82,7 +83,8 @@ def load_trunk(
     """Load a trunk with room for any position, over experts of `make_experts`. Raises as `build_engine`."""
     model = checkpoint.config
     quantize = config.trunk.quantize
-    compute = open_compute(model, Wanted.of(config.model, quantize), config.cache_dir, config.trunk.threads)
+    wanted = Wanted.of(config.computing_on(config.trunk.device).model, quantize)
+    compute = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
     experts = make_experts(compute)
     longest = config.model.max_model_len or model.max_position_embeddings
     if model.context_limit:
@@ -136,8 +138,21 @@ def build_engine(
         micro_batches=None if config.engine.micro_batches == "auto" else config.engine.micro_batches,
         eos_token_ids=end_token_ids(checkpoint.directory, model.vocab_size),
         kv_cache_dtype=config.engine.kv_cache_dtype,
+        tiers=_tiers(config, checkpoint, compute),
     )
     end = options.eos_token_ids
     adapters = AdapterShelf(trunk, made[0], config.adapters.max_loaded, config.adapters.max_rank, locate_adapter)
     drafts = None if loaded is None else loaded.with_cache(config, blocks, end)
     return Engine(trunk, options, token_bytes and Grammars(token_bytes, model.vocab_size, end), drafts, adapters)
+
+
+def _tiers(config: Config, checkpoint: Checkpoint, compute: Compute) -> TierOptions | None:
+    engine = config.engine
+    if not engine.kv_swap_gib and engine.kv_disk_dir is None:
+        return None
+    return TierOptions(
+        swap_bytes=int(engine.kv_swap_gib * GIB),
+        disk=engine.kv_disk_dir,
+        disk_bytes=int(engine.kv_disk_gib * GIB),
+        identity=bytes(16) if engine.kv_disk_dir is None else cache_identity(config, checkpoint, compute),
+    )

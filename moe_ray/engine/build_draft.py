@@ -59,13 +59,12 @@ def load_draft(
     check_vocab_size(model, target, str(draft.directory))
     quantize = config.engine.draft_quantize
     wanted = Wanted.of(config.model, quantize)
-    if wanted.kernels != "torch" and compute.backend.native:
+    if wanted.kernels != "torch" and (compute.backend.native or compute.device == "cuda"):
         wanted = replace(wanted, kernels="auto")  # the draft model may have a shape that the kernels lack
     own = open_compute(model, wanted, config.cache_dir, config.trunk.threads)
     if own.kernels is not None and compute.kernels is not None and own.backend.kernels == compute.backend.kernels:
         own = replace(own, kernels=compute.kernels, threads=compute.threads)
-    keys = [(layer, expert) for layer in range(model.num_hidden_layers) for expert in range(model.num_local_experts)]
-    experts = InlineExperts(read_experts(draft, keys, own, None, quantize))
+    experts = InlineExperts(read_experts(draft, model.expert_keys, own, None, quantize))
     trunk = Trunk.load(draft, experts, own, _positions(config, model), progress, quantize)
     weight_bytes = trunk.nbytes + experts.nbytes
     logger.info("draft model %s: %d bytes of weights, computing %s", draft.directory.name, weight_bytes, own.backend)

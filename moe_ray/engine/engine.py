@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
@@ -20,12 +21,14 @@ from moe_ray.engine.drafting import Drafting
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars
-from moe_ray.engine.grammar.state import grammar_masks, why_stuck
+from moe_ray.engine.grammar.state import grammar_masks
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
 from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler
 from moe_ray.engine.step_times import StepTimes
+from moe_ray.engine.tiers.kv_tiers import open_tiers
+from moe_ray.engine.token_events import token_event
 from moe_ray.engine.torch_threads import torch_threads
 from moe_ray.engine.traced_step import StepTracer
 from moe_ray.engine.unready import Unready
@@ -61,16 +64,20 @@ class Engine:
         self._trunk = trunk
         held = cache_dtype(options.kv_cache_dtype, trunk.dtype)
         self._cache = KVCache(trunk.config, options.num_blocks, options.block_size, held, trunk.device)
-        self._allocator = BlockAllocator(options.num_blocks, options.block_size)
+        trunk.warm_up(self._cache)
+        self._tiers = open_tiers(self._cache, options.tiers)
+        self._allocator = BlockAllocator(options.num_blocks, options.block_size, self._tiers)
         costs = StepCosts(trunk.config.num_local_experts, trunk.config.num_experts_per_tok)
         self._scheduler = Scheduler(
-            options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs, draft_model
+            *(options.limits, self._allocator, options.eos_token_ids, options.max_model_len, costs),
+            draft_model,
+            self._tiers,
         )
         self._overlap = Overlap()
         self._live: dict[str, Sequence] = {}
         self._adapters = adapters or AdapterShelf(trunk)
-        self._unready = Unready(grammars, self._adapters)
-        """Those of them that wait for their grammar or adapter, and are not in the scheduler."""
+        self._unready = Unready(grammars, self._adapters, self._scheduler.prefixes.fetch)
+        """Those of them that wait for their grammar, adapter or blocks, and are not in the scheduler."""
         self.times = StepTimes()
         self._tracer: StepTracer | None = None
         self._steps = self._prompt_tokens = self._generated_tokens = self._degraded_tokens = 0
@@ -145,6 +152,8 @@ class Engine:
         seq = self._live.pop(request_id, None)
         if seq is not None and seq.request.adapter_id:
             self._adapters.release(seq.request.adapter_id)
+        if seq is not None and self._tiers is not None:
+            self._tiers.drop(seq)
         return seq
 
     def load_adapter(self, adapter: AdapterRef) -> None:
@@ -156,7 +165,7 @@ class Engine:
         self._adapters.drop(adapter_id)
 
     def wake_with(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called, on any thread, whenever a grammar or an adapter that was waited for is ready."""
+        """Have `wake` called, on any thread, whenever what a sequence waited for is ready."""
         self._unready.wake_with(wake)
 
     def wait(self) -> None:
@@ -165,8 +174,10 @@ class Engine:
             self._unready.wait()
 
     def close(self) -> None:
-        """End what compiles grammars and loads adapters. Idempotent."""
+        """End what compiles grammars and loads adapters; write to the disk what is to outlive this. Idempotent."""
         self._unready.close()
+        if self._tiers is not None:
+            self._tiers.close(self._allocator.keyed())
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -208,33 +219,19 @@ class Engine:
         updated = time.perf_counter()
         if self.drafting is not None:
             self.drafting.note_step(batch.num_tokens, updated - begun)
+        if self._tiers is not None:
+            self._tiers.note_step(batch, forwarded - scheduled)
         self.times.note(batch, (begun, scheduled, forwarded, decoded, updated))
         if self._tracer is not None:
             self._tracer.end(batch, traced, begun, updated)
         events, row = refused, 0
         for outcome in outcomes:
-            seq, tokens = outcome.seq, outcome.token_ids
+            seq = outcome.seq
             told = scored.pop(outcome.index, ())
             if outcome.finish_reason is not None or outcome.stuck:
                 self._forget(seq.request.request_id)
-            self._generated_tokens += len(tokens)
-            events.append(
-                TokenEvent(
-                    request_id=seq.request.request_id,
-                    token_ids=tokens,
-                    logprobs=tuple(entry for entry in sampled.logprobs[row : row + len(tokens)] if entry is not None),
-                    finish_reason=outcome.finish_reason,
-                    stop_token_id=outcome.stop_token_id,
-                    num_cached_tokens=seq.num_cached_prompt,
-                    queue_s=(seq.times.queue_s or 0.0) if seq.num_output == len(tokens) else 0.0,
-                    degraded_positions=tuple(seq.degraded[seq.degraded_told :]),
-                    routed_experts=routing.tell(seq, batch),
-                    prompt_logprobs=told,
-                    prompt_logprobs_start=seq.num_scored + 1 - len(told),
-                    error=why_stuck(seq) if outcome.stuck else None,
-                )
-            )
-            seq.degraded_told = len(seq.degraded)
+            self._generated_tokens += len(outcome.token_ids)
+            events.append(token_event(outcome, batch, sampled, row, told))
             row += batch.num_sampled[outcome.index]
         return events + [prompt_logprobs.event_of(batch.sequences[i], told) for i, told in scored.items()]
 
@@ -283,8 +280,8 @@ class Engine:
             kv_blocks_free=self._allocator.num_free,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            prefix_query_tokens=self._scheduler.prefix_query_tokens,
-            prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+            prefix_query_tokens=self._scheduler.prefixes.query_tokens,
+            prefix_hit_tokens=self._scheduler.prefixes.hit_tokens,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
             drafts=self._scheduler.drafts,
@@ -292,8 +289,11 @@ class Engine:
             accepted_draft_tokens=self._scheduler.accepted_draft_tokens,
             degraded_tokens=self._degraded_tokens,
             adapters=len(self._adapters.held),
+            **({} if self._tiers is None else asdict(self._tiers.stats())),
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if block bookkeeping is inconsistent. Between steps only."""
         self._scheduler.check_integrity()
+        if self._tiers is not None:
+            self._tiers.check_integrity()

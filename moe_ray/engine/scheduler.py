@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from moe_ray.core import Batch, FinishReason, Sequence, Status
 from moe_ray.engine.batches import by_adapter, make_batch
-from moe_ray.engine.blocks import BlockAllocator, block_key, root_key
+from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.draft_model import DraftModel
 from moe_ray.engine.drafting import Ask, Drafting, Speculation
 from moe_ray.engine.drafts import StepCosts, num_accepted
-from moe_ray.engine.prompt_positions import chunk_size, wants_logits
+from moe_ray.engine.lower_tiers import LowerTiers
+from moe_ray.engine.prefixes import Prefixes
+from moe_ray.engine.prompt_positions import chunk_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,9 @@ class Scheduler:
         max_model_len: int,
         costs: StepCosts,
         draft_model: DraftModel | None = None,
+        tiers: LowerTiers | None = None,
     ) -> None:
-        """`draft_model`: for drafts of such a model, where `limits` say so."""
+        """`draft_model`: for drafts of such a model, where `limits` say so. `tiers`: below the KV cache."""
         self.limits, self.allocator = limits, allocator
         self._eos, self._max_model_len = eos_token_ids, max_model_len
         # Both in the order of (priority, arrival).
@@ -69,7 +72,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._arrivals = 0
         self.preemptions = 0
-        self.prefix_query_tokens = self.prefix_hit_tokens = 0
+        self.prefixes = Prefixes(allocator, limits.enable_prefix_caching, tiers)
         self.drafts = self.draft_tokens = self.accepted_draft_tokens = 0
         self.drafting = Drafting(limits, costs, draft_model) if limits.num_speculative_tokens else None
 
@@ -231,52 +234,32 @@ class Scheduler:
     def _admit(self, seq: Sequence, budget: int) -> int:
         """Give a waiting sequence its cached prefix and blocks for a first chunk; the chunk's tokens, 0 if no room."""
         size, known = self.allocator.block_size, len(seq.token_ids)
-        cached: list[int] = []
-        if self.limits.enable_prefix_caching:
-            # At least one token is computed, because its logits are wanted; and where the experts or the logits of
-            # every position are, none is skipped of which they are not known yet.
-            most = known - 1
-            if seq.request.sampling.return_routed_experts:
-                most = min(most, seq.num_routed)
-            if wants_logits(seq):
-                most = min(most, seq.num_scored)
-            self._extend_keys(seq, most // size)
-            cached = self.allocator.lookup(seq.block_keys[: most // size])
-        start = len(cached) * size
         # Admit only if the whole known sequence would fit now, so that a long prompt does not start, stall and thrash.
-        if -(-known // size) - len(cached) > self.allocator.num_free:
-            self.allocator.release(cached)
+        found = self.prefixes.take(seq, -(-known // size))
+        if found is None:
             return 0
+        cached, lent = found
+        start = (len(cached) + lent) * size
         count = chunk_size(seq, known - start, budget)
         blocks = self.allocator.allocate(-(-(start + count) // size) - len(cached))
         assert blocks is not None
         seq.block_table, seq.num_computed = cached + blocks, start
+        self.prefixes.load(seq, len(cached), lent)
         if not seq.num_preemptions:
             seq.num_cached_prompt = min(start, seq.num_prompt)
-        if self.limits.enable_prefix_caching:
-            self.prefix_query_tokens += known
-        self.prefix_hit_tokens += start
+        self.prefixes.count(seq, start)
         return count
 
     def _release(self, seq: Sequence) -> None:
         self.allocator.release(seq.block_table)
         seq.block_table, seq.num_computed = [], 0
 
-    def _extend_keys(self, seq: Sequence, blocks: int) -> None:
-        size = self.allocator.block_size
-        for i in range(len(seq.block_keys), blocks):
-            parent = seq.block_keys[-1] if seq.block_keys else root_key(seq.request.adapter_id)
-            seq.block_keys.append(block_key(parent, seq.token_ids[i * size : (i + 1) * size]))
-
     def _advance(self, seq: Sequence, context: int) -> None:
         """Note that the first `context` tokens are computed; blocks that this filled become findable."""
         size = self.allocator.block_size
         old, new = seq.num_computed // size, context // size
         seq.num_computed = context
-        if new > old and self.limits.enable_prefix_caching and not seq.degraded:
-            self._extend_keys(seq, new)
-            for block, key in zip(seq.block_table[old:new], seq.block_keys[old:new], strict=True):
-                self.allocator.register(block, key)
+        self.prefixes.register(seq, old, new)
 
     def _tokens_left(self, seq: Sequence) -> int:
         """How many tokens the sequence may still grow by."""

@@ -1,4 +1,4 @@
-"""The sequences of one engine that wait for their grammar or their adapter, outside of its scheduler.
+"""The sequences of one engine that wait for their grammar, their adapter or a disk, outside of its scheduler.
 
 Used on the engine's thread.
 """
@@ -28,10 +28,12 @@ class _Wait:
 
     grammar: Future[GrammarState] | None
     adapter: Future[None] | None
+    blocks: Future[Any] | None
+    """KV blocks that are being read."""
 
     @property
     def futures(self) -> list[Future[Any]]:
-        return [each for each in (self.grammar, self.adapter) if each is not None]
+        return [each for each in (self.grammar, self.adapter, self.blocks) if each is not None]
 
     @property
     def over(self) -> bool:
@@ -41,8 +43,11 @@ class _Wait:
 class Unready:
     """They get their `constraint` here, and no others wait for them."""
 
-    def __init__(self, grammars: Grammars | None, adapters: AdapterShelf) -> None:
-        """`grammars` None: requests that have a grammar are refused."""
+    def __init__(
+        self, grammars: Grammars | None, adapters: AdapterShelf, fetch: Callable[[Sequence], Future[Any] | None]
+    ) -> None:
+        """`grammars` None: requests that have a grammar are refused. `fetch`: begins to read a sequence's KV blocks."""
+        self._fetch = fetch
         self._grammars = grammars
         self._adapters = adapters
         self._waits: dict[Sequence, _Wait] = {}
@@ -63,7 +68,7 @@ class Unready:
             raise InvalidRequest("`grammar` needs the model's tokenizer, which this engine was not given", "grammar")
 
     def add(self, seq: Sequence) -> bool:
-        """Have the grammar and the adapter of `seq` made ready; False if it need not wait for them.
+        """Have the grammar, the adapter and the blocks of `seq` made ready; False if it need not wait for them.
 
         From here on the adapter counts as used, until `AdapterShelf.release`.
         """
@@ -72,12 +77,13 @@ class Unready:
             assert self._grammars is not None
             grammar = self._grammars.state(seq.request)
         adapter = None if seq.request.adapter is None else self._adapters.use(seq.request.adapter)
-        wait = _Wait(grammar, adapter)
+        wait = _Wait(grammar, adapter, self._fetch(seq))
         if not wait.futures:
             return False
         self._waits[seq] = wait
-        if grammar is not None:
-            grammar.add_done_callback(lambda _: self._wake())
+        for each in (wait.grammar, wait.blocks):
+            if each is not None:
+                each.add_done_callback(lambda _: self._wake())
         return True
 
     def drop(self, seq: Sequence) -> bool:
@@ -111,8 +117,8 @@ class Unready:
 
     def wait(self) -> None:
         """Return when `take` may have something to give."""
-        grammars = [wait.grammar for wait in self._waits.values() if wait.grammar is not None]
-        futures: list[Future[Any]] = [*self._adapters.arriving, *(each for each in grammars if not each.done())]
+        waited = [each for wait in self._waits.values() for each in (wait.grammar, wait.blocks) if each is not None]
+        futures: list[Future[Any]] = [*self._adapters.arriving, *(each for each in waited if not each.done())]
         concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
 
     def close(self) -> None:

@@ -12,18 +12,16 @@ from moe_ray.errors import AdapterError
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
+from moe_ray.experts.server.expert_memory import ExpertMemory
+from moe_ray.experts.server.offload import Offload
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import Compute
-from moe_ray.model.expert_reader import read_experts
+from moe_ray.model.expert import ExpertFFN
+from moe_ray.model.expert_reader import ExpertReader
 from moe_ray.model.lora.adapter_file import read_adapter
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.transport.local import LocalLink
-
-
-def model_keys(num_layers: int, num_experts: int) -> frozenset[tuple[int, int]]:
-    """Every (layer, expert) of a model."""
-    return frozenset((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
 
 
 def local_experts(
@@ -32,19 +30,24 @@ def local_experts(
     progress: Callable[[int], Progress] | None = None,
     quantize: Callable[[int], str | None] = lambda _: None,
     locate_adapter: Callable[[str], Path] = Path,
+    offload_bytes: Callable[[int], int] = lambda _: 0,
 ) -> ExpertDispatcher:
     """Load every expert of `checkpoint` into this process and return a pool over them. Raises `CheckpointError`.
 
     `progress(expert)` gives the progress callback of one expert, `quantize(expert)` what its weights are quantised to,
-    `locate_adapter(source)` the directory of an adapter.
+    `locate_adapter(source)` the directory of an adapter, `offload_bytes(expert)` how much of it stays in the host's
+    memory at least. Raises `ConfigError` where an offload is asked for and cannot be had.
     """
     config = checkpoint.config
     workers: dict[str, ExpertWorker] = {}
     infos: list[ReplicaInfo] = []
     for expert in range(config.num_local_experts):
-        keys = frozenset((layer, expert) for layer in range(config.num_hidden_layers))
+        keys = frozenset((layer, expert) for layer in config.mixture_layers)
         bar = progress(expert) if progress else None
-        ffn = read_experts(checkpoint, keys, compute, bar, quantize(expert))
+        reader = ExpertReader(checkpoint, keys, compute, bar, quantize(expert))
+        memory = ExpertMemory(offload_bytes=offload_bytes(expert))
+        offload = Offload(f"Expert{expert}", reader.keys, memory, compute)
+        ffn = ExpertFFN({key: offload.settle(key, reader.read(key)) for key in reader.keys})
         replica_id = f"Expert{expert}#local"
         workers[replica_id] = ExpertWorker(ffn, config.hidden_size, compute)
         infos.append(
@@ -58,12 +61,11 @@ def local_experts(
                 addresses={"local": replica_id},
             )
         )
-    keys = model_keys(config.num_hidden_layers, config.num_local_experts)
     adapters = _LocalAdapters(config, workers.values(), locate_adapter)
     table = ReplicaTable(
         lambda: [adapters.known_to(info) for info in infos],
         lambda info: LocalLink(info, workers[info.replica_id].forward),
-        keys,
+        config.expert_keys,
     )
     table.refresh()  # nothing here changes by itself, so no thread is started
     return ExpertDispatcher(table, DispatchOptions(in_process=True), adapters)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import Layout, Weight
 from moe_ray.model.formats import (
+    ALTERNATING,
     FLOATS,
     FORMATS,
     BadTensor,
@@ -24,8 +25,9 @@ from moe_ray.model.formats import (
 )
 from moe_ray.model.matrix import StoredMatrix, tensor_of
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.row_order import codes_in_halves, pairs_in_halves, rotary_pairs
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
-from moe_ray.model.tensor_file import read_bytes
+from moe_ray.model.tensor_file import aligned, read_bytes
 from moe_ray.model.weight_files import Header, find_weights, header_of, index_of
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
 
@@ -33,10 +35,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+ALTERNATE: Final = "experts whose gate and up alternate"
 SAMPLED_ROWS: Final = 8
 """Of each matrix, for its fingerprint."""
-ALIGNMENT: Final = 64
-"""Of what is read, in bytes: a cache line, as torch's own memory."""
 OTHER_SUFFIXES: Final = {
     "weight._data": "quanto",
     "codes": "AQLM",
@@ -94,7 +95,9 @@ class Checkpoint:
         with self._named():
             for row in FORMATS.values():
                 if (stored := row.find(place, weight.shape, source)) is not None:
-                    return replace(stored, interleaved_heads=self._interleaved_heads(weight))
+                    if (place.alternate or place.transposed) and row.name not in ALTERNATING:
+                        raise BadTensor(stored.parts[0].name, f"{row.name} weights of {ALTERNATE} are not read")
+                    return replace(stored, pairs=rotary_pairs(self.config, self.layout, weight))
         raise self._not_found(place)
 
     def matrix(self, weight: Weight, read: Callable[[], None] = lambda: None) -> StoredMatrix:
@@ -113,7 +116,7 @@ class Checkpoint:
             assert found is not None, "a matrix without a grouping has no codes"
             self.bytes_read += stored.nbytes
             read()
-            return found
+            return found if stored.pairs is None else codes_in_halves(found, stored.pairs)
 
         return StoredMatrix(stored, values, codes)
 
@@ -126,21 +129,11 @@ class Checkpoint:
         return self._take(self.find(weight))
 
     def arrays(self, stored: StoredWeight) -> list[np.ndarray]:
-        """The arrays of a weight as they are stored, rows in the model's order, for a backend that computes on them.
+        """The arrays of a weight as they are stored, in memory of their own; not counted as read.
 
-        In memory of their own; not counted as read. Raises `CheckpointError`.
+        Raises `CheckpointError`.
         """
-        arrays = [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
-        heads = stored.interleaved_heads
-        if not heads:
-            return arrays
-        for part in stored.parts:
-            if part.shape[:1] != stored.shape[:1]:
-                raise CheckpointError(
-                    f"{self._where(part.name)}: {stored.format} weights whose rotary pairs of rows lie side by side"
-                    f" are not read: this tensor has no row for each row of the weight"
-                )
-        return [pairs_in_halves(array, heads) for array in arrays]
+        return [self._bytes(part).view(numpy_dtype(part.dtype)).reshape(part.shape) for part in stored.parts]
 
     def tensor(self, name: str) -> np.ndarray:
         """All of a tensor that there is, whatever it is. Not counted as read. Raises `CheckpointError`."""
@@ -163,10 +156,8 @@ class Checkpoint:
             digest.update(f"{stored.format} {stored.shape}".encode())
             for part in stored.parts:
                 rows = part.shape[0] if part.shape else 1
-                row_bytes = part.nbytes // rows
                 for row in sorted({(rows - 1) * i // (SAMPLED_ROWS - 1) for i in range(SAMPLED_ROWS)}):
-                    sample = replace(part, nbytes=row_bytes, offset=part.offset + row * row_bytes)
-                    digest.update(self._bytes(sample).data)
+                    digest.update(self._bytes(part.rows(row, 1) if part.shape else part).data)
         return digest.digest()
 
     def equal(self, one: Weight, other: Weight) -> bool:
@@ -178,6 +169,12 @@ class Checkpoint:
     def place(self, weight: Weight) -> Place:
         """Where the checkpoint's layout keeps a weight, whether it is there or not."""
         return self.layout.place(weight, self.config.num_local_experts)
+
+    def start_of(self, part: TensorPart) -> int:
+        """Where in its file the bytes of a part begin. Raises `CheckpointError`."""
+        entry = self._entry(part.name)
+        assert entry is not None
+        return entry.start + part.offset
 
     def holds(self, weight: Weight) -> bool:
         """Whether some format's tensors of this weight are there, by their names."""
@@ -199,21 +196,12 @@ class Checkpoint:
     def _values(self, stored: StoredWeight) -> np.ndarray:
         """One weight's values, in the float dtype that its format decodes to."""
         with self._named():
-            return FORMATS[stored.format].decode(stored, self.arrays(stored))
-
-    def _interleaved_heads(self, weight: Weight) -> int:
-        """How many of the weight's heads have their pairs of rows side by side in this checkpoint."""
-        if not self.layout.interleaved or weight.role not in ("q", "k"):
-            return 0
-        return self.config.num_attention_heads if weight.role == "q" else self.config.num_key_value_heads
+            values = FORMATS[stored.format].decode(stored, self.arrays(stored))
+        return values if stored.pairs is None else pairs_in_halves(values, stored.pairs)
 
     def _bytes(self, part: TensorPart) -> np.ndarray:
         """The bytes of a part of a tensor, aligned memory of its own."""
-        import numpy as np
-
-        room = np.empty(part.nbytes + ALIGNMENT, np.uint8)
-        skip = -room.ctypes.data % ALIGNMENT
-        array = room[skip : skip + part.nbytes]
+        array = aligned(part.span)
         entry = self._entry(part.name)
         assert entry is not None
         try:
@@ -222,7 +210,7 @@ class Checkpoint:
             raise CheckpointError(f"{self._where(part.name)}: cannot be read ({error})") from None
         if missing:
             raise CheckpointError(f"{self._where(part.name)}: the file ended {missing} bytes early")
-        return array
+        return array if part.alternation is None else part.alternation.of(array, aligned(part.nbytes))
 
     def _opened(self, file: str) -> BinaryIO:
         if file not in self._opened_files:
@@ -271,21 +259,12 @@ class Checkpoint:
         return f"{self.directory / self.files[name]}: tensor {name}"
 
 
-def pairs_in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """[heads * 2 P, …] whose rows are each head's pairs → each head's first ones, then its second ones.
-
-    The inverse of `permute` in llama.cpp's convert_hf_to_gguf.py, and `permute` of transformers'
-    convert_mistral_weights_to_hf.py. Rows are moved as they are, so they may be of blocks or codes.
-    """
-    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])
-    return paired.swapaxes(1, 2).reshape(rows.shape)
-
-
 def _layout_of(config: ModelConfig, files: Collection[str]) -> Layout:
     """The layout of the family that names most of these tensors; the first one where they tell nothing."""
-    first_layer = [weight for weight in weights_of_trunk(config) if not weight.layer]
+    first = config.mixture_layers[0]
+    first_layer = [weight for weight in weights_of_trunk(config) if weight.layer in (None, 0, first)]
     for expert in range(config.num_local_experts):
-        first_layer += weights_of_expert(config, 0, expert)
+        first_layer += weights_of_expert(config, first, expert)
 
     def named(layout: Layout) -> int:
         places = [layout.place(weight, config.num_local_experts) for weight in first_layer]

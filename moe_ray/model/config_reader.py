@@ -18,6 +18,7 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     **dict.fromkeys(("shared_expert_intermediate_size", "first_k_dense_replace", "sliding_window"), (0,)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), ()),
     **dict.fromkeys(("attention_multiplier", "attention_chunk_size", "q_lora_rank", "kv_lora_rank"), ()),
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), ()),
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([],),
     "no_rope_layers": ([],),
@@ -45,6 +46,15 @@ class ConfigReader:
             value = default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"{self.source}: `{key}` must be a positive integer, found {value!r}")
+        return value
+
+    def count(self, key: str, default: int) -> int:
+        """A whole number from 0 on."""
+        value = self.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"{self.source}: `{key}` must be an integer from 0 on, found {value!r}")
         return value
 
     def positive_float(self, key: str, default: float) -> float:

@@ -27,12 +27,12 @@ def normalise(config: ModelConfig, x: torch.Tensor, weight: torch.Tensor, bias: 
 
 
 def rope_table(config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return cos and sin for every position, [max_len, 2, head_dim], in `dtype`.
+    """Return cos and sin for every position, [max_len, 2, rope_dim], in `dtype`.
 
     Su et al. 2021 (arXiv:2104.09864). Scaled variants (linear, yarn, llama3) take their frequencies from transformers;
     longrope (Ding et al. 2024, arXiv:2402.13753), which changes with a sequence's length, those of short ones.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.rope_dim, 2, dtype=torch.float32) / config.rope_dim
     inv_freq, scaling = 1.0 / (config.rope_theta**exponents), 1.0
     if config.rope_type == "longrope":
         factors, scaling = _short_rope(config)
@@ -41,9 +41,9 @@ def rope_table(config: ModelConfig, max_len: int, dtype: torch.dtype, device: to
         from transformers import MixtralConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        # head_dim is spelled out: transformers' yarn takes a null for a number.
-        scaled = {**(config.raw.get("rope_parameters") or config.raw["rope_scaling"]), "rope_theta": config.rope_theta}
-        theirs = MixtralConfig.from_dict({**config.raw, "head_dim": config.head_dim, "rope_parameters": scaled})
+        # head_dim is spelled out: transformers' yarn takes a null for a number, and of some heads a part is rotated.
+        scaled = {**config.rope_parameters, "rope_theta": config.rope_theta}
+        theirs = MixtralConfig.from_dict({**config.raw, "head_dim": config.rope_dim, "rope_parameters": scaled})
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[config.rope_type](theirs, "cpu")
     freqs = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq)
     angles = torch.cat((freqs, freqs), dim=-1)
@@ -51,22 +51,22 @@ def rope_table(config: ModelConfig, max_len: int, dtype: torch.dtype, device: to
 
 
 def _short_rope(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """What longrope divides the frequencies of short contexts by, [head_dim / 2], and what cos and sin are times.
+    """What longrope divides the frequencies of short contexts by, [rope_dim / 2], and what cos and sin are times.
 
     Raises `CheckpointError` where config.json does not tell.
     """
-    told = config.raw.get("rope_parameters") or config.raw["rope_scaling"]
+    told = config.rope_parameters
     factors, scaling = told.get("short_factor"), told.get("short_mscale")
-    numbers = isinstance(factors, list) and all(isinstance(factor, int | float) and factor > 0 for factor in factors)
-    if not numbers or len(factors) != config.head_dim // 2:
-        raise CheckpointError(f"config.json: `short_factor` must be {config.head_dim // 2} positive numbers")
+    positive = isinstance(factors, list) and all(isinstance(factor, int | float) and factor > 0 for factor in factors)
+    if not isinstance(factors, list) or not positive or len(factors) != config.rope_dim // 2:
+        raise CheckpointError(f"config.json: `short_factor` must be {config.rope_dim // 2} positive numbers")
     if not isinstance(scaling, int | float):
         raise CheckpointError(f"config.json: `short_mscale` must be a number, found {scaling!r}")
     return torch.tensor(factors, dtype=torch.float32), float(scaling)
 
 
 def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, heads, head_dim] by each token's cos_sin [T, 2, head_dim] (halves, not interleaved pairs)."""
+    """Rotate x [T, heads, rope_dim] by each token's cos_sin [T, 2, rope_dim] (halves, not interleaved pairs)."""
     cos, sin = cos_sin[:, None, 0], cos_sin[:, None, 1]
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 
 from moe_ray.core import AdapterRows
 from moe_ray.model.families import Router
+
+LEAST_SUM: Final = 1e-20
+"""Beside the sum that weights are divided by: no sigmoid may be above 0 (DeepseekV3TopkRouter of transformers)."""
 
 
 class Routed:
@@ -36,6 +39,10 @@ class Routed:
         self._counts = counts
         self._adapters: list[tuple[AdapterRows, ...]] | None = None
         self._on_host: Routed | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, weights, counts and where each token's rows are: the arguments of another one."""
+        return self.rows, self.weights, torch.as_tensor(self._counts), self.row_of
 
     @property
     def counts(self) -> list[int]:
@@ -153,17 +160,38 @@ def route(hidden: torch.Tensor, gate: torch.Tensor, top_k: int, router: Router) 
     return choose(F.linear(hidden, gate), top_k, router)
 
 
-def choose(logits: torch.Tensor, top_k: int, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route` for the router's logits [T, E]."""
+def choose(
+    logits: torch.Tensor, top_k: int, router: Router, correction: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` for the router's logits [T, E]; `correction` [E] as `Router.correction` says."""
     if router.jitter is not None:
         weights, experts = sparse_mixer(logits, router.jitter)
     else:
-        weights, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
+        scores = logits.float().sigmoid() if router.sigmoid else logits.softmax(dim=-1, dtype=torch.float32)
+        ranked = scores if correction is None else scores + correction
+        experts = in_best_groups(ranked, router).topk(top_k, dim=-1).indices
+        weights = scores.gather(-1, experts)
     if router.renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + LEAST_SUM)
+    if router.scale != 1.0:
+        weights = weights * router.scale
     # Ascending expert order makes `combine` add in expert order, as a loop over experts would.
     experts, order = experts.sort(dim=-1)
     return experts, weights.gather(-1, order)
+
+
+def in_best_groups(ranked: torch.Tensor, router: Router) -> torch.Tensor:
+    """Ranks of experts [T, E], -inf for those outside their token's best groups.
+
+    DeepSeek-V2 (arXiv:2405.04434, section 2.2.2) and V3 (arXiv:2412.19437, section 2.1.2).
+    """
+    if router.groups == 1:
+        return ranked
+    by_group = ranked.view(len(ranked), router.groups, -1)
+    best = by_group.topk(2 if router.group_scores == "best two" else 1, dim=-1).values.sum(-1)  # [T, groups]
+    taken = best.topk(router.groups_chosen, dim=-1).indices
+    outside = torch.ones_like(best, dtype=torch.bool).scatter_(-1, taken, False)
+    return by_group.masked_fill(outside[..., None], -torch.inf).flatten(1)
 
 
 def sparse_mixer(logits: torch.Tensor, jitter: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,6 +42,14 @@ def config_of_trunk(checkpoint: Checkpoint) -> ModelConfig:
     return replace(config, tie_word_embeddings=False)
 
 
+def _further_layers(config: ModelConfig) -> tuple[str, ...]:
+    """What the names of tensors begin with that belong to layers behind the last: `Family.further_layers`."""
+    key = config.family.further_layers
+    count = config.raw.get(key) if key is not None else None
+    last = config.num_hidden_layers
+    return tuple(f"model.layers.{layer}." for layer in range(last, last + count)) if isinstance(count, int) else ()
+
+
 @cache
 def _endings(place: Place) -> frozenset[str]:
     """What the names of a weight's tensors have after its stem, in any format: asked for once, not for each weight."""
@@ -62,10 +70,18 @@ def check_surplus(checkpoint: Checkpoint) -> None:
     stems: dict[frozenset[str], set[str]] = {}
     for place in places if others else ():
         stems.setdefault(_endings(replace(place, stem="", index=0)), set()).add(place.stem)
+    further = _further_layers(config)
+    behind = [name for name in others if name.startswith(further)]
+    if behind:
+        logger.info(
+            "%s: %d tensors of layers behind the last, which predict further tokens (%s), are not used",
+            *(checkpoint.directory, len(behind), config.family.further_layers),
+        )
     surplus = sorted(
         name
         for name in others
-        if not any(
+        if not name.startswith(further)
+        and not any(
             name.endswith(ending) and name[: len(name) - len(ending)] in known
             for endings, known in stems.items()
             for ending in endings

@@ -40,7 +40,7 @@ class Trunk:
         """Read the weights in the form that the backend of `compute` wants. Raises `CheckpointError`.
 
         `quantize`: hold attention's matrices and the head in fewer bits, a name of `held.GROUPINGS`. Raises
-        `ConfigError` where they are to be quantised and have no native kernels.
+        `ConfigError` where they are to be quantised and torch computes.
         """
         self.config, self.dtype, self.device = weights.config, weights.dtype, weights.device
         self._experts = experts
@@ -51,16 +51,25 @@ class Trunk:
         self.held: tuple[str, ...] = (compute.dtype,)
         """What the matrices are held as, in words."""
         self._compute: TrunkCompute
+        self._compiles = compute.backend.trunk == "triton" and compute.device == "cuda"
+        self._max_model_len = max_model_len
         if compute.backend.trunk == "native":
             assert compute.kernels is not None, "a native backend is opened with its kernels"
             native = NativeTrunk(weights, max_model_len, compute.kernels, compute.dtype, quantize)
             self.held = tuple(native.held)
             logger.info("Trunk: weights held as %s", ", ".join(self.held))
             self._compute = native
+        elif compute.backend.trunk == "triton":
+            from moe_ray.model.compute.triton.ops import TritonOps
+
+            ops = TritonOps(weights.config, weights.device, quantize=quantize)
+            self._compute = TorchTrunk(weights, max_model_len, ops=ops, recorder=compute.recorder)
+            self.held = tuple(ops.held)
+            logger.info("Trunk: weights held as %s", ", ".join(self.held))
         elif quantize is not None:
             raise ConfigError(f"trunk.quantize is {quantize!r}, but torch computes the trunk of this process")
         else:
-            self._compute = TorchTrunk(weights, max_model_len)
+            self._compute = TorchTrunk(weights, max_model_len, recorder=compute.recorder)
 
     @staticmethod
     def load(
@@ -101,6 +110,16 @@ class Trunk:
         """Hold it no more; not while a pass is under way. Idempotent."""
         self._compute.remove_adapter(adapter_id)
 
+    def warm_up(self, cache: KVCacheView) -> None:
+        """Have kernels compiled that are compiled when they are first launched, if this trunk has such.
+
+        No block of the cache changes.
+        """
+        if self._compiles:
+            from moe_ray.model.compute.triton.warm_up import warm_up
+
+            warm_up(self._compute, self.config.num_hidden_layers, cache, self._max_model_len)
+
     def forward(self, batch: Batch, cache: KVCacheView) -> ForwardSteps:
         """Run one batch; a generator that yields where it waits for experts (see `interleave`).
 
@@ -111,6 +130,11 @@ class Trunk:
         work = self._compute.begin(batch, cache)
         for layer in range(self.config.num_hidden_layers):
             routed = work.route(layer)
+            if routed is None:
+                work.add_shared(layer)
+                if batch.routed is not None:
+                    batch.routed[:, layer] = 0
+                continue
             begun = time.perf_counter()
             pending = self._experts.submit(layer, routed)
             sent = time.perf_counter()

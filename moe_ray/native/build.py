@@ -8,10 +8,13 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any, Final
 from moe_ray.errors import KernelsUnavailable
 
 COMPILERS: Final = ("c++", "g++", "clang++")
-COMMON: Final = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+COMMON: Final = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra")
 AVX2: Final = (
     *("-mavx2", "-mfma", "-mf16c"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC's own intrinsics headers set these off
@@ -29,6 +32,8 @@ AVX512: Final = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 HERE: Final = Path(__file__).parent
 TIMEOUT_S: Final = 300
 TRIAL_TIMEOUT_S: Final = 30
+OBJECTS: Final = "objects"
+"""Folder of the cache's libraries that keeps what they are linked of."""
 _TRIAL: Final = (
     "#include <thread>\nint main() { return static_cast<int>(std::thread::hardware_concurrency() >> 31); }\n"
 )
@@ -42,8 +47,8 @@ class Library:
 
     name: str
     directory: Path
-    sources: tuple[str, ...]
-    """The first is compiled and includes the others."""
+    units: tuple[str, ...]
+    """Each is compiled by itself, side by side, with what it includes; best those first that take longest."""
     flags: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
     """Instruction sets, as Linux names them."""
@@ -51,15 +56,14 @@ class Library:
     """On which it compiles, under Linux."""
 
 
-KERNEL_SOURCES: Final = (
-    *("kernels.cpp", "adapter_run.h", "low_rank.h", "trunk.h", "attention.h", "cache.h"),
-    *("linear.h", "activations.h", "matrix.h", "rounding.h", "bare.h", "pool.h"),
-    *("dots.h", "dots_x86.h", "dots_neon.h", "simd.h", "whole.h", "simd_avx512.h", "simd_avx2.h", "simd_neon.h"),
+KERNEL_UNITS: Final = (
+    *("kernels.cpp", "attention_float32.cpp", "attention_float16.cpp", "attention_bfloat16.cpp"),
+    *("attention_int8.cpp", "attention_float8.cpp", "products.cpp"),
 )
 
 
 def _kernels(name: str, architecture: str, needs: str, flags: tuple[str, ...]) -> Library:
-    return Library(f"kernels-{name}", HERE, KERNEL_SOURCES, flags, frozenset(needs.split()), (architecture,))
+    return Library(f"kernels-{name}", HERE, KERNEL_UNITS, flags, frozenset(needs.split()), (architecture,))
 
 
 _AVX512: Final = "avx512f avx512bw avx512vl avx512dq avx2 fma f16c"
@@ -76,10 +80,12 @@ KERNELS: Final = {
     "neon": _kernels("neon", ARM64, "asimd", ("-march=armv8-a",)),
 }
 """The same source for each instruction set, best first."""
-HOST: Final = Library(
-    "host", HERE, ("host.cpp", "host.h", "calls.h", "memory.h", "adapter_run.h", "connection.h", "cores.h", "frames.h")
-)
-LINKS: Final = Library("links", HERE, ("links.cpp", "link.h", "frames.h"))
+HOST: Final = Library("host", HERE, ("host.cpp",))
+LINKS: Final = Library("links", HERE, ("links.cpp",))
+_INCLUDED: Final = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+_CPUS: Final = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+_COMPILERS: Final = threading.BoundedSemaphore(_CPUS)
+"""As many of this process run at a time."""
 
 
 def best_kernels(flags: frozenset[str], architecture: str) -> str | None:
@@ -101,7 +107,7 @@ def libraries() -> list[Library]:
 
 
 def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
-    """Load a library, building it into `cache_dir`/native first if it is not there (several seconds).
+    """Load a library, building it into `cache_dir`/native first if it is not there (many seconds).
 
     Safe to call from many processes at once: one builds, the others wait. Raises `KernelsUnavailable` saying what
     this machine lacks.
@@ -127,9 +133,14 @@ def shared_library(library: Library, cache_dir: Path) -> ctypes.CDLL:
 
 def prepare(cache_dir: Path) -> None:
     """Build what this machine can run, so that no process has to wait for it later."""
-    for library in libraries():
+
+    def build(library: Library) -> None:
         with contextlib.suppress(KernelsUnavailable):
             shared_library(library, cache_dir)
+
+    wanted = libraries()
+    with ThreadPoolExecutor(len(wanted)) as builders:
+        list(builders.map(build, wanted))
 
 
 @cache
@@ -151,10 +162,27 @@ def declare(library: ctypes.CDLL, signatures: Mapping[str, tuple[Any, tuple[Any,
     return library
 
 
-def _fingerprint(library: Library) -> str:
-    digest = hashlib.sha256(" ".join((*COMMON, *library.flags)).encode())
-    for name in library.sources:
-        digest.update((library.directory / name).read_bytes())
+def fingerprint_of(kernels: str) -> str:
+    """Names the sources and the flags of a row of `KERNELS`."""
+    return _fingerprint(KERNELS[kernels])
+
+
+def sources_of(library: Library, units: tuple[str, ...] | None = None) -> list[Path]:
+    """The files that some of its units (default: all) are made of: themselves, and what they include."""
+    found: set[str] = set()
+    rest = list(library.units if units is None else units)
+    while rest:
+        name = rest.pop()
+        if name not in found:
+            found.add(name)
+            rest += _INCLUDED.findall((library.directory / name).read_text("utf-8"))
+    return [library.directory / name for name in sorted(found)]
+
+
+def _fingerprint(library: Library, units: tuple[str, ...] | None = None, compiler: str = "") -> str:
+    digest = hashlib.sha256(" ".join((compiler, *COMMON, *library.flags)).encode())
+    for path in sources_of(library, units):
+        digest.update(f"{path.name} ".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -178,7 +206,7 @@ def try_compiler(library: Library) -> str:
     Raises `KernelsUnavailable` saying what is lacking.
     """
     compiler = find_compiler()
-    command = [compiler, *COMMON, *library.flags, "-x", "c++", "-", "-o", os.devnull]
+    command = [compiler, *COMMON, *library.flags, "-shared", "-x", "c++", "-", "-o", os.devnull]
     try:
         done = subprocess.run(
             command, input=_TRIAL, capture_output=True, text=True, check=False, timeout=TRIAL_TIMEOUT_S
@@ -199,15 +227,34 @@ def _path(library: Library, cache_dir: Path) -> Path:
 
 
 def _compile(path: Path, library: Library) -> None:
+    """Make the library of its units' objects, of which those are compiled that are not in the cache."""
     compiler = find_compiler()
-    made = path.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler, *COMMON, *library.flags, "-o", str(made), str(library.directory / library.sources[0])]
+    objects = path.parent / OBJECTS
+    objects.mkdir(exist_ok=True)
+
+    def compiled(unit: str) -> Path:
+        made = objects / f"{library.name}-{Path(unit).stem}-{_fingerprint(library, (unit,), compiler)}.o"
+        if not made.exists():
+            _run(made, [compiler, *COMMON, *library.flags, "-c", str(library.directory / unit)])
+        return made
+
+    with ThreadPoolExecutor(len(library.units)) as builders:
+        made = list(builders.map(compiled, library.units))
+    _run(path, [compiler, *COMMON, *library.flags, "-shared", *map(str, made)])
+
+
+def _run(target: Path, command: list[str]) -> None:
+    """Run a compiler that writes `target`, which is there whole or not at all. Raises `KernelsUnavailable`."""
+    made = target.with_suffix(f".{os.getpid()}.tmp")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        with _COMPILERS:
+            done = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+            )
         if done.returncode:
-            raise KernelsUnavailable(f"{compiler} could not build them: {_first_error(done)}")
-        made.rename(path)
+            raise KernelsUnavailable(f"{command[0]} could not build them: {_first_error(done)}")
+        made.rename(target)
     except subprocess.TimeoutExpired:
-        raise KernelsUnavailable(f"{compiler} took more than {TIMEOUT_S} s") from None
+        raise KernelsUnavailable(f"{command[0]} took more than {TIMEOUT_S} s") from None
     finally:
         made.unlink(missing_ok=True)

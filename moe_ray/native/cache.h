@@ -1,8 +1,9 @@
-// What a KV cache holds of a token: floats, or whole numbers of 8 bits with a scale for each head, and how a query is held
-// to be multiplied with its keys. What is written for a token depends on that token alone.
+// What a KV cache holds of a token: floats, of 8 bits or more, or whole numbers of 8 bits with a scale for each head, and how
+// a query is held to be multiplied with its keys. What is written for a token depends on that token alone.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "whole.h"
 
@@ -17,7 +18,7 @@ struct PagedCache {
   const int32_t* table;              // the sequence's blocks
   int64_t block_size, kv_heads, head_dim;
 
-  static constexpr bool kScaled = sizeof(T) == 1;
+  static constexpr bool kScaled = std::is_same_v<T, int8_t>;
   // The slots of positions [first, last).
   void find_slots(int64_t first, int64_t last, int32_t* slots) const {
     for (int64_t block = first / block_size, position = first; position < last; block++) {
@@ -45,7 +46,10 @@ float keep(const float* x, int64_t n, T* out) {
   return 1.0f;
 }
 inline float keep(const float* x, int64_t n, int8_t* out) { return rounded(x, n, 127.0f, out); }
-inline float keep(const float* x, int64_t n, int16_t* out) { return rounded(x, n, 32767.0f, out); }
+// Queries of 16 bits: as wide as exact sums of their products with codes of 8 bits allow, which stay below 2^31.
+inline float keep(const float* x, int64_t n, int16_t* out) {
+  return rounded(x, n, static_cast<float>(std::min<int64_t>(32767, 0x7fffffff / (127 * n))), out);
+}
 
 // Products of query and key, `kStep` elements at a time.
 template <class T>
@@ -78,8 +82,8 @@ struct Scores<bf16> {
 };
 #endif
 
-// Queries of 16 bits lose less than bfloat16 does. Sums are exact: of at most 127 * 32767 * 2 for 32 elements, they stay
-// below 2^31 for head dimensions up to 8192.
+// Queries of 16 bits lose less than bfloat16 does. Sums are exact: see `keep`, which leaves queries of kWidestHead 14 bits.
+constexpr int64_t kWidestHead = 1024;
 template <>
 struct Scores<int8_t> {
   static constexpr int kStep = 32;

@@ -165,6 +165,7 @@ struct Nibbles : Unsigned {
 #else
 
 using Bytes = WideBytes;
+#define MOE_RAY_BYTES_ARE_WIDE
 
 template <bool TABLE>
 struct Nibbles;

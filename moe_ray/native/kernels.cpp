@@ -5,6 +5,7 @@
 
 #include "adapter_run.h"
 #include "bare.h"
+#include "gating.h"
 #include "rounding.h"
 #include "trunk.h"
 
@@ -33,11 +34,11 @@ struct ExpertAdapter {  // what one adapter adds to an expert: to gate and up, t
   Addition w13, w2;
 };
 
-// out [rows, D] = (silu(x w1^T) * (x w3^T)) w2^T * weights, with w1 and w3 in alternate panels (w13), and the additions of
-// each run's ExpertAdapter to w1, w3 and w2.
+// out [rows, D] = (silu(x w1^T) * (x w3^T)) w2^T * weights, or what `gating` says, with w1 and w3 in alternate panels (w13),
+// and the additions of each run's ExpertAdapter to w1, w3 and w2.
 template <class T>
 void ffn(Pool& threads, const T* x, const float* weights, int64_t rows, const Matrix& w13, const Matrix& w2, T* out,
-         const AdapterRun* runs, int64_t num_runs) {
+         const AdapterRun* runs, int64_t num_runs, const Gating& gating) {
   const int64_t hidden = w13.k(), inner = w2.k();
   const Additions to_w13(threads, runs, num_runs, &ExpertAdapter::w13, x, hidden, rows);
   const Inputs in = inputs_for(threads, scratch.inputs, w13, x, hidden, rows);
@@ -45,12 +46,14 @@ void ffn(Pool& threads, const T* x, const float* weights, int64_t rows, const Ma
     linear(threads, in, rows, w13, [&](int64_t i, int64_t p, const float* values) {
       if (p % 2) return;
       const Lanes gate = to_w13.to(load(values), i, p, 0), up = to_w13.to(load(values + kPanel), i, p + 1, 1);
-      store(h + i * inner + p / 2 * kPanel, silu(gate) * up);
+      store(h + i * inner + p / 2 * kPanel, gated(gating, gate, up, p));
     });
     const Additions to_w2(threads, runs, num_runs, &ExpertAdapter::w2, h, inner, rows);
     const Inputs products = inputs_for(threads, scratch.inputs, w2, h, inner, rows);
     linear(threads, products, rows, w2, [&](int64_t i, int64_t p, const float* values) {
-      store(out + i * hidden + p * kPanel, to_w2.to(load(values), i, p, 0) * all(weights[i]));
+      Lanes made = to_w2.to(load(values), i, p, 0);
+      if (gating.bias2) made = made + load(gating.bias2 + p * kPanel);
+      store(out + i * hidden + p * kPanel, made * all(weights[i]));
     });
   };
   float* memory = room(scratch.hidden, rows * inner);
@@ -120,13 +123,14 @@ int64_t bare_loop(void* pool, const void* memory, int64_t times) {
   }
 }
 
+// gating: null where it is plain SwiGLU without biases.
 void expert_ffn(void* pool, int32_t dtype, const void* x, const float* weights, int64_t rows, const void* w13,
-                const void* w2, void* out, const AdapterRun* runs, int64_t num_runs) {
+                const void* w2, void* out, const AdapterRun* runs, int64_t num_runs, const Gating* gating) {
   const Threads threads(pool);  // several carriers may serve one expert
   with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     ffn(threads.pool, static_cast<const T*>(x), weights, rows, matrix_at(w13), matrix_at(w2), static_cast<T*>(out),
-        runs, num_runs);
+        runs, num_runs, gating ? *gating : Gating{});
   });
 }
 
@@ -134,6 +138,7 @@ struct Expert {  // what `expert_forward` is given as its handle
   void* pool;
   const void *w13, *w2;
   int64_t dtype;
+  const Gating* gating;
 };
 
 // `Forward` of calls.h over packed weights: what a host calls.
@@ -145,7 +150,8 @@ int32_t expert_forward(void* handle, const void* rows, const float* weights, int
     return 0;
   }
   try {
-    expert_ffn(e.pool, static_cast<int32_t>(e.dtype), rows, weights, count, e.w13, e.w2, out, runs, num_runs);
+    expert_ffn(e.pool, static_cast<int32_t>(e.dtype), rows, weights, count, e.w13, e.w2, out, runs, num_runs,
+               e.gating);
   } catch (const std::bad_alloc&) {
     std::strcpy(why, "out of memory");
     return 0;
@@ -155,7 +161,7 @@ int32_t expert_forward(void* handle, const void* rows, const float* weights, int
 
 // Whether layer_front has a kernel for this shape.
 int layer_supported(int64_t heads, int64_t kv_heads, int64_t head_dim) {
-  return head_dim % 32 == 0 && attend_for<float>(heads / kv_heads) != nullptr;
+  return head_dim % 32 == 0 && head_dim <= kWidestHead && attend_for<float>(heads / kv_heads) != nullptr;
 }
 
 // One layer up to its experts: hidden [T, D] float32 gains its self-attention; its normalised rows are routed.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.native.build import KERNELS, declare, shared_library
+from moe_ray.native.gating import Gating
 from moe_ray.native.host import DTYPE_CODES, AdapterRun, HostEntry
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ class ModelShape(ctypes.Structure):
         *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "experts", "top_k")),
         *((name, c_float) for name in ("eps", "scale")),
         ("window", c_int64),
-        *(("residual", c_float), ("renormalise", c_int32), ("whole_qk_norm", c_int32)),
+        *(("residual", c_float), ("renormalise", c_int32), ("whole_qk_norm", c_int32), ("clip_qkv", c_float)),
+        *((name, c_int64) for name in ("groups", "groups_chosen")),
+        *(("group_best_two", c_int32), ("sigmoid", c_int32), ("routed_scale", c_float), ("latent_eps", c_float)),
+        *((name, c_int64) for name in ("kv_rank", "q_rank", "nope", "value", "rope_dim")),
     )
 
 
@@ -43,6 +47,10 @@ class Layer(ctypes.Structure):
         *((name, c_void_p) for name in ("input_norm", "post_norm", "qkv", "out", "gate")),
         *((name, c_void_p) for name in ("k_cache", "v_cache", "k_scales", "v_scales")),
         *((name, c_void_p) for name in ("q_norm", "k_norm", "qkv_bias", "out_bias")),
+        ("float8", c_int64),
+        *((name, c_void_p) for name in ("router_bias", "sinks")),
+        ("full", c_int64),
+        *((name, c_void_p) for name in ("correction", "q_up", "keys", "values", "q_latent_norm", "kv_latent_norm")),
     )
 
 
@@ -53,6 +61,7 @@ class StepInputs(ctypes.Structure):
         *((name, c_int64) for name in ("tokens", "block_size")),
         *((name, c_void_p) for name in ("positions", "slots", "sequence", "tables", "table_start", "rope", "runs")),
         ("num_runs", c_int64),
+        *(("leader", c_void_p), ("shared", c_void_p)),
     )
 
 
@@ -62,6 +71,7 @@ class Expert(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("pool", "w13", "w2")),
         ("dtype", c_int64),
+        ("gating", c_void_p),
     )
 
 
@@ -110,7 +120,7 @@ _SIGNATURES: Final = {
     "unpack_rows": (None, (c_void_p, c_void_p, c_int64, c_void_p)),
     "linear_f32": (None, (c_void_p, c_int32, c_void_p, c_int64, c_void_p, c_void_p)),
     "bare_loop": (c_int64, (c_void_p, c_void_p, c_int64)),
-    "expert_ffn": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int64, *(c_void_p,) * 4, c_int64)),
+    "expert_ffn": (None, (c_void_p, c_int32, c_void_p, c_void_p, c_int64, *(c_void_p,) * 4, c_int64, c_void_p)),
     "layer_supported": (c_int, (c_int64, c_int64, c_int64)),
     "layer_front": (
         None,
@@ -224,11 +234,18 @@ class Kernels:
         return out
 
     def expert_ffn(
-        self, x: torch.Tensor, weights: torch.Tensor, w13: Packed, w2: Packed, runs: bytes = b""
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        w13: Packed,
+        w2: Packed,
+        runs: bytes = b"",
+        gating: Gating | None = None,
     ) -> torch.Tensor:
         """Return (silu(x w1^T) * (x w3^T)) w2^T * weights, [T, D] as x; w13 is w1 and w3 in one block.
 
-        `runs`: which ExpertAdapter is added for which rows, of `additions.packed_runs`.
+        `runs`: which ExpertAdapter is added for which rows, of `additions.packed_runs`. `gating`: what is computed
+        instead of plain SwiGLU.
         """
         import torch
 
@@ -236,14 +253,16 @@ class Kernels:
         self.library.expert_ffn(
             *(self._pool, dtype_code(x), x.data_ptr(), weights.data_ptr(), x.shape[0]),
             *(w13.address, w2.address, out.data_ptr(), runs or None, len(runs) // RUN_BYTES),
+            None if gating is None else gating.address,
         )
         return out
 
-    def expert_entry(self, w13: Packed, w2: Packed, dtype: str) -> HostEntry:
+    def expert_entry(self, w13: Packed, w2: Packed, dtype: str, gating: Gating | None = None) -> HostEntry:
         """What a host calls to compute as `expert_ffn` does on rows of this dtype, with these threads."""
-        expert = Expert(self._pool, w13.address, w2.address, DTYPE_CODES[dtype])
+        how = None if gating is None else gating.address
+        expert = Expert(self._pool, w13.address, w2.address, DTYPE_CODES[dtype], how)
         function = ctypes.cast(self.library.expert_forward, c_void_p).value
-        return HostEntry(function, ctypes.addressof(expert), (expert, w13, w2, self))
+        return HostEntry(function, ctypes.addressof(expert), (expert, w13, w2, gating, self))
 
     def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> None:
         """Add to hidden [T, D] float32 each token's expert rows (of [T * K, D]), in expert order."""

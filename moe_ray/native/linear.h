@@ -134,6 +134,15 @@ void strip_of(int rows, const Inputs& in, int64_t row, const Matrix& m, int64_t 
   }
 }
 
+// In products.cpp.
+extern template void strip_of<Floats<float>>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+extern template void strip_of<Floats<half>>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+extern template void strip_of<Pairs>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+extern template void strip_of<Bytes>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+extern template void strip_of<WideBytes>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+extern template void strip_of<Nibbles<true>>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+extern template void strip_of<Nibbles<false>>(int, const Inputs&, int64_t, const Matrix&, int64_t, int, Tile&);
+
 // Rows that pass through the registers together. The shorter the groups, the more often their integers become floats.
 inline int most_rows(const Matrix& m) {
   if (kRegisters < 32 || !m.head->group) return kMostRows;
@@ -141,22 +150,23 @@ inline int most_rows(const Matrix& m) {
 }
 
 template <class Of, class Store>
-void linear_of(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel) {
-  const int64_t panels = m.panels();
-  const bool alone = rows * panels * m.panel_bytes() < kAloneBytes;
+void linear_of(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel, int64_t sets) {
+  const int64_t panels = m.panels() / sets, chunks = (panels + kGroup - 1) / kGroup;
+  const bool alone = rows * m.panels() * m.panel_bytes() < kAloneBytes;
   const int most = most_rows(m);
-  pool.run(static_cast<int>((panels + kGroup - 1) / kGroup), alone, [&](int chunk, int) {
+  pool.run(static_cast<int>(sets * chunks), alone, [&](int chunk, int) {
     Tile out;
-    const int64_t first = static_cast<int64_t>(chunk) * kGroup, end = std::min<int64_t>(first + kGroup, panels);
+    const int64_t set = chunk / chunks, begin = set * panels, from = set * rows;
+    const int64_t first = begin + chunk % chunks * kGroup, end = std::min<int64_t>(first + kGroup, begin + panels);
     // All panels of the chunk for each block of rows, as long as they stay in the cache; else a pair (gate and up) at a time.
     const int64_t at_once = rows > most && kGroup * m.panel_bytes() > kCachedBytes ? 2 : kGroup;
     for (int64_t panel = first; panel < end; panel += at_once) {
       const int count = static_cast<int>(std::min(at_once, end - panel));
       for (int64_t row = 0, blocks = (rows + most - 1) / most, some; row < rows; row += some, blocks--) {
         some = (rows - row + blocks - 1) / blocks;  // blocks of like sizes
-        strip_of<Of>(static_cast<int>(some), in, row, m, panel, count, out);
+        strip_of<Of>(static_cast<int>(some), in, from + row, m, panel, count, out);
         for (int i = 0; i < some; i++)
-          for (int p = 0; p < count; p++) store_panel(row + i, panel + p, out.value[i] + p * kPanel);
+          for (int p = 0; p < count; p++) store_panel(from + row + i, panel + p, out.value[i] + p * kPanel);
       }
     }
   });
@@ -164,19 +174,20 @@ void linear_of(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, cons
 
 // Multiplies inputs (of `inputs_for`) with a matrix and hands each finished piece to store_panel(row, panel, values): the
 // 16 outputs of one panel, aligned. Those of an odd panel follow those of the even one before it in memory, so that gate and
-// up can be taken together.
+// up can be taken together. With `sets`, inputs are so many times `rows`, and those of each set are multiplied with its own
+// share of the outputs alone: whole panels.
 template <class Store>
-void linear(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel) {
+void linear(Pool& pool, const Inputs& in, int64_t rows, const Matrix& m, const Store& store_panel, int64_t sets = 1) {
   switch (m.head->kind) {
-    case kFloat32: return linear_of<Floats<float>>(pool, in, rows, m, store_panel);
-    case kFloat16: return linear_of<Floats<half>>(pool, in, rows, m, store_panel);
-    case kBfloat16: return linear_of<Pairs>(pool, in, rows, m, store_panel);
+    case kFloat32: return linear_of<Floats<float>>(pool, in, rows, m, store_panel, sets);
+    case kFloat16: return linear_of<Floats<half>>(pool, in, rows, m, store_panel, sets);
+    case kBfloat16: return linear_of<Pairs>(pool, in, rows, m, store_panel, sets);
     case kInt8:
-      if (m.head->wide_inputs) return linear_of<WideBytes>(pool, in, rows, m, store_panel);
-      return linear_of<Bytes>(pool, in, rows, m, store_panel);
+      if (m.head->wide_inputs) return linear_of<WideBytes>(pool, in, rows, m, store_panel, sets);
+      return linear_of<Bytes>(pool, in, rows, m, store_panel, sets);
     default:
-      if (m.head->has_table) linear_of<Nibbles<true>>(pool, in, rows, m, store_panel);
-      else linear_of<Nibbles<false>>(pool, in, rows, m, store_panel);
+      if (m.head->has_table) linear_of<Nibbles<true>>(pool, in, rows, m, store_panel, sets);
+      else linear_of<Nibbles<false>>(pool, in, rows, m, store_panel, sets);
   }
 }
 

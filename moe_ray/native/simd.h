@@ -15,6 +15,14 @@ struct bf16 {  // bfloat16, by its bits
 struct half {  // IEEE binary16, by its bits
   uint16_t bits;
 };
+struct e4m3 {  // 8 bits of sign, 4 of exponent, 3 of mantissa (OCP OFP8, E4M3): no infinity, at most 448, 0x7f is NaN
+  uint8_t bits;
+};
+// A magnitude of E4M3, shifted left by 7, is that of a binary16, subnormals included, of which it is worth 2^8.
+constexpr float kE4m3Most = 448.0f, kE4m3FromHalf = 256.0f;
+constexpr float kE4m3Normal = 0x1p-6f;  // the least magnitude that is not subnormal
+// Added to a subnormal magnitude, leaves its code, rounded to nearest even, in the sum's lowest bits.
+constexpr float kE4m3Subnormal = 0x1p14f;
 
 }  // namespace moe_ray
 

@@ -68,6 +68,15 @@ inline Lanes load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
+inline Lanes load(const e4m3* p) {
+  const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), most = _mm256_set1_epi16(0x3f80);
+  const __m256i part = _mm256_and_si256(_mm256_slli_epi16(x, 7), most);
+  const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(static_cast<short>(0x8000)));
+  const __m256i bits = _mm256_or_si256(_mm256_or_si256(part, sign), _mm256_cmpeq_epi16(part, most));  // all ones: NaN
+  const __m256 by = _mm256_set1_ps(kE4m3FromHalf);
+  return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), by),
+          _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)), by)};
+}
 
 struct Shorts {  // 32 whole numbers of 16 bits
   __m256i a, b;
@@ -122,6 +131,26 @@ inline void store(bf16* p, Lanes x) {
   const __m256i pairs = _mm256_packus_epi32(rounded_to_bf16(x.a), rounded_to_bf16(x.b));  // by 128-bit halves
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(pairs, 0xd8));
 }
+inline __m256i rounded_to_e4m3(__m256 x) {  // nearest even, in the lowest bytes of 32 bits; what is not finite: NaN
+  const __m256 sign_bit = _mm256_set1_ps(-0.0f), whole = _mm256_andnot_ps(sign_bit, x);
+  const __m256 most = _mm256_min_ps(whole, _mm256_set1_ps(kE4m3Most));
+  const __m256i bits = _mm256_castps_si256(most);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff - (120 << 23))));
+  const __m256i normal = _mm256_srli_epi32(up, 20);
+  const __m256 base = _mm256_set1_ps(kE4m3Subnormal);
+  const __m256i small = _mm256_sub_epi32(_mm256_castps_si256(_mm256_add_ps(most, base)), _mm256_castps_si256(base));
+  const __m256i is_small = _mm256_castps_si256(_mm256_cmp_ps(most, _mm256_set1_ps(kE4m3Normal), _CMP_LT_OQ));
+  const __m256i sign = _mm256_srli_epi32(_mm256_castps_si256(_mm256_and_ps(sign_bit, x)), 24);
+  const __m256i code = _mm256_or_si256(_mm256_blendv_epi8(normal, small, is_small), sign);
+  const __m256 unsound = _mm256_cmp_ps(whole, _mm256_set1_ps(__builtin_inff()), _CMP_NLT_UQ);
+  return _mm256_blendv_epi8(code, _mm256_set1_epi32(0x7f), _mm256_castps_si256(unsound));
+}
+inline void store(e4m3* p, Lanes x) {
+  const __m256i pairs = _mm256_packus_epi32(rounded_to_e4m3(x.a), rounded_to_e4m3(x.b));  // by 128-bit halves
+  const __m256i shorts = _mm256_permute4x64_epi64(pairs, 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
+}
 inline __m256i shorts_of(Lanes x) {  // saturated, in order
   return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
 }
@@ -158,6 +187,30 @@ inline Lanes sum_each(const Lanes v[16]) {
   }
   return {out[0], out[1]};
 }
+
+// Whole sums as floats: there is no rounding before the last step, so no order either.
+inline Lanes sum_each(const PairSums v[16]) {
+  __m256i out[2];
+  for (int i = 0; i < 2; i++) {
+    __m256i s[8];
+    for (int j = 0; j < 8; j++) s[j] = _mm256_add_epi32(v[8 * i + j].a, v[8 * i + j].b);
+    for (int j = 0; j < 4; j++) s[j] = _mm256_hadd_epi32(s[2 * j], s[2 * j + 1]);
+    const __m256i low = _mm256_hadd_epi32(s[0], s[1]), high = _mm256_hadd_epi32(s[2], s[3]);
+    out[i] = _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+  }
+  return floats_of(PairSums{out[0], out[1]});
+}
+
+// The order in which sum_each adds 16 lanes: neighbours, then neighbouring sums, and so on.
+constexpr int kSumOrder[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+
+// Two whole numbers for every lane of plus_pairs, and where its other factors of one lane lie.
+inline Shorts pair_for_all(const int16_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
+}
+constexpr int pair_place(int lane, int which) { return 2 * lane + which; }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

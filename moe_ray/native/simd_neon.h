@@ -76,6 +76,19 @@ inline Lanes load(const int8_t* p) {
   return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
 }
+inline Lanes load(const e4m3* p) {
+  const int8x16_t x = vld1q_s8(reinterpret_cast<const int8_t*>(p));
+  const auto widen = [](int8x8_t eight) {
+    const uint16x8_t wide = vreinterpretq_u16_s16(vmovl_s8(eight)), most = vdupq_n_u16(0x3f80);
+    const uint16x8_t part = vandq_u16(vshlq_n_u16(wide, 7), most);
+    return vorrq_u16(vorrq_u16(part, vandq_u16(wide, vdupq_n_u16(0x8000))), vceqq_u16(part, most));  // all ones: NaN
+  };
+  const uint16x8_t low = widen(vget_low_s8(x)), high = widen(vget_high_s8(x));
+  const auto value = [](uint16x4_t bits) {
+    return vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(bits)), kE4m3FromHalf);
+  };
+  return {{value(vget_low_u16(low)), value(vget_high_u16(low)), value(vget_low_u16(high)), value(vget_high_u16(high))}};
+}
 
 struct Shorts {  // 32 whole numbers of 16 bits
   int16x8_t v[4];
@@ -129,6 +142,23 @@ inline void store(bf16* p, Lanes x) {  // nearest even
     vst1_u16(reinterpret_cast<uint16_t*>(p) + 4 * i, vshrn_n_u32(kept, 16));
   }
 }
+inline uint32x4_t rounded_to_e4m3(float32x4_t x) {  // nearest even; what is not finite: NaN
+  const float32x4_t whole = vabsq_f32(x), most = vminq_f32(whole, vdupq_n_f32(kE4m3Most));
+  const uint32x4_t bits = vreinterpretq_u32_f32(most);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 20), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7ffffu - (120u << 23))));
+  const float32x4_t base = vdupq_n_f32(kE4m3Subnormal);
+  const uint32x4_t small = vsubq_u32(vreinterpretq_u32_f32(vaddq_f32(most, base)), vreinterpretq_u32_f32(base));
+  const uint32x4_t part = vbslq_u32(vcltq_f32(most, vdupq_n_f32(kE4m3Normal)), small, vshrq_n_u32(up, 20));
+  const uint32x4_t sign = vandq_u32(vshrq_n_u32(vreinterpretq_u32_f32(x), 24), vdupq_n_u32(0x80));
+  return vbslq_u32(vcltq_f32(whole, vdupq_n_f32(__builtin_inff())), vorrq_u32(part, sign), vdupq_n_u32(0x7f));
+}
+inline void store(e4m3* p, Lanes x) {
+  const auto eight = [&](int i) {
+    return vmovn_u16(vcombine_u16(vmovn_u32(rounded_to_e4m3(x.v[i])), vmovn_u32(rounded_to_e4m3(x.v[i + 1]))));
+  };
+  vst1q_u8(reinterpret_cast<uint8_t*>(p), vcombine_u8(eight(0), eight(2)));
+}
 inline int16x8_t shorts_of(float32x4_t a, float32x4_t b) {
   return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a)), vqmovn_s32(vcvtnq_s32_f32(b)));
 }
@@ -154,6 +184,28 @@ inline Lanes sum_each(const Lanes v[16]) {
     return vpaddq_f32(vpaddq_f32(s[0], s[1]), vpaddq_f32(s[2], s[3]));
   });
 }
+
+// Whole sums as floats: there is no rounding before the last step, so no order either.
+inline Lanes sum_each(const PairSums v[16]) {
+  return each_quarter([&](int i) {
+    int32x4_t s[4];
+    for (int j = 0; j < 4; j++) {
+      const PairSums& x = v[4 * i + j];
+      s[j] = vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3]));
+    }
+    return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3])));
+  });
+}
+
+// The order in which sum_each adds 16 lanes: neighbours, then neighbouring sums, and so on.
+constexpr int kSumOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+
+// Two whole numbers for every lane of plus_pairs, and where its other factors of one lane lie.
+inline Shorts pair_for_all(const int16_t* p) {
+  const int16x8_t both = vcombine_s16(vdup_n_s16(p[0]), vdup_n_s16(p[1]));
+  return {{both, both, both, both}};
+}
+constexpr int pair_place(int lane, int which) { return lane / 4 * 8 + which * 4 + lane % 4; }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 

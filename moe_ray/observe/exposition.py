@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -16,7 +17,7 @@ from prometheus_client.registry import Collector
 from moe_ray.engine.step_times import KINDS, SEQUENCE_BOUNDS, STAGES, TOKEN_BOUNDS
 from moe_ray.histogram import STEP_BOUNDS, Histogram
 from moe_ray.observe import families
-from moe_ray.observe.request_counts import RequestCounts
+from moe_ray.observe.request_counts import RequestCounts, summed
 from moe_ray.observe.trunk_told import TrunkTold
 from moe_ray.pb import moe_ray_pb2 as pb
 
@@ -26,15 +27,23 @@ ENGINE = ("model_name", "engine")
 OPEN_METRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
-def expose(
-    accept: str, model: str, counts: RequestCounts, trunks: Sequence[TrunkTold], experts: Mapping[str, Any]
-) -> tuple[bytes, str]:
+@dataclass(frozen=True, slots=True)
+class ModelTold:
+    """What there is to tell of one served model."""
+
+    name: str
+    counts: RequestCounts
+    trunks: Sequence[TrunkTold]
+
+
+def expose(accept: str, models: Sequence[ModelTold], experts: Mapping[str, Any]) -> tuple[bytes, str]:
     """Return the text and its content type: OpenMetrics where `accept` (an HTTP header) asks for it.
 
-    `experts`: what GET /experts answers. Nothing here can fail for want of a part of the model.
+    `experts`: what GET /experts answers. Nothing here can fail for want of a part of a model. A series without a
+    model's name is of all models.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_All([*_requests(counts, model), *_trunks(trunks, model), *_experts(experts)]))
+    registry.register(_All([*_requests(models), *_trunks(models), *_experts(experts)]))
     # Not `choose_encoder`: for a Prometheus before 3.0 it writes `vllm_` for `vllm:`, which that knows very well.
     if "application/openmetrics-text" in accept:
         return open_metrics(registry, ALLOWUTF8), OPEN_METRICS  # type: ignore[no-untyped-call]
@@ -49,20 +58,22 @@ class _All(Collector):
         return self._metrics
 
 
-def _requests(counts: RequestCounts, model: str) -> Iterator[Metric]:
-    for table, labels, values in (
-        (families.VLLM_HISTOGRAMS, ["model_name"], [model]),
-        (families.TGI_HISTOGRAMS, [], []),
-    ):
-        for attribute, told in table.items():
-            family = HistogramMetricFamily(*told, labels=labels)
-            _add(family, values, getattr(counts, attribute))
-            yield family
+def _requests(models: Sequence[ModelTold]) -> Iterator[Metric]:
+    counts = summed([model.counts for model in models])
+    for attribute, told in families.VLLM_HISTOGRAMS.items():
+        family = HistogramMetricFamily(*told, labels=["model_name"])
+        for model in models:
+            _add(family, [model.name], getattr(model.counts, attribute))
+        yield family
+    for attribute, told in families.TGI_HISTOGRAMS.items():
+        family = HistogramMetricFamily(*told)
+        _add(family, [], getattr(counts, attribute))
+        yield family
     for attribute, told in families.VLLM_COUNTERS.items():
-        yield _counter(told, ["model_name"], [([model], getattr(counts, attribute))])
+        yield _counter(told, ["model_name"], [([model.name], getattr(model.counts, attribute)) for model in models])
     for attribute, told in families.OWN_COUNTERS.items():
         yield _counter(told, [], [([], getattr(counts, attribute))])
-    finished = [([model, reason], count) for reason, count in counts.finished.items()]
+    finished = [([each.name, reason], n) for each in models for reason, n in each.counts.finished.items()]
     says = ("vllm:request_success", "Sequences that ended, by how.")
     yield _counter(says, ["model_name", "finished_reason"], finished)
     for attribute, told in families.TGI_COUNTERS.items():
@@ -75,8 +86,9 @@ def _requests(counts: RequestCounts, model: str) -> Iterator[Metric]:
     yield _gauge(in_flight, [], [([], counts.in_flight)])
 
 
-def _trunks(trunks: Sequence[TrunkTold], model: str) -> Iterator[Metric]:
-    labels = [[model, told.info.replica_id] for told in trunks]
+def _trunks(models: Sequence[ModelTold]) -> Iterator[Metric]:
+    trunks = [told for model in models for told in model.trunks]
+    labels = [[model.name, told.info.replica_id] for model in models for told in model.trunks]
     for field, says in families.TRUNK_GAUGES.items():
         yield _gauge(says, ENGINE, [(own, getattr(t.load, field)) for own, t in zip(labels, trunks, strict=True)])
     for field, says in families.TRUNK_COUNTERS.items():

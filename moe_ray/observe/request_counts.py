@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from moe_ray.histogram import STEP_BOUNDS, Histogram, rounded_bounds
@@ -72,3 +73,22 @@ class RequestCounts:
         """HTTP responses by status."""
         self.in_flight = 0
         """HTTP requests that are being answered."""
+
+
+def summed(every: Sequence[RequestCounts]) -> RequestCounts:
+    """The counts of several models together; of one, they themselves."""
+    if len(every) == 1:
+        return every[0]
+    whole = RequestCounts()
+    for counts in every:
+        for name, value in vars(counts).items():
+            own = getattr(whole, name)
+            if isinstance(value, Histogram):
+                own.counts = [a + b for a, b in zip(own.counts, value.counts, strict=True)]
+                own.total += value.total
+            elif isinstance(value, dict):
+                for key, count in value.items():
+                    own[key] = own.get(key, 0) + count
+            else:
+                setattr(whole, name, own + value)
+    return whole

@@ -101,7 +101,7 @@ def _against(
         )
     agreement = None
     if _experts_of(model_a) == _experts_of(model_b):
-        agreement = RoutingAgreement(model_b.num_hidden_layers, model_b.num_local_experts)
+        agreement = RoutingAgreement(model_b.mixture_layers, model_b.num_local_experts)
     kl, same = [], []
     differences: list[Difference] = []
     b = _Run(a.passage, scorer.compute.backend)
@@ -119,5 +119,5 @@ def _against(
     )
 
 
-def _experts_of(model: ModelConfig) -> tuple[int, int, int]:
-    return model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
+def _experts_of(model: ModelConfig) -> tuple[tuple[int, ...], int, int]:
+    return model.mixture_layers, model.num_local_experts, model.num_experts_per_tok

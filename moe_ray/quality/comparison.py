@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +34,7 @@ class Difference:
 class LayerAgreement:
     """How alike two models route in one layer."""
 
+    layer: int
     same_experts: float
     """Share of (token, k) pairs of A whose expert is among the token's experts in B, too."""
     weight_difference: float
@@ -81,10 +83,11 @@ def compare_predictions(a: torch.Tensor, b: torch.Tensor, first_position: int) -
 class RoutingAgreement:
     """Sums up how alike the tokens of two models are routed."""
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._num_experts = num_experts
-        self._same = torch.zeros(num_layers, dtype=torch.float64)
-        self._apart = torch.zeros(num_layers, dtype=torch.float64)
+    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+        """`layers`: those with experts."""
+        self._layers, self._num_experts = tuple(layers), num_experts
+        self._same = torch.zeros(len(layers), dtype=torch.float64)
+        self._apart = torch.zeros(len(layers), dtype=torch.float64)
         self._pairs = self._tokens = 0
 
     def add(self, a: Routing, b: Routing) -> None:
@@ -96,10 +99,10 @@ class RoutingAgreement:
         self._tokens += a.experts.shape[0]
 
     def layers(self) -> tuple[LayerAgreement, ...]:
-        """Of each layer, from the first."""
+        """Of each layer with experts, from the first."""
         return tuple(
-            LayerAgreement(same / self._pairs, apart / self._tokens)
-            for same, apart in zip(self._same.tolist(), self._apart.tolist(), strict=True)
+            LayerAgreement(layer, same / self._pairs, apart / self._tokens)
+            for layer, same, apart in zip(self._layers, self._same.tolist(), self._apart.tolist(), strict=True)
         )
 
     def _spread(self, routing: Routing) -> torch.Tensor:

@@ -33,9 +33,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """Where the tokens of a batch went, in every layer."""
+    """Where the tokens of a batch went, in every layer with experts."""
 
-    experts: torch.Tensor  # [T, num_hidden_layers, K], ascending
+    experts: torch.Tensor  # [T, layers with experts, K], ascending
     weights: torch.Tensor  # float32, as `experts`
 
     def last(self, count: int) -> Routing:
@@ -63,19 +63,21 @@ class RoutingRecorder:
         self._experts = experts
         self._chosen: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
+        self._layer = -1
 
     def submit(self, layer: int, routed: moe.Routed) -> moe.PendingCalls:
         """Send the rows of one layer to their experts; layers come in their order."""
-        assert layer == len(self._chosen), "one pass at a time"
+        assert layer > self._layer, "one pass at a time"
+        self._layer = layer
         here = routed.on_host()
         self._chosen.append(torch.from_numpy(moe.experts_of(here)))
         self._weights.append(here.weights[here.row_of.long()])
         return self._experts.submit(layer, routed)
 
     def take(self) -> Routing:
-        """What was chosen in all layers since the last time."""
+        """What was chosen in all layers with experts since the last time."""
         routing = Routing(torch.stack(self._chosen, dim=1), torch.stack(self._weights, dim=1))
-        self._chosen, self._weights = [], []
+        self._chosen, self._weights, self._layer = [], [], -1
         return routing
 
 
@@ -100,7 +102,14 @@ class Scorer:
         recorder: list[RoutingRecorder] = []
 
         def make_experts(compute: Compute) -> moe.Experts:
-            experts = local_experts(checkpoint, compute, lambda e: watch(f"Expert{e}"), config.experts.quantize_of)
+            of = config.experts
+            experts = local_experts(
+                checkpoint,
+                compute,
+                lambda e: watch(f"Expert{e}"),
+                of.quantize_of,
+                offload_bytes=of.offload_bytes_of,
+            )
             recorder.append(RoutingRecorder(experts))
             return recorder[0]
 

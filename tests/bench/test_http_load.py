@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.bench.http_load import Sample, Target, Wave, id_prompts, percentile, run_wave, served_model
 from moe_ray.bench.serve import ServeBenchOptions, run_serve, serve_row
 from moe_ray.commands.options import numbers
@@ -168,9 +168,7 @@ def test_http_errors_are_told() -> None:
 
 
 def test_nobody_there() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     for wrong in (url, "http://nowhere.invalid", "http://[", "ftp://127.0.0.1"):
         with pytest.raises(NotReady, match="no server answers at "):
             asyncio.run(served_model(wrong, None))

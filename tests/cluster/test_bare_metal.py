@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,8 @@ import pytest
 import yaml
 from cluster_files import CLUSTER, clean_environment, module, shell, tool
 from random_mixtral import save_random_mixtral
+
+from moe_ray.core import TierStats
 
 SCRIPTS = CLUSTER / "bare-metal"
 COMMANDS = ("start-head.sh", "start-worker.sh", "deploy.sh", "stop.sh")
@@ -431,6 +433,7 @@ EVENTS = {  # counters of what did not happen here, and GPUs
     *(f"pool_{name}_total" for name in ("splits", "retries", "hedges", "hedge_wins", "cancelled", "quarantines")),
     *(f"trunk_{name}_total" for name in ("preemptions", "degraded_tokens", "prefix_hit_tokens")),
     *(f"trunk_{name}_total" for name in ("drafts", "draft_tokens", "accepted_draft_tokens")),
+    *(f"trunk_{each.name}_total" for each in fields(TierStats)),
 }
 MAY_LACK = {f"ray_moe_ray_{name}" for name in EVENTS} | {
     "ray_node_gpus_utilization",

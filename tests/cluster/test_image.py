@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 from cluster_files import BIN, CLUSTER, ROOT, module, shell, tool
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.errors import KernelsUnavailable
 from moe_ray.native import build
 
@@ -67,7 +67,7 @@ def test_base_images_and_torch_are_pinned_as_in_pyproject() -> None:
     assert defaults["VERSION"] == project["version"]
 
 
-def test_what_runs_is_user_1000_and_has_no_compiler() -> None:
+def test_what_runs_is_user_1000_and_has_a_compiler_for_triton_alone() -> None:
     last, steps = list(stages().items())[-1]
     assert last == "moe-ray", "docker build without --target makes it"
     done = [keyword for keyword, _ in steps]
@@ -75,6 +75,9 @@ def test_what_runs_is_user_1000_and_has_no_compiler() -> None:
     assert not {"RUN", "COPY", "ADD"} & set(done[done.index("USER") :]), "nothing is written after"
     installed = " ".join(rest for keyword, rest in steps if keyword == "RUN")
     assert "g++" not in installed
+    for_cards = '&& if [[ "${VARIANT}" == cuda ]]; then apt-get install -y --no-install-recommends gcc libc6-dev; fi'
+    assert for_cards in installed
+    assert installed.count("gcc") == 1
     for needed in ("bash", "wget", "curl", "tini", "procps"):
         assert needed in shlex.split(installed)
     assert "HEALTHCHECK" in done
@@ -147,7 +150,7 @@ def test_native_libraries_are_built_for_machines_unlike_this_one(tmp_path: Path)
     assert built.returncode == 0, built.stderr
     files = [Path(line) for line in built.stdout.split()]
     assert {file.name.rsplit("-", 1)[0] for file in files} >= {"kernels-avx2", "kernels-avx512_bf16", "host", "links"}
-    assert sorted((tmp_path / "native").iterdir()) == files, "no lock is left"
+    assert sorted((tmp_path / "native").iterdir()) == files, "no lock and no part is left"
     script = (
         f"{quickly}import sys; from pathlib import Path\n"
         "build._compile = lambda *_: sys.exit('built again')\n"
@@ -255,9 +258,7 @@ def test_without_a_server_only_a_node_of_a_cluster_is_healthy(
         tmp_path / "bin" / "pgrep",
         'case $1 in -f) grep -e "$2" "$PROCESSES";; -x) grep -e "/$2\\$" "$PROCESSES";; *) exit 2;; esac',
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "MOE_RAY_PORT": str(port), "MOE_RAY_HEALTH_NEEDS_HTTP": needs_http}
     environment |= {"PROCESSES": str(tmp_path / "processes"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     assert shell(CLUSTER / "docker" / "healthcheck.sh", env=environment).returncode == code

@@ -25,6 +25,8 @@ import pytest
 from forked import ForkServer
 from terminal import terminal
 
+from moe_ray.bench.free_port import free_port
+
 BIN = Path(sys.executable).parent
 READY = re.compile(r"ready in [\d.]+ s: (http://\S+)/v1")
 
@@ -177,6 +179,15 @@ def test_values_that_are_not_allowed() -> None:
     assert "`model.dtype`" in error
     assert "'float32', 'bfloat16' or 'float16'" in error
     assert "`transport`" in one_line(refused("serve", "--transport", "pigeon"))
+    for flag, value, key in [
+        ("--kv-cache-dtype", "int4", "kv_cache_dtype"),
+        ("--kv-swap-gib", "-1", "kv_swap_gib"),
+        ("--kv-disk-dir", "kv", "kv_disk_dir"),
+        ("--kv-disk-gib", "0", "kv_disk_gib"),
+    ]:
+        error = one_line(refused("serve", flag, value))
+        assert f"`engine.{key}`" in error
+        assert f"got {value}" in error or f"got '{value}'" in error
     assert "ingress 'nginx' is not one of auto, direct, python, haproxy" in one_line(
         refused("serve", "--ingress", "nginx")
     )
@@ -188,6 +199,18 @@ def test_values_that_are_not_allowed() -> None:
         (["sing"], "'sing'"),
     ]:
         assert told in refused(*wrong)
+
+
+def test_overrides_of_config_json(mixtral_config: Path) -> None:
+    model = ["--model", str(mixtral_config)]
+    yarn = '{"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}'
+    done = FORKS.run("plan", *model, "--hf-overrides", yarn, "--json")
+    assert done.returncode == 0, done
+    assert "`model.hf_overrides`" in one_line(refused("serve", *model, "--hf-overrides", '{"rope_scaling": '))
+    for command in (["plan"], ["generate", "x"], ["serve"], ["perplexity"], ["compare", str(mixtral_config)]):
+        named = [] if command[0] == "compare" else model
+        error = one_line(refused(*command, *named, "--hf-overrides", '{"rope_scalling": 2}'))
+        assert "nothing reads 'rope_scalling' of a mixtral model's config.json" in error
 
 
 def test_a_configuration_file_with_mistakes(tmp_path: Path) -> None:
@@ -423,20 +446,24 @@ def served(port: int, *arguments: str, **env: str) -> Iterator[tuple[psutil.Pope
         env=environment(MOE_RAY_ENGINE__KV_CACHE_GIB="0.25", PYTHONUNBUFFERED="1", **env),
         start_new_session=True,
     )
-    said, known = "", []
+    said, known = "", set[psutil.Process]()
     try:
         os.set_blocking(process.stdout.fileno(), False)
         deadline = time.monotonic() + 150
         while "serve status" not in said:
             assert time.monotonic() < deadline, said
+            # While it starts: of a process that ends, nothing tells later which were its children.
+            with suppress(psutil.NoSuchProcess):
+                known.update(family(process))
             assert process.poll() is None, said
             said += (process.stdout.read() or b"").decode()
             time.sleep(0.1)
-        known = family(process)
         yield process, said
     finally:
-        for each in [*known, *([process] if process.is_running() else [])]:
-            if each.is_running():
+        with suppress(psutil.NoSuchProcess):
+            known.update(family(process))
+        for each in [process, *known]:
+            with suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait(10)
 
@@ -471,10 +498,3 @@ def run(line: str, **env: str) -> str:
 def ok(done: subprocess.CompletedProcess[Any]) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

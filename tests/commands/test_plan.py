@@ -20,7 +20,8 @@ from moe_ray.commands.planned import Planned, planned
 from moe_ray.config import Config, load_config
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.cards import COMMON, MEMORY_GIB, PROCESS_BYTES, RESERVE, smallest_card
-from moe_ray.experts.planning.footprint import ActorPlan, DraftPlan, Network, Plan, WeightsHeld, make_plan, network_step
+from moe_ray.experts.planning.footprint import ActorPlan, DraftPlan, Plan, WeightsHeld, make_plan
+from moe_ray.experts.planning.network_step import Network, network_step
 from moe_ray.experts.planning.placement import holdings
 from moe_ray.model.formats import Grouping, StoredWeight
 from moe_ray.model.formats.held import HeldAs
@@ -115,8 +116,9 @@ def test_a_kv_cache_in_int8() -> None:
     assert tokens[1] / tokens[0] == pytest.approx(256 / 132, rel=1e-4)
     shown = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--kv-cache-dtype", "int8"]).stdout
     assert "KV cache in int8: 67,584 B a token" in shown
-    refused = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--kv-cache-dtype", "fp8"])
-    assert "`engine.kv_cache_dtype`: Input should be 'auto' or 'int8', got 'fp8'" in str(refused.exception)
+    assert make_plan(mixtral(), "float16", kv_cache_dtype="fp8").kv_bytes_per_token == 2 * 32 * 8 * 128
+    refused = CliRunner().invoke(app, ["plan", "--model", str(EXAMPLE), "--kv-cache-dtype", "int4"])
+    assert "`engine.kv_cache_dtype`: Input should be 'auto', 'int8' or 'fp8', got 'int4'" in str(refused.exception)
 
 
 def test_a_draft_model_is_in_the_trunk() -> None:
@@ -153,7 +155,13 @@ def test_the_plan_reads_no_more_than_the_draft_models_config(tmp_path: Path) -> 
 
 
 def test_fits_at_the_very_edge() -> None:
-    plan = Plan("float16", (ActorPlan("Trunk", 50, 100), ActorPlan("Expert0", 60, 120)), 10, 64, "float16")
+    plan = Plan(
+        "float16",
+        (ActorPlan("Trunk", 50, 100, kv_bytes_per_token=10), ActorPlan("Expert0", 60, 120)),
+        10,
+        64,
+        "float16",
+    )
     assert [row[1:] for row in plan.fits(120, reserve=0)] == [(True, 2), (True, 0)]
     assert [row[1:] for row in plan.fits(119, reserve=0)] == [(True, 1), (False, 0)]
     assert [row[1:] for row in plan.fits(109, reserve=0)] == [(False, 0), (False, 0)], (

@@ -57,6 +57,7 @@ def test_the_command_of_the_article() -> None:
         ("--speculate 3", "engine.speculative", "ngram"),
         ("--speculate 0", "engine.speculative", "off"),
         ("--kv-cache-dtype int8", "engine.kv_cache_dtype", "int8"),
+        ("--kv-cache-dtype fp8_e4m3fn", "engine.kv_cache_dtype", "fp8"),
         ("--max-concurrent-requests 200", "engine.max_waiting", 136),
         ("--max-concurrent-requests 8", "engine.max_num_seqs", 8),
         ("--max-batch-size 16", "engine.max_num_seqs", 16),
@@ -105,7 +106,7 @@ def test_the_name_of_a_container_is_not_bound_to() -> None:
         ("--max-total-tokens many", "--max-total-tokens: .*got 'many'"),
         ("--quantize fp8", "use eetq"),
         ("--quantize int3", "--quantize: .*'awq'"),
-        ("--kv-cache-dtype fp8_e5m2", "use int8"),
+        ("--kv-cache-dtype fp8_e5m2", "use fp8_e4m3fn"),
         ("--trust-remote-code", "no code of a model's repository"),
         ("--max-input-tokens 9 --max-input-length 9", "one thing"),
         ("--max-input-tokens 9 --max-total-tokens 9", "must be < --max-total-tokens. Given: 9 and 9"),
@@ -145,9 +146,14 @@ def test_help_and_version_start_nothing(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_has_no_meaning_is_said_in_a_line() -> None:
-    what = told("--cuda-graphs 0 --usage-stats off --otlp-service-name router")
+    what = told("--prometheus-port 9 --usage-stats off --otlp-service-name router")
     assert len(what.notes) == 3
     assert all(note.startswith("--") and "has no meaning here" in note for note in what.notes)
+
+
+def test_no_cuda_graphs_is_eager() -> None:
+    assert told("--cuda-graphs 0").flags["model"]["enforce_eager"] is True
+    assert told("--cuda-graphs 1,2,4").flags["model"]["enforce_eager"] is None
 
 
 def test_arguments_are_told_as_tgi_does_without_secrets() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
+from moe_ray.bench.free_port import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "text-generation-launcher"
@@ -52,10 +53,8 @@ def launched(output: Path, *words: str, **env: str) -> Iterator[psutil.Popen]:
 
 @pytest.mark.slow
 def test_the_launcher_serves_the_demo_model(demo_model: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["--model-id", str(demo_model), "--num-shard", "2", "--max-total-tokens", "512", "--cuda-graphs", "0"]
+    port = free_port()
+    words = ["--model-id", str(demo_model), "--num-shard", "2", "--max-total-tokens", "512", "--usage-stats", "off"]
     env = {"PORT": str(port), "MAX_BATCH_TOTAL_TOKENS": "4096", "HOSTNAME": "a-container"}
     output = tmp_path / "out"
     with launched(output, *words, **env) as process:
@@ -84,7 +83,7 @@ def test_the_launcher_serves_the_demo_model(demo_model: Path, tmp_path: Path) ->
         "Args {",
         "    num_shard: 2,",
         "--num-shard 2: 8 experts in 2 actors of up to 4",
-        "--cuda-graphs has no",
+        "--usage-stats has no",
     ):
         assert line in said
     assert "HOSTNAME=a-container" in said

@@ -35,4 +35,5 @@ def test_every_verb_has_its_file() -> None:
     assert {verb.__name__ for verb in VERBS} <= files
     assert {verb.__module__.rsplit(".", 1)[1] for verb in VERBS} == {verb.__name__ for verb in VERBS}
     assert {verb.__module__ for verb in CONVERSIONS} == {"moe_ray.commands.convert"}
-    assert {verb.__module__ for verb in BENCHES} == {"moe_ray.commands.bench", "moe_ray.commands.bench_lab"}
+    benches = {"moe_ray.commands.bench", "moe_ray.commands.bench_gpu", "moe_ray.commands.bench_lab"}
+    assert {verb.__module__ for verb in BENCHES} == benches

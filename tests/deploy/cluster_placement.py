@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], Nodes]] = {
     "half-a-gpu-each": ({"trunk": GPU, "experts": {"num_gpus": 0.5}}, [{"num_gpus": 2}] * 3),
     "planned": ({}, [T4S, T4S, T4S]),
     "planned-shared": ({}, [{**T4S, "num_gpus": 1}, {**T4S, "num_gpus": 2}, {}]),
+    "planned-own-card": ({}, [T4S, {**T4S, "num_gpus": 1}, {}]),
     "labels": (
         {
             "trunk": {"labels": {"pool": "trunk"}},

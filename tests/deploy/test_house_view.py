@@ -38,7 +38,14 @@ def trunk(replica_id: str) -> dict[str, Any]:
         "device": "cpu",
         "format": "bfloat16",
     }
-    return {"replica_id": full(replica_id), "node_id": "node-with-a-long-id", "pid": 5, **counts, **limits}
+    return {
+        "replica_id": full(replica_id),
+        "model": "mixture",
+        "node_id": "node-with-a-long-id",
+        "pid": 5,
+        **counts,
+        **limits,
+    }
 
 
 def details(**states: list[tuple[str, str]]) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def test_replicas_and_their_states() -> None:
         ],
         "Expert1": [],
     }
-    view = house_view(FACTS, known, [trunk("Trunk#t")], answers, ["Expert1"])
+    view = house_view(FACTS, known, {"Trunk": [trunk("Trunk#t")]}, answers, ["Expert1"])
     assert view["missing"] == ["Expert1"]
     assert (view["layers"], view["num_experts"], view["top_k"]) == (2, 2, 1)
     first, second = view["trunks"]
@@ -84,7 +91,7 @@ def test_a_replica_that_loads_says_how_far() -> None:
     view = house_view(
         FACTS,
         deployed("app", details(Expert0=[("a", "RUNNING")])),
-        [],
+        {},
         {"Expert0": [answer("Expert0#a", (0,), 1, loaded=1)]},
         [],
     )
@@ -107,7 +114,7 @@ def test_groups_and_spares_are_listed_under_each_of_their_experts() -> None:
         "Experts0-1": [answer("Experts0-1#a", (0, 1), 10)],
         "Spare0": [answer("Spare0#s", (1,), 5)],
     }
-    view = house_view(FACTS, known, [], answers, [])
+    view = house_view(FACTS, known, {}, answers, [])
     assert [len(expert["replicas"]) for expert in view["experts"]] == [1, 2]
     assert [expert["deployment"] for expert in view["experts"]] == ["Experts0-1"] * 2
     assert view["max_over_mean"] == overview(answers)["max_over_mean"]

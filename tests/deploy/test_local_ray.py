@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import http.server
-import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.deploy import local_ray
 from moe_ray.deploy.local_ray import join, prepare_local_ray, reason, unreachable
 from moe_ray.errors import NotReady
 
 NOWHERE = "/dev/null/nowhere"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def test_what_the_user_has_set_stays() -> None:

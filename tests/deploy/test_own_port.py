@@ -33,7 +33,7 @@ async def refused(listen: Listen) -> None:
             await asked(listen)
         except httpx.ConnectError:
             return
-        except httpx.RemoteProtocolError:
+        except (httpx.RemoteProtocolError, httpx.ReadError):
             continue  # taken in by a server that ends
         await asyncio.sleep(0.01)
     raise AssertionError("it still listens")

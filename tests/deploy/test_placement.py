@@ -199,22 +199,55 @@ def test_a_spare_of_what_the_model_lacks_is_refused(random_model: Path) -> None:
         build_app(config)
 
 
-@pytest.mark.slow
-def test_cards_that_a_cluster_reports_are_used(random_model: Path) -> None:
-    """Three cards on two of three nodes, and nothing said by hand: three actors on each card, wherever Ray begins."""
+def placed_in_a_cluster(case: str, model: Path) -> tuple[str, list[dict[str, list[str]]]]:
+    """What a case of `cluster_placement` printed, and for each node: GPU -> the actors on it."""
     program = Path(__file__).with_name("cluster_placement.py")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, program, "planned-shared"],
+        [sys.executable, program, case],
         capture_output=True,
         text=True,
         timeout=180,
-        env={**inherited, "MODEL": str(random_model)},
+        env={**inherited, "MODEL": str(model)},
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "3 cards (3 x T4, 16 GiB): at most 3 actors share one (num_gpus 0.3333 each)" in done.stdout
-    found = re.findall(r"((?:Trunk|Expert\d)) \(GPU (\d)\)", done.stdout)
-    assert sorted(name for name, _ in found) == [*(f"Expert{e}" for e in range(8)), "Trunk"], done.stdout
-    nodes = [line for line in done.stdout.splitlines() if line.startswith("node ")]
-    assert [line.count("GPU") for line in nodes] == [3, 6, 0]
+    nodes = []
+    for line in done.stdout.splitlines():
+        if line.startswith("node "):
+            nodes.append({})
+            for name, gpu in re.findall(r"((?:Trunk|Expert\d)) \(GPU (\d)\)", line):
+                nodes[-1].setdefault(gpu, []).append(name)
+    everyone = sorted(name for node in nodes for names in node.values() for name in names)
+    assert everyone == [*(f"Expert{e}" for e in range(8)), "Trunk"], done.stdout
+    return done.stdout, nodes
+
+
+@pytest.mark.slow
+def test_cards_that_a_cluster_reports_are_used(random_model: Path) -> None:
+    """Three cards on two of three nodes, and nothing said by hand: three actors on each card, wherever Ray begins."""
+    said, nodes = placed_in_a_cluster("planned-shared", random_model)
+    assert "3 cards (3 x T4, 16 GiB)" in said
+    assert "up to 3 actors share a card" in said
+    assert [sum(map(len, node.values())) for node in nodes] == [3, 6, 0]
+
+
+@pytest.mark.slow
+def test_a_trunk_finds_a_card_of_its_own_beside_cards_that_are_shared(random_model: Path) -> None:
+    """Three cards on one node, one on another: Ray fills two of the three, whoever is first, and leaves the third."""
+    said, nodes = placed_in_a_cluster("planned-own-card", random_model)
+    assert "Trunk is held to node" in said
+    (trunks_node,) = [node for node in nodes if ["Trunk"] in node.values()]
+    assert sorted(map(len, trunks_node.values())) in ([1, 2, 3], [1, 3, 3])
+    assert all(len(names) <= 3 for node in nodes for names in node.values())
+
+
+@pytest.mark.slow
+def test_ray_fills_cards_one_by_one_so_that_whole_ones_remain() -> None:
+    program = Path(__file__).with_name("card_shares.py")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=280, env=inherited, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "all found room"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,11 +11,12 @@ from dashboard_queries import alerts, filled_in, of_ray, ours, without_threshold
 from debian_prometheus import answer, running_prometheus
 from served import Served, eventually
 
-from moe_ray.core import EngineStats
+from moe_ray.core import EngineStats, TierStats
 from moe_ray.deploy.metrics import ENGINE_GAUGES, TrunkMetrics
 from moe_ray.experts.client.accounting import Counters
 
-RARE: Final = EngineStats(preemptions=1, drafts=1, draft_tokens=1, accepted_draft_tokens=1, degraded_tokens=1)
+TIERS: Final = {each.name: 1 for each in fields(TierStats)}
+RARE: Final = EngineStats(preemptions=1, drafts=1, draft_tokens=1, accepted_draft_tokens=1, degraded_tokens=1, **TIERS)
 RARE_CALLS: Final = Counters(splits=1, retries=1, hedges=1, hedge_wins=1, cancelled=1, quarantines=1)
 BODY: Final[dict[str, Any]] = {"prompt": list(range(5, 105)), "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from hub_answers import hub
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.config import load_config
 from moe_ray.doctor import accelerators, environment, machine, network, ports
 from moe_ray.doctor.accelerators import CardFacts
@@ -102,6 +102,9 @@ CARDS = CardFacts(2, "580.1", (13, 0), "2.13.0+cu130", "13.0", None, False)
     ("facts", "level", "says"),
     [
         (CARDS, "ok", "2 card(s), driver 580.1, torch for CUDA 13.0"),
+        (CARDS, "ok", "without CUDA MPS: processes that share a card take turns on it"),
+        (replace(CARDS, mps=True), "ok", "torch for CUDA 13.0; CUDA MPS runs"),
+        (replace(CARDS, triton_lacks="a C compiler"), "warning", "2 card(s), but Triton's kernels need a C compiler"),
         (replace(CARDS, devices=0), "ok", "none; CPUs compute"),
         (replace(CARDS, devices=0, wanted=True), "error", "none, and model.device is cuda"),
         (replace(CARDS, torch="2.13.0+cpu", torch_cuda=None), "warning", "torch 2.13.0+cpu is built for CPUs only"),
@@ -116,6 +119,23 @@ def test_cards(facts: CardFacts, level: str, says: str) -> None:
     finding = only(accelerators.check_cards(facts), "cards")
     assert finding.level == level
     assert says in finding.says
+
+
+def test_what_triton_compiles_its_driver_with(tmp_path: Path) -> None:
+    assert accelerators.triton_lacks({"PATH": str(tmp_path)}) == "a C compiler"
+    compiler = tmp_path / "gcc"
+    compiler.touch(0o755)
+    (tmp_path / "Python.h").touch()
+    assert accelerators.triton_lacks({"PATH": str(tmp_path)}, tmp_path) is None
+    assert accelerators.triton_lacks({"PATH": "", "CC": "cc"}, tmp_path) is None
+    assert accelerators.triton_lacks({"PATH": str(tmp_path)}, tmp_path / "no") == f"Python's headers in {tmp_path}/no"
+
+
+def test_the_daemon_of_mps_is_known_by_its_pipe(tmp_path: Path) -> None:
+    environ = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert not accelerators.mps_runs(environ)
+    os.mkfifo(tmp_path / "control")
+    assert accelerators.mps_runs(environ)
 
 
 def test_device_files_are_counted(tmp_path: Path) -> None:
@@ -262,9 +282,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_tells_all_faults_at_once(tmp_path: Path) -> None:
     long = tmp_path / ("job1234567890" * 5)
     long.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        gone = f"127.0.0.1:{probe.getsockname()[1]}"
+    gone = f"127.0.0.1:{free_port()}"
     with hub(404, time.time()) as url:
         port = int(url.rpartition(":")[2])
         env = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from served import Served
 
+from moe_ray.bench.free_port import free_port
 from moe_ray.config import load_config
 from moe_ray.deploy.cluster_state import ClusterState, cluster_state
 from moe_ray.deploy.local_ray import reason
@@ -41,9 +41,7 @@ def subject(**environ: str) -> Subject:
 
 
 def nobodys_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def test_addresses_of_clusters_that_are_gone() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from stepping import events_of
+
 from moe_ray.core import EngineStats, Request, SamplingParams, TokenEvent
 from moe_ray.engine.engine import Engine
 from moe_ray.engine.engine_options import EngineOptions
@@ -42,14 +44,7 @@ class Rig:
     def answers(self, requests: Sequence[Request], **options: Any) -> tuple[dict[str, Answer], EngineStats]:
         """Run the requests to their end, all bookkeeping looked at after each step."""
         engine = self.engine(**options)
-        events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
-        for request in requests:
-            engine.submit(request)
-        while any(not own or not own[-1].last for own in events.values()):
-            engine.wait()
-            for event in engine.step():
-                events[event.request_id].append(event)
-            engine.check_integrity()
+        events = events_of(engine, requests)
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
         assert not engine.has_work

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from adapted import SHAPE, WAYS, peft_logits, save_adapter
 from random_mixtral import save_random_mixtral
+from stepping import events_of
 
 from moe_ray.config import load_config
 from moe_ray.core import Request, SamplingParams, TokenEvent
@@ -60,19 +61,6 @@ def engine_of(base: Path, max_loaded: int = 16, **engine: object) -> Engine:
     return build_engine(config, checkpoint, lambda compute: local_experts(checkpoint, compute))
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
-    """All events of the requests, by their ids; bookkeeping is looked at after each step."""
-    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.submit(request)
-    while any(not own or not own[-1].last for own in events.values()):
-        engine.wait()
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.check_integrity()
-    return events
-
-
 def tokens(events: Sequence[TokenEvent]) -> list[int]:
     assert events[-1].error is None, events[-1].error
     return [token for event in events for token in event.token_ids]
@@ -91,7 +79,7 @@ def test_each_sequence_is_as_with_its_adapter_alone(
 ) -> None:
     engine = engine_of(base, max_loaded, **stress)
     requests = [ask(name) for name in (*NAMES, None, *NAMES[:2])]
-    events = run(engine, requests)
+    events = events_of(engine, requests)
     assert len({tuple(tokens(own)) for own in events.values()}) >= len(NAMES), "adapters make a difference"
     for request in requests:
         output = tokens(events[request.request_id])
@@ -104,10 +92,10 @@ def test_each_sequence_is_as_with_its_adapter_alone(
 def test_prefixes_are_cached_for_each_adapter_by_itself(base: Path, adapters: dict[str, Path], ask: Ask) -> None:
     engine = engine_of(base)
     first = [ask("attention"), ask("stacked experts"), ask(None)]
-    before = [tokens(own) for own in run(engine, first).values()]
+    before = [tokens(own) for own in events_of(engine, first).values()]
     assert engine.stats().prefix_hit_tokens == 0
     again = [ask("attention"), ask("stacked experts"), ask(None)]
-    events = run(engine, again)
+    events = events_of(engine, again)
     assert [tokens(own) for own in events.values()] == before
     assert all(own[0].num_cached_tokens == 16 for own in events.values())
     engine.close()
@@ -125,7 +113,7 @@ def test_an_adapter_that_cannot_be_loaded_ends_its_own_requests_only(
         changed.request_id, changed.prompt_token_ids, changed.sampling, (), "", changed.adapter_id, str(copy)
     )
     good = ask("stacked experts")
-    events = run(engine, [gone, changed, good])
+    events = events_of(engine, [gone, changed, good])
     for request, said in ((gone, "nowhere"), (changed, "have changed")):
         (event,) = events[request.request_id]
         assert isinstance(event.error, AdapterUnavailable)
@@ -133,7 +121,7 @@ def test_an_adapter_that_cannot_be_loaded_ends_its_own_requests_only(
     output = tokens(events[good.request_id])
     assert output == expected(base, adapters["stacked experts"], output)
     assert engine.stats().adapters == 1
-    (event,) = run(engine, [gone])[gone.request_id]
+    (event,) = events_of(engine, [gone])[gone.request_id]
     assert isinstance(event.error, MoeRayError), "it is tried again, and fails again"
     engine.close()
 
@@ -153,7 +141,7 @@ def test_a_dropped_adapter_stays_until_its_requests_have_ended(base: Path, adapt
     assert output == expected(base, adapters["stacked experts"], output)
     assert engine.stats().adapters == 0
     again = ask("stacked experts")
-    assert tokens(run(engine, [again])[again.request_id]) == output
+    assert tokens(events_of(engine, [again])[again.request_id]) == output
     engine.close()
 
 

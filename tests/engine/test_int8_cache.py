@@ -1,4 +1,4 @@
-"""An engine with its KV cache in int8: the same tokens alone, in a batch, in chunks, behind prefixes, preempted."""
+"""An engine with its KV cache in 8 bits: the same tokens alone, in a batch, in chunks, behind prefixes, preempted."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def engine_of(directory: Path, dtype: str = "bfloat16", kernels: str = "auto", *
     return build_engine(config, checkpoint, lambda compute: local_experts(checkpoint, compute))
 
 
+of_int8 = engine_of
+
+
 def run(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy outputs of prompts that come together."""
     outputs: dict[str, list[int]] = {}
@@ -80,7 +83,11 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.skipif(BEST is None, reason="no native kernels for this machine")
-def test_the_same_tokens_however_they_are_computed(small_model: Path) -> None:
+@pytest.mark.parametrize("held", ["int8", "fp8"])
+def test_the_same_tokens_however_they_are_computed(small_model: Path, held: str) -> None:
+    def engine_of(directory: Path, **engine: Any) -> Engine:
+        return of_int8(directory, kv_cache_dtype=held, **engine)
+
     alone = [run(engine_of(small_model), [prompt])[0] for prompt in prompts()]
     assert len(set(map(tuple, alone))) == len(alone)
     together = engine_of(small_model)
@@ -112,6 +119,7 @@ def test_the_same_memory_holds_more_tokens(small_model: Path, dtype: str) -> Non
     width = {"bfloat16": 2, "float32": 4}[dtype] * HEAD_DIM
     assert kv_bytes_per_token(model, dtype) == 2 * LAYERS * KV_HEADS * width
     assert kv_bytes_per_token(model, "int8") == 2 * LAYERS * KV_HEADS * (HEAD_DIM + 4)
+    assert kv_bytes_per_token(model, "fp8") == 2 * LAYERS * KV_HEADS * HEAD_DIM
     gib = 0.001
     engines = [engine_of(small_model, dtype, kv_cache_gib=gib, kv_cache_dtype=held) for held in ("auto", "int8")]
     floats, codes = (engine.stats().kv_blocks_total * 16 for engine in engines)
@@ -121,5 +129,7 @@ def test_the_same_memory_holds_more_tokens(small_model: Path, dtype: str) -> Non
 
 
 def test_another_dtype_is_refused_by_key(small_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.kv_cache_dtype.*'auto' or 'int8'"):
-        LLM(small_model, kv_cache_dtype="fp8")
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_dtype.*'auto', 'int8' or 'fp8'"):
+        LLM(small_model, kv_cache_dtype="fp8_e5m2")
+    config = load_config({"engine": {"kv_cache_dtype": "fp8_e4m3"}})  # as vLLM spells it
+    assert config.engine.kv_cache_dtype == "fp8"

@@ -299,10 +299,10 @@ def run_workload(seed: int, drafts: bool = False) -> Counter[str]:
         assert seq.token_ids == (tokens if ended != "abort" else tokens[: len(seq.token_ids)])
         reached[ended] += 1
     if not limits.enable_prefix_caching:
-        assert harness.scheduler.prefix_hit_tokens == 0
+        assert harness.scheduler.prefixes.hit_tokens == 0
     assert harness.scheduler.preemptions == sum(s.num_preemptions for s in harness.order)
     reached["preemptions"] = harness.scheduler.preemptions
-    reached["hits"] = harness.scheduler.prefix_hit_tokens
+    reached["hits"] = harness.scheduler.prefixes.hit_tokens
     reached["chunked"] = harness.chunked
     reached["accepted"] = harness.scheduler.accepted_draft_tokens
     reached["rejected"] = harness.scheduler.draft_tokens - harness.scheduler.accepted_draft_tokens
@@ -355,7 +355,7 @@ def test_a_second_request_with_the_same_prompt_computes_its_last_block_only() ->
     batch = harness.step()
     assert batch is not None
     assert batch.positions == [12, 13, 14, 15], "at least one token is computed, for its logits"
-    assert again.num_cached_prompt == harness.scheduler.prefix_hit_tokens == 12
+    assert again.num_cached_prompt == harness.scheduler.prefixes.hit_tokens == 12
 
 
 def test_output_is_cached_for_the_next_turn_of_a_conversation() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -20,6 +19,8 @@ from helm_rendering import Manifest, bounds, profile, render
 from random_mixtral import save_random_mixtral
 from served import eventually
 
+from moe_ray.bench.free_port import free_port
+
 EXPERTS = [f"Expert{number}" for number in range(8)]
 
 
@@ -33,10 +34,7 @@ def serve_port(ray_cluster: None) -> Iterator[int]:
     if client is not None:
         yield client.get_serve_details()["http_options"]["port"]
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    yield port
+    yield free_port()
     while _get_global_client(raise_if_no_controller_running=False) is not None:
         serve.shutdown()
 

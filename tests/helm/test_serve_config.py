@@ -50,7 +50,8 @@ def test_every_deployment_has_an_entry_and_no_other(rendered: Rendered) -> None:
     config = config_of(rendered)
     spares = config.experts.spare_keys(32, 8)
     names = [holding.name for holding in holdings(32, 8, config.experts.group_size, spares)]
-    assert list(rendered.deployments) == ["Gateway", "Trunk", *names]
+    trunks = ["Trunk", *(f"Trunk-{variant.name}" for variant in config.variants)]
+    assert list(rendered.deployments) == ["Gateway", *trunks, *names]
 
 
 def test_experts_inside_the_trunk_have_no_entries() -> None:
@@ -99,6 +100,18 @@ def test_the_trunks_entry_keeps_the_policy(options: Manifest) -> None:
     ours = dict(rendered.deployments["Trunk"]["autoscaling_config"])
     assert (ours.pop("min_replicas"), ours.pop("initial_replicas"), ours.pop("max_replicas")) == (1, 1, 3)
     compare_policies(ours, trunk_autoscaling_config(config.trunk, config.engine.max_num_seqs))
+
+
+def test_a_variants_entry_keeps_its_policy_and_its_number() -> None:
+    variants = [{"name": "tuned", "path": "/m", "numTrunks": 2}, {"name": "merged", "path": "/n"}]
+    rendered = render({"variants": variants, "trunk": {"maxReplicas": 3, "autoscale": {"enabled": True}}})
+    config = config_of(rendered)
+    for name, number in (("Trunk-tuned", 2), ("Trunk-merged", 1)):
+        ours = dict(rendered.deployments[name]["autoscaling_config"])
+        assert (ours.pop("min_replicas"), ours.pop("initial_replicas"), ours.pop("max_replicas")) == (1, number, 3)
+        compare_policies(ours, trunk_autoscaling_config(config.trunk, config.engine.max_num_seqs, name))
+    fixed = render({"variants": variants}).deployments
+    assert [fixed[f"Trunk-{name}"]["num_replicas"] for name in ("tuned", "merged")] == [2, 1]
 
 
 def compare_policies(ours: Manifest, built: Manifest) -> None:
@@ -202,16 +215,26 @@ def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
     assert config.gateway.tgi.grammars is False
     assert config.adapters.modules == {"poetryInGerman": "/models/adapters/poetry"}
     assert (config.adapters.max_loaded, config.adapters.max_rank, config.adapters.runtime_loading) == (4, 64, True)
+    tuned, merged = config.variants
+    assert (tuned.name, tuned.path, tuned.max_model_len) == ("tuned", "/models/tuned", 8192)
+    assert (merged.name, merged.path, merged.revision) == ("merged", "example/merged", "main")
     assert config.tracing.otlp_endpoint == "http://collector.monitoring:4317"
     assert everything.application["args"]["tracing"].keys() == TracingSection.model_fields.keys()
     assert config.model.max_model_len == 1048576
+    scaled = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "sliding_window": None}
+    assert config.model.hf_overrides == scaled
     assert config.engine.kv_cache_gib == 8.5
     assert config.engine.kv_cache_dtype == "int8"
-    assert config.engine.enable_prefix_caching is False
+    assert (config.engine.kv_swap_gib, config.engine.kv_disk_gib) == (24, 100)
+    assert str(config.engine.kv_disk_dir) == "/cache/kv"
+    assert config.engine.enable_prefix_caching is True
     assert config.trunk.resources == {"rack": 0.1}
     assert config.experts.on_expert_loss == "renormalise"
     assert config.experts.autoscale.max_total_replicas == 24
+    assert (config.trunk.gpu_memory_gib, config.experts.gpu_memory_gib, config.trunk.device) == (36.5, 7.25, "cuda")
     assert config.experts.of(5).num_gpus == 1
+    assert (config.experts.cpu_offload_gib, str(config.experts.recorded_load)) == (1.5, "/models/load.json")
+    assert [config.experts.of(expert).device for expert in (4, 5)] == ["cuda", "cpu"]
     assert config.tls is not None
     assert config.tls.server_name == "moe-ray"
     assert config.experts.call_timeout_s == 25, "extraConfig is merged last"

@@ -20,7 +20,6 @@ from moe_ray.errors import CheckpointError
 from moe_ray.hub import resolve_model
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.end_tokens import end_token_ids
-from moe_ray.model.formats import FORMATS
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.surplus import check_surplus
 from moe_ray.model.weights import weights_of_expert, weights_of_model
@@ -88,11 +87,10 @@ def test_quantised_weights(kind: str, era: Era, wide_model: Path, tmp_path: Path
         found = checkpoint.read(weight, torch.float32).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-7 * np.abs(expected).max())
     q = next(weight for weight in weights_of_model(source.config) if weight.role == "q")
-    stored = checkpoint.find(q)
-    codes = FORMATS[stored.format].codes(stored, checkpoint.arrays(stored))
-    assert (codes is None) == (kind in ("F16", "BF16"))
-    if codes is not None:
-        np.testing.assert_array_equal(codes.values(), checkpoint.read(q, torch.float32).numpy())
+    matrix = checkpoint.matrix(q)
+    assert (matrix.grouping is None) == (kind in ("F16", "BF16"))
+    if matrix.grouping is not None:
+        np.testing.assert_array_equal(matrix.codes().values(), checkpoint.read(q, torch.float32).numpy())
 
 
 def test_an_expert_reads_only_its_own_bytes(wide_model: Path, tmp_path: Path, cache: Path) -> None:

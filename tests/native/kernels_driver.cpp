@@ -126,8 +126,12 @@ void experts(void* one, void* three) {
     Block w2 = weights(one, kind, group, false, false, false, hidden, inner, 1);
     const std::vector<float> x = random_floats(rows * hidden, 2.0f), by = random_floats(rows, 1.0f);
     std::vector<float> got(rows * hidden), again(rows * hidden);
-    expert_ffn(one, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), got.data(), nullptr, 0);
-    expert_ffn(three, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), again.data(), nullptr, 0);
+    // What gpt-oss's experts have beside those of other families.
+    const std::vector<float> bias13 = random_floats(2 * inner, 0.5f), bias2 = random_floats(hidden, 0.5f);
+    const Gating clamped{bias13.data(), bias2.data(), 0.75f, 1.702f};
+    const Gating* by_kind = kind == kFloat32 || kind == kInt8 ? &clamped : nullptr;
+    expert_ffn(one, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), got.data(), nullptr, 0, by_kind);
+    expert_ffn(three, kFloat32, x.data(), by.data(), rows, w13.at(), w2.at(), again.data(), nullptr, 0, by_kind);
     check(got.data(), again.data(), rows * hidden, "an expert");
     write(got);
   }
@@ -151,7 +155,7 @@ void adapted_experts(void* one, void* three) {
     const auto ffn = [&](void* pool, int64_t from, int64_t count, std::vector<float>& to, const AdapterRun* of,
                          int64_t num_runs) {
       expert_ffn(pool, kFloat32, x.data() + from * hidden, by.data() + from, count, w13.at(), w2.at(),
-                 to.data() + from * hidden, of, num_runs);
+                 to.data() + from * hidden, of, num_runs, nullptr);
     };
     ffn(one, 0, rows, got, runs.data(), 3);
     ffn(three, 0, rows, again, runs.data(), 3);
@@ -165,9 +169,12 @@ void adapted_experts(void* one, void* three) {
   }
 }
 
-// `scaled`: the cache is int8.
+enum class Held { kAsRows, kInt8, kFloat8 };
+
+// `held`: what the cache holds.
 template <class T>
-void fronts(void* pool, int32_t dtype, bool scaled) {
+void fronts(void* pool, int32_t dtype, Held held) {
+  const bool scaled = held == Held::kInt8;
   const int64_t D = 96, hd = 64, tokens = 9, block_size = 4, slots = 16, experts = 5;
   for (int64_t group : {1, 3, 7}) {
     const int64_t kv = 2, heads = kv * group, width = (heads + 2 * kv) * hd;
@@ -183,10 +190,13 @@ void fronts(void* pool, int32_t dtype, bool scaled) {
     std::vector<int64_t> counts(experts);
     std::vector<float> by(tokens * 2), logits(tokens * D);
     const Shape shape{D, heads, kv, hd, experts, 2, 1e-5f, 0.125f, group == 3 ? 4 : 0,
-                      group == 7 ? 0.5f : 1.0f, group != 7, group == 7};
+                      group == 7 ? 0.5f : 1.0f, group != 7, group == 7, group == 1 ? 0.5f : 0.0f,
+                      group == 3 ? 5 : 1, group == 3 ? 3 : 1, false, group == 7, group == 1 ? 0.0f : 1.5f,
+                      0.0f, 0, 0, 0, 0, 0};
     // What families other than Mixtral have beside it.
     const bool normed = group > 1, biased = group == 3;
     const std::vector<float> q_norm(heads * hd, 1.25f), k_norm(kv * hd, 0.75f), bias = random_floats(width, 0.5f);
+    const std::vector<float> sinks = random_floats(heads, 1.0f);
     std::vector<float> k_scales(slots * kv), v_scales(slots * kv);
     const Layer layer{norm.data(),
                       norm.data(),
@@ -200,13 +210,100 @@ void fronts(void* pool, int32_t dtype, bool scaled) {
                       normed ? q_norm.data() : nullptr,
                       normed ? k_norm.data() : nullptr,
                       biased ? bias.data() : nullptr,
-                      biased ? bias.data() : nullptr};
-    const Step step{tokens,       block_size, positions.data(), where.data(), sequence.data(),
-                    tables.data(), &start,    rope.data(), nullptr,         0};
+                      biased ? bias.data() : nullptr,
+                      held == Held::kFloat8,
+                      group == 7 ? norm.data() : nullptr,
+                      group > 1 ? sinks.data() : nullptr,
+                      group == 3 && scaled,
+                      group == 7 ? bias.data() : nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+    const Step step{tokens,        block_size, positions.data(), where.data(), sequence.data(),
+                    tables.data(), &start,     rope.data(),      nullptr,      0,
+                    nullptr,       nullptr};
     layer_front(pool, dtype, &shape, &layer, &step, hidden.data(), rows.data(), by.data(), counts.data(), row_of.data());
     combine(dtype, hidden.data(), tokens, D, 2, rows.data(), row_of.data());
     write(hidden);
   }
+}
+
+// Latent attention, whose heads are more than a kernel is there for, with latents of queries and without; routing by groups
+// of sigmoids; and a layer without experts, whose rows are written as they are normalised.
+template <class T>
+void latents(void* one, void* three, int32_t dtype, Held held) {
+  const int64_t D = 96, heads = 18, kv_rank = 64, rope_dim = 32, nope = 32, value = 32, hd = kv_rank + rope_dim;
+  const int64_t tokens = 9, block_size = 4, slots = 16, experts = 8, top_k = 3;
+  for (int64_t q_rank : {0, 64}) {
+    const auto floats = [&](int64_t n, int64_t k) { return weights(one, dtype, 0, false, false, false, n, k, 1); };
+    Block down = floats((q_rank ? q_rank : heads * (nope + rope_dim)) + hd, D), up = floats(heads * (nope + rope_dim), 64);
+    Block keys = floats(heads * kv_rank, nope), values = floats(heads * value, kv_rank);
+    Block back = floats(D, heads * value), gate = floats(experts, D);
+    const std::vector<float> norm(D, 1.0f), q_norm(64, 1.25f), kv_norm(kv_rank, 0.75f), start = random_floats(tokens * D, 1.0f);
+    const std::vector<float> correction = random_floats(16, 0.2f), rope = random_floats(tokens * rope_dim, 1.0f);
+    const std::vector<int32_t> sequence(tokens), tables = {2, 0, 1};
+    std::vector<int32_t> positions(tokens), where(tokens), row_of(tokens * top_k);
+    for (int32_t t = 0; t < tokens; t++) positions[t] = t, where[t] = tables[t / block_size] * block_size + t % block_size;
+    const int64_t table_start = 0;
+    std::vector<int64_t> counts(experts);
+    std::vector<float> by(tokens * top_k), scales(slots), last;
+    std::vector<T> cache(slots * hd), rows(tokens * top_k * D);
+    const Shape shape{D,    heads, 1,    hd,    experts, top_k,   1e-5f, 0.125f, 0,    1.0f,  true,
+                      false, 0.0f, 4,    2,    true,  true,    2.5f,    1e-6f, kv_rank, q_rank, nope, value, rope_dim};
+    // In one step; on three threads; token by token; and in a layer without experts.
+    for (int way = 0; way < 4; way++) {
+      std::vector<float> hidden = start;
+      float* scaled = held == Held::kInt8 ? scales.data() : nullptr;
+      const Layer layer{norm.data(),   norm.data(),  down.at(), back.at(),
+                        way == 3 ? nullptr : gate.at(),
+                        cache.data(),  cache.data(), scaled,    scaled,
+                        nullptr,       nullptr,      nullptr,   nullptr,
+                        held == Held::kFloat8,       nullptr,     nullptr,
+                        0,             correction.data(),
+                        up.at(),       keys.at(),    values.at(), q_norm.data(), kv_norm.data()};
+      const int64_t each = way == 2 ? 1 : tokens;
+      for (int64_t t = 0; t < tokens; t += each) {
+        const Step step{each,          block_size, positions.data() + t, where.data() + t, sequence.data(),
+                        tables.data(), &table_start, rope.data(),        nullptr,          0,
+                        nullptr,       nullptr};
+        layer_front(way == 1 ? three : one, dtype, &shape, &layer, &step, hidden.data() + t * D, rows.data(), by.data(),
+                    counts.data(), row_of.data());
+        if (way < 3) combine(dtype, hidden.data() + t * D, each, D, top_k, rows.data(), row_of.data());
+      }
+      if (way == 1 || way == 2) check(hidden.data(), last.data(), tokens * D, "latent attention");
+      last = hidden;
+      write(hidden);
+    }
+  }
+}
+
+// Every code to its float and back, and floats around every step between two of them, exactly and to the bit.
+void codes_of_e4m3() {
+  alignas(64) e4m3 codes[256], back[16];
+  std::vector<float> values(256), near(256 * 16);
+  for (int i = 0; i < 256; i++) codes[i].bits = static_cast<uint8_t>(i);
+  for (int i = 0; i < 256; i += 16) store(values.data() + i, load(codes + i));
+  for (int i = 0; i < 256; i += 16) {
+    store(back, load(values.data() + i));
+    for (int j = 0; j < 16; j++) {
+      const bool nan = ((i + j) & 0x7f) == 0x7f;
+      if (nan ? back[j].bits != 0x7f || values[i + j] == values[i + j] : back[j].bits != i + j) same = false;
+    }
+  }
+  for (int i = 0; i < 256; i++)
+    if ((i & 0x7f) == 0x7f) values[i] = 0.0f;
+  write(values);
+  for (int i = 0; i < 256; i++) {
+    const float middle = (values[i] + values[i ^ 1]) / 2;
+    for (int j = 0; j < 16; j++) near[i * 16 + j] = middle * (1.0f + (j - 8) * 0x1p-23f);
+  }
+  for (size_t i = 0; i < near.size(); i += 16) {
+    store(back, load(near.data() + i));
+    for (int j = 0; j < 16; j++) near[i + j] = back[j].bits;
+  }
+  write(near);
 }
 
 }  // namespace
@@ -217,11 +314,18 @@ int main(int, char** argv) {
   linears(one, three);
   experts(one, three);
   adapted_experts(one, three);
-  fronts<float>(one, kFloat32, false);
-  fronts<bf16>(three, kBfloat16, false);
-  fronts<half>(one, kFloat16, false);
-  fronts<float>(one, kFloat32, true);
-  fronts<bf16>(three, kBfloat16, true);
+  fronts<float>(one, kFloat32, Held::kAsRows);
+  fronts<bf16>(three, kBfloat16, Held::kAsRows);
+  fronts<half>(one, kFloat16, Held::kAsRows);
+  fronts<float>(one, kFloat32, Held::kInt8);
+  fronts<bf16>(three, kBfloat16, Held::kInt8);
+  fronts<float>(one, kFloat32, Held::kFloat8);
+  fronts<bf16>(three, kBfloat16, Held::kFloat8);
+  latents<float>(one, three, kFloat32, Held::kAsRows);
+  latents<bf16>(one, three, kBfloat16, Held::kAsRows);
+  latents<float>(one, three, kFloat32, Held::kInt8);
+  latents<bf16>(one, three, kBfloat16, Held::kFloat8);
+  codes_of_e4m3();
   pool_free(one);
   pool_free(three);
   std::fclose(out);

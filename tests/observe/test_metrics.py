@@ -24,7 +24,7 @@ from moe_ray.api.service import HttpOptions
 from moe_ray.core import Request, SamplingParams, TokenEvent
 from moe_ray.deploy.load_overview import overview
 from moe_ray.experts.server.load_counters import KeyLoad, LoadSample, between
-from moe_ray.observe.exposition import expose
+from moe_ray.observe.exposition import ModelTold, expose
 from moe_ray.observe.families import MOST_LAYER_SERIES
 from moe_ray.observe.request_counts import RequestCounts
 from moe_ray.text.tokenizer import Tokenizer
@@ -184,7 +184,7 @@ def expert_answer(layers: int, expert: int) -> dict[str, Any]:
 def test_experts_are_there_and_their_layers_where_they_are_few() -> None:
     for layers, shown in ((4, True), (MOST_LAYER_SERIES, False)):
         answers = {f"Expert{expert}": [expert_answer(layers, expert)] for expert in range(2)}
-        text, _ = expose("", "m", RequestCounts(), [], overview(answers))
+        text, _ = expose("", [ModelTold("m", RequestCounts(), [])], overview(answers))
         found = Series(list(plain(text.decode())))
         assert found("moe_ray_expert_busy_fraction", expert="1", deployment="Expert1", replica="r1") == pytest.approx(
             min(0.05 * layers, 1)
@@ -192,7 +192,7 @@ def test_experts_are_there_and_their_layers_where_they_are_few() -> None:
         assert found("moe_ray_expert_queued_rows", expert="0") == 3
         assert (b"moe_ray_expert_layer_rows{" in text) == shown
     answers = {"Expert0": [expert_answer(3, 0)], "Expert1": []}
-    text, _ = expose("", "m", RequestCounts(), [], overview(answers))
+    text, _ = expose("", [ModelTold("m", RequestCounts(), [])], overview(answers))
     assert Series(list(plain(text.decode())))("moe_ray_expert_layer_rows", expert="0", layer="2") == 30
 
 
@@ -249,6 +249,26 @@ def test_a_token_costs_less_than_two_microseconds(readable_model: Path) -> None:
 
 def test_what_a_gateway_is_told_of_itself_is_not_text() -> None:
     """`in_process.LOAD` is what a gateway without experts answers."""
-    text, kind = expose("", 'a "quoted" name', RequestCounts(), [], in_process.LOAD)
+    text, kind = expose("", [ModelTold('a "quoted" name', RequestCounts(), [])], in_process.LOAD)
     assert b'model_name="a \\"quoted\\" name"' in text
     assert kind.startswith("text/plain")
+
+
+def test_several_models_are_told_apart_and_summed_where_there_is_no_label() -> None:
+    base, tuned = RequestCounts(), RequestCounts()
+    base.output_tokens, tuned.output_tokens = 5, 7
+    base.jobs, tuned.jobs = 2, 3
+    base.finished["stop"], tuned.finished["stop"] = 1, 4
+    base.job_s.observe(1.0)
+    tuned.job_s.observe(2.0)
+    base.responses, tuned.responses = {200: 2}, {}
+    text, _ = expose("", [ModelTold("base", base, []), ModelTold("tuned", tuned, [])], {})
+    lines = text.decode().splitlines()
+    assert 'vllm:generation_tokens_total{model_name="base"} 5.0' in lines
+    assert 'vllm:generation_tokens_total{model_name="tuned"} 7.0' in lines
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="tuned"} 4.0' in lines
+    assert "tgi_request_count 5.0" in lines
+    assert "tgi_request_duration_sum 3.0" in lines
+    assert "tgi_request_duration_count 2.0" in lines
+    assert 'moe_ray_gateway_http_responses_total{status="200"} 2.0' in lines
+    assert sum(line.startswith("# TYPE vllm:generation_tokens_total") for line in lines) == 1

@@ -17,8 +17,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from moe_ray.hub import other_weight_files, small_files, weight_files
 from moe_ray.model.foreign import INDEX, SINGLE, what_it_is
+from moe_ray.model.repo_files import other_weight_files, small_files, weight_files
 
 MARK = ".moe-ray-complete"
 REPORT_S = float(os.environ.get("REPORT_S") or 15)

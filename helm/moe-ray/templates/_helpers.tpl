@@ -121,6 +121,8 @@ else a new random one. (dict "root" $ "secret" name "key" key "value" given) */}
   value: {{ .Values.cache.mountPath }}
 - name: HF_HOME
   value: {{ .Values.cache.mountPath }}/huggingface
+- name: TRITON_CACHE_DIR
+  value: {{ .Values.cache.mountPath }}/triton
 - name: HOME # the image's own is read-only
   value: /tmp
 {{- if .Values.auth.hfToken.enabled }}

@@ -106,6 +106,14 @@ moe_ray's own default. Keys of the maps listed in "free" are names, not keys, an
 {{- include "moe-ray.copySection" (dict "from" $v.adapters "to" $adapters) -}}
 {{- if $adapters -}}{{- $_ := set $args "adapters" $adapters -}}{{- end -}}
 
+{{- $variants := list -}}
+{{- range $variant := $v.variants -}}
+  {{- $one := dict -}}
+  {{- include "moe-ray.copySection" (dict "from" (omit $variant "numTrunks") "to" $one) -}}
+  {{- $variants = append $variants $one -}}
+{{- end -}}
+{{- if $variants -}}{{- $_ := set $args "variants" $variants -}}{{- end -}}
+
 {{- $tracing := dict -}}
 {{- include "moe-ray.copySection" (dict "from" $v.tracing "to" $tracing) -}}
 {{- if $tracing -}}{{- $_ := set $args "tracing" $tracing -}}{{- end -}}
@@ -150,11 +158,20 @@ section of the args or {} "ceiling" most replicas "policy" class "kwargs" its ow
 {{- end -}}
 {{- end }}
 
-{{/* The trunk's entry. (dict "root" $ "args" the args) */}}
+{{/* The trunk's entry, or that of a variant's. (dict "root" $ "args" the args "variant" one of the values or nothing) */}}
 {{- define "moe-ray.trunkDeployment" -}}
+{{- $variant := .variant | default dict -}}
 {{- $scale := dig "trunk" "autoscale" dict .args -}}
 {{- $options := merge (dict "max_num_seqs" (dig "engine" "max_num_seqs" 64 .args)) (pick $scale "target_kv_use" "target_waiting" "up_after_s" "down_after_s") -}}
-{{- include "moe-ray.replicas" (dict "name" "Trunk" "where" "trunk" "numbers" .root.Values.trunk "scale" $scale "ceiling" (dig "trunk" "max_replicas" 16 .args) "policy" "TrunkPolicy" "kwargs" (dict "options" $options)) -}}
+{{- $kwargs := dict "options" $options -}}
+{{- $name := "Trunk" -}}
+{{- if $variant -}}
+  {{- $name = printf "Trunk-%s" $variant.name -}}
+  {{- $_ := set $kwargs "unit" $name -}}
+{{- end -}}
+{{- $numbers := pick .root.Values.trunk "numReplicas" "minReplicas" "maxReplicas" -}}
+{{- with $variant.numTrunks -}}{{- $_ := set $numbers "numReplicas" . -}}{{- end -}}
+{{- include "moe-ray.replicas" (dict "name" $name "where" "trunk" "numbers" $numbers "scale" $scale "ceiling" (dig "trunk" "max_replicas" 16 .args) "policy" "TrunkPolicy" "kwargs" $kwargs) -}}
 {{- end }}
 
 {{/* One entry for each expert, or each group of experts that share an actor, then the spares.
@@ -200,6 +217,9 @@ section of the args or {} "ceiling" most replicas "policy" class "kwargs" its ow
 {{- $v := .Values -}}
 {{- $args := include "moe-ray.args" . | fromYaml -}}
 {{- $deployments := list (dict "name" "Gateway" "num_replicas" (int $v.gateway.numReplicas)) (include "moe-ray.trunkDeployment" (dict "root" . "args" $args) | fromYaml) -}}
+{{- range $variant := $v.variants -}}
+  {{- $deployments = append $deployments (include "moe-ray.trunkDeployment" (dict "root" $ "args" $args "variant" $variant) | fromYaml) -}}
+{{- end -}}
 {{- if ne $args.transport "local" -}}
   {{- $deployments = concat $deployments (include "moe-ray.expertDeployments" (dict "root" . "args" $args) | fromYamlArray) -}}
 {{- end -}}

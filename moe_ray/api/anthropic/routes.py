@@ -45,16 +45,17 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         raw = await request.body()
         body = parse_messages(raw)
         asked = service.check_model(body.model)
+        served = asked.model
         job_id = f"msg_{uuid.uuid4().hex}"
         request_id = new_request_id()
 
         def make(limits: ModelLimits) -> GenerationJob:
-            return to_job(body, service.tokenizer, limits, job_id).with_adapter(asked.adapter)
+            return to_job(body, served.tokenizer, limits, job_id).with_adapter(asked.adapter)
 
-        job = await service.parse(len(raw), make)
+        job = await served.parse(len(raw), make)
         renderer = partial(MessageRenderer, model=asked.name, max_tokens=body.max_tokens, request_id=request_id)
         try:
-            return await service.respond(job, renderer, {"request-id": request_id}, _STREAM)
+            return await served.respond(job, renderer, {"request-id": request_id}, _STREAM)
         except InvalidRequest as error:
             raise _named(error, grammar_field(body)) from None
 
@@ -67,8 +68,8 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         """How many tokens the prompt of such a conversation has. Nothing is computed."""
         raw = await request.body()
         body = parse_count(raw)
-        service.check_model(body.model)
-        return {"input_tokens": await service.tokenize(len(raw), lambda: count(body, service.tokenizer))}
+        served = service.check_model(body.model).model
+        return {"input_tokens": await served.tokenize(len(raw), lambda: count(body, served.tokenizer))}
 
 
 def _named(error: InvalidRequest, field: str) -> InvalidRequest:

@@ -13,14 +13,15 @@ _NEVER: Final = "9999-12-31T23:59:59Z"
 
 def model_cards(service: ServedModel) -> list[dict[str, Any]]:
     """The model under each of its names, as GET /api/tags lists it."""
-    return [{**_card(service, name), "modified_at": _modified(service)} for name in service.names]
+    named = [(service.check_model(name).model, name) for name in service.names]
+    return [{**_card(model, name), "modified_at": _modified(model)} for model, name in named]
 
 
 def loaded_cards(service: ServedModel) -> list[dict[str, Any]]:
     """The same as GET /api/ps lists it."""
-    length = service.max_model_len
-    loaded = {"expires_at": _NEVER, "size_vram": 0, "context_length": length}
-    return [{**_card(service, name), **loaded} for name in service.names]
+    named = [(service.check_model(name).model, name) for name in service.names]
+    loaded = {"expires_at": _NEVER, "size_vram": 0}
+    return [{**_card(model, name), **loaded, "context_length": model.max_model_len} for model, name in named]
 
 
 def shown(service: ServedModel) -> dict[str, Any]:

@@ -108,8 +108,8 @@ def _add_facts(app: FastAPI, service: ServedModel) -> None:
     )
     async def show(request: Request) -> dict[str, Any]:
         """What the model is: its shape, its template, what it can do."""
-        _named(service, await request.body())
-        return shown(service)
+        body = _named(service, await request.body())
+        return shown(service.check_model(plain_name(body.model or body.name)).model)
 
 
 def _add_refusals(app: FastAPI, service: ServedModel) -> None:
@@ -159,6 +159,7 @@ async def _answer(
 ) -> Response:
     """Answer one request. Raises errors of moe_ray.errors."""
     asked = service.check_model(plain_name(body.model))
+    service = asked.model
     empty = {"model": body.model, "created_at": now(), **_NOTHING[path]}
     if loads_only(body):
         done = {**empty, "done": True, "done_reason": "load"}

@@ -55,8 +55,8 @@ def add_routes(app: FastAPI, service: ServedModel) -> None:
         """The text of token ids."""
         raw = await request.body()
         body = parse_detokenize(raw)
-        service.check_model(body.model)
-        return await service.parse(len(raw), partial(detokenize, body, service.tokenizer))
+        served = service.check_model(body.model).model
+        return await served.parse(len(raw), partial(detokenize, body, served.tokenizer))
 
     @app.get("/version", responses=answers(ServerVersion, OpenAIError, statuses=()))
     async def version() -> dict[str, str]:
@@ -108,6 +108,7 @@ async def answer(
     """Answer one request. Raises errors of moe_ray.errors."""
     body = parse(raw)
     asked = service.check_model(body.model)
+    service = asked.model
     job_id = renderer.id_prefix + uuid.uuid4().hex
 
     def make(limits: ModelLimits) -> GenerationJob:
@@ -127,8 +128,8 @@ async def answer(
 async def answer_tokenize(service: ServedModel, raw: bytes) -> Response:
     """Answer a body of /tokenize as vLLM does: token ids of a text or a conversation. Raises as `answer`."""
     body = parse_tokenize(raw)
-    service.check_model(body.model)
-    found = await service.parse(len(raw), partial(tokenize, body, service.tokenizer))
+    served = service.check_model(body.model).model
+    found = await served.parse(len(raw), partial(tokenize, body, served.tokenizer))
     return JSONResponse(found.model_dump(exclude_none=True))
 
 

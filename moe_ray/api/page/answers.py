@@ -46,6 +46,8 @@ class SeenTrunk(Documented):
 
     replica_id: str
     state: ReplicaState
+    model: str | None = None
+    """The name of the model that it computes."""
     node: str | None = None
     pid: int | None = None
     device: str | None = None

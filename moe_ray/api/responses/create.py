@@ -46,6 +46,7 @@ async def create(service: ServedModel, background: BackgroundResponses | None, r
     """Answer one request. Raises errors of moe_ray.errors."""
     body = parse_request(raw)
     asked = service.check_model(body.model)
+    service = asked.model
     for name in ("store", "background"):
         if getattr(body, name) and service.responses is None:
             raise InvalidRequest(f"`{name}` is not supported: {NOTHING_KEPT}", name)

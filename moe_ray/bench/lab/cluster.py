@@ -24,7 +24,7 @@ from moe_ray.config import load_config
 from moe_ray.convert.demo import cached_model
 from moe_ray.core import SamplingParams
 from moe_ray.errors import NotReady
-from moe_ray.experts.planning.footprint import Network, network_step
+from moe_ray.experts.planning.network_step import Network, network_step
 from moe_ray.llm import LLM
 from moe_ray.model.compute.resolve import choose_dtype
 from moe_ray.model.model_config import ModelConfig
@@ -133,7 +133,7 @@ def spelled(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def predicted(unshaped_ms: float, model: ModelConfig, dtype: str, shape: LinkShape, streams: int) -> float:
-    """Milliseconds of a step over a network, from those of an unshaped one, by `footprint.network_step`."""
+    """Milliseconds of a step over a network, from those of an unshaped one, by `network_step.network_step`."""
     return network_step(model, dtype, Network(shape.latency_ms, shape.gbit), streams).step_ms(unshaped_ms)
 
 

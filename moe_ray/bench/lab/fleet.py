@@ -157,8 +157,8 @@ class Trunks:
         native_dir: Path,
         options: DispatchOptions,
     ) -> None:
-        """Link to everybody. `weights`: how popular each expert is."""
-        self.weights, self.steps = weights, list[Step]()
+        """Link to everybody. `weights`: how popular each expert is. `late_s`: by how much each sleep was too long."""
+        self.weights, self.steps, self.late_s = weights, list[Step](), list[float]()
         self._shape, self._native_dir, self._token = fleet.shape, native_dir, fleet.token
         self._fleet, self._micro_batches = fleet, micro_batches
         self._ending = threading.Event()
@@ -223,7 +223,9 @@ class Trunks:
             began = time.monotonic()
             for layer in range(self._shape.layers):
                 if self._shape.trunk_us:
+                    asleep = time.perf_counter()
                     time.sleep(self._shape.trunk_us / 1e6)
+                    self.late_s.append(time.perf_counter() - asleep - self._shape.trunk_us / 1e6)
                 pending = dispatcher.submit(layer, self._routed(hidden, draw))
                 try:
                     yield

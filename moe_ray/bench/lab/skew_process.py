@@ -75,10 +75,17 @@ def main() -> None:
     late: deque[float] = deque(maxlen=100_000)
 
     def start(
-        name: str, expert: int, layers: int, token: str, service: list[float], stall_s: float, stall_share: float
+        name: str,
+        expert: int,
+        layers: int,
+        token: str,
+        service: list[float],
+        stall_s: float,
+        stall_share: float,
+        host: str = "127.0.0.1",
     ) -> dict[str, Any]:
         replica = EmulatedReplica(ServiceTime(*service), stall_s, stall_share, len(running), late)
-        server = SocketExpertServer(replica.handle, options=LinkOptions(token=token))
+        server = SocketExpertServer(replica.handle, host, options=LinkOptions(token=token))
         running[name] = replica, server
         keys = frozenset((layer, expert) for layer in range(layers))
         return packed(ReplicaInfo(name, "local", os.getpid(), keys, 0, "float32", {"socket": server.address}))
@@ -92,7 +99,7 @@ def main() -> None:
         return {name: replica.sample() for name, (replica, _) in running.items()}
 
     def error() -> dict[str, Any]:
-        taken = list(late)
+        taken = [late.popleft() for _ in range(len(late))]  # since it was asked last
         return {"mean_us": 1e6 * sum(taken) / max(1, len(taken)), "p99_us": 1e6 * percentile(taken, 0.99)}
 
     answer_commands(Parent(), {"start": start, "stop": stop, "sample": sample, "error": error})

@@ -29,7 +29,7 @@ from moe_ray.model.formats import GroupedCodes, Grouping
 from moe_ray.model.formats.ternary import METHOD
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.surplus import check_surplus, config_of_trunk
-from moe_ray.model.weights import weights_of_expert, weights_of_trunk
+from moe_ray.model.weights import matrices_of_expert, weights_of_trunk
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _check(checkpoint: Checkpoint, shape: ModelConfig, config: QuantizeConfig) -
         weight
         for layer in range(shape.num_hidden_layers)
         for expert in range(shape.num_local_experts)
-        for weight in weights_of_expert(shape, layer, expert)
+        for weight in matrices_of_expert(shape, layer, expert)
     ]
     trunk = list(weights_of_trunk(shape))
     for weight in experts[:3]:
@@ -203,12 +203,12 @@ class _Writing:
             return ExpertMatrices(
                 *(
                     self._checkpoint.read(weight, torch.float32)
-                    for weight in weights_of_expert(self._shape, layer, index)
+                    for weight in matrices_of_expert(self._shape, layer, index)
                 )
             )
 
         def take(index: int, codes: ExpertCodes) -> None:
-            gate, up, down = weights_of_expert(self._shape, layer, index)
+            gate, up, down = matrices_of_expert(self._shape, layer, index)
             for weight, found in ((gate, codes.w1), (up, codes.w3), (down, codes.w2)):
                 self._add_codes(weight, found, self._config.scheme)
             self._done(layer, index + 1)

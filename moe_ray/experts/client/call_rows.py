@@ -7,14 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from moe_ray.experts.client.call import Call
+from moe_ray.experts.sharing import ExpertNumbers
 from moe_ray.model.moe import Gathered, Routed, renormalise
 from moe_ray.transport.base import CallBatch, Replies
 
 
-def batch_of(calls: Sequence[Call], routed: Routed, whole: bool = False) -> CallBatch:
-    """The batch that carries these calls of one layer; `whole`: they are all its calls, and nothing is copied."""
+def batch_of(
+    calls: Sequence[Call], routed: Routed, whole: bool = False, numbers: ExpertNumbers | None = None
+) -> CallBatch:
+    """The batch that carries these calls of one layer; `whole`: they are all its calls, and nothing is copied.
+
+    `numbers`: by which replicas know the experts; None: by their own.
+    """
     layer = calls[0].layer
-    experts = [call.expert for call in calls]
+    experts = [call.expert if numbers is None else numbers.of(layer, call.expert) for call in calls]
     counts = [call.count for call in calls]
     adapters = () if routed.token_adapters is None else [call.adapters for call in calls]
     if whole:

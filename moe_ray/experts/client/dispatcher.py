@@ -140,7 +140,7 @@ class ExpertDispatcher:
         self, flight: InFlightLayer, assigned: Sequence[tuple[Call, Replica]], event: CallEvent, whole: bool = False
     ) -> Replies:
         """Send each call to its replica, in one step. `whole`: they are all calls of the layer."""
-        batch = batch_of([call for call, _ in assigned], flight.routed, whole)
+        batch = batch_of([call for call, _ in assigned], flight.routed, whole, self.options.numbers)
         replies = scatter([replica.link for _, replica in assigned], batch)
         now = time.monotonic()
         for index, (call, replica) in enumerate(assigned):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_ray.experts.sharing import ExpertNumbers
+
 
 @dataclass(frozen=True, slots=True)
 class DispatchOptions:
@@ -30,5 +32,7 @@ class DispatchOptions:
     """Share large batches among an expert's replicas, where that pays."""
     in_process: bool = False
     """All experts are in this process: rows are handed over on the device where they are."""
+    numbers: ExpertNumbers | None = None
+    """By which replicas know the model's experts; None: by its own."""
     node_id: str | None = None
     """Where the trunk is: of equally good replicas, those on its node are preferred."""

@@ -78,6 +78,8 @@ class Card:
     """Ray's name of it, where Ray knows one."""
     memory: int | None = None
     """In bytes; None: not known."""
+    read_gb_s: float | None = None
+    """What it reads of its memory, as its node's label or its data sheet says; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +141,9 @@ def missing(cards: Sequence[Card], parts: Sequence[Part]) -> str:
     """What the cluster would need, in one sentence."""
     actors = sum(part.replicas for part in parts)
     total = sum((part.weight_bytes + PROCESS_BYTES) * part.replicas for part in parts)
-    largest = max(parts, key=_need)
+    largest = max(parts, key=need_of)
     said = (
-        f"{actors} actors need {total / GIB:.1f} GiB, the largest ({largest.name}) {_need(largest) / GIB:.1f} GiB, "
+        f"{actors} actors need {total / GIB:.1f} GiB, the largest ({largest.name}) {need_of(largest) / GIB:.1f} GiB, "
         f"and the cluster has {describe(cards)}"
     )
     sizes = [card.memory for card in cards if card.memory is not None]
@@ -154,7 +156,7 @@ def missing(cards: Sequence[Card], parts: Sequence[Part]) -> str:
     if fitting:
         wanted = f"{ceil(actors / fitting)} cards with {max(sizes) / GIB:.0f} GiB"
     else:
-        wanted = f"cards with at least {ceil(_need(largest) / (1 - RESERVE) / GIB)} GiB"
+        wanted = f"cards with at least {ceil(need_of(largest) / (1 - RESERVE) / GIB)} GiB"
     return f"{said}: needed are {wanted}; or set num_gpus by hand, or compute on CPUs with --device cpu"
 
 
@@ -192,7 +194,7 @@ def _share(pool: Sequence[Card], parts: Sequence[Part], whole: bool, cache_is_fi
     shared = per_card > 1 and not cache_is_fixed and any(part.cache_bytes for part in parts)
     if least is None:
         return None if shared else Shares(tuple(pool), per_card, () if whole else kinds)
-    room = int(least * (1 - RESERVE)) - _fullest(parts, per_card)
+    room = int(least * (1 - RESERVE)) - fullest(parts, per_card)
     if room < 0:
         return None
     if not shared:
@@ -202,9 +204,9 @@ def _share(pool: Sequence[Card], parts: Sequence[Part], whole: bool, cache_is_fi
     return Shares(tuple(pool), per_card, () if whole else kinds, trunk.cache_bytes + room // together)
 
 
-def _fullest(parts: Sequence[Part], per_card: int) -> int:
+def fullest(parts: Sequence[Part], per_card: int) -> int:
     """Bytes on the fullest card when any `per_card` actors may meet on one."""
-    needs = sorted((need for part in parts for need in [_need(part)] * part.replicas), reverse=True)
+    needs = sorted((need for part in parts for need in [need_of(part)] * part.replicas), reverse=True)
     return sum(needs[:per_card])
 
 
@@ -212,8 +214,9 @@ def _most_per_card(memory: int, parts: Sequence[Part]) -> int:
     """How many actors a card of `memory` bytes holds, whichever they are; 0: not even the largest."""
     actors = sum(part.replicas for part in parts)
     usable = int(memory * (1 - RESERVE))
-    return max((count for count in range(1, actors + 1) if _fullest(parts, count) <= usable), default=0)
+    return max((count for count in range(1, actors + 1) if fullest(parts, count) <= usable), default=0)
 
 
-def _need(part: Part) -> int:
+def need_of(part: Part) -> int:
+    """Bytes that one actor of a part takes of a card at least: weights, cache and its process."""
     return part.weight_bytes + part.cache_bytes + PROCESS_BYTES

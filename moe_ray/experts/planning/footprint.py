@@ -1,12 +1,12 @@
-"""What a model needs, before anything is started: bytes per actor, KV cache, what fits, what a network adds."""
+"""What a model needs, before anything is started: bytes per actor, KV cache, what fits."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moe_ray.core import ExpertKey
+from moe_ray.experts.planning.offload import ON_CARD, HostShare, host_share
 from moe_ray.experts.planning.placement import Holding, holdings
 from moe_ray.model.families import Weight
 from moe_ray.model.formats import StoredWeight, dtype_bytes
@@ -16,12 +16,8 @@ from moe_ray.model.kv_bytes import held_in, kv_bytes_per_token
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import weights_of_expert, weights_of_model, weights_of_trunk
 
-WEIGHT_BYTES = 4
-"""Of a routing weight, which goes out with its row."""
 LEAST_CACHE_TOKENS = 2048
 """A trunk is not put on a card that leaves its KV cache fewer tokens (or one whole sequence, where that is less)."""
-CALL_BYTES = 96
-"""Of a call or reply beside its rows: TCP, IP and Ethernet's headers, and ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +30,8 @@ class WeightsHeld:
     stored: Mapping[Weight, StoredWeight] = field(default_factory=dict)
     """Weights of a checkpoint that is quantised: these keep their own bits."""
 
+    offloaded: Mapping[int, int] = field(default_factory=dict)
+    """By expert, the first of an actor: the bytes of that actor that stay in the host's memory at least."""
     spares: tuple[HeldAs, ...] = ()
     """What each spare holds its experts as; those that are not here: as the experts' own actors."""
 
@@ -86,6 +84,15 @@ class ActorPlan:
     """Of `weight_bytes`: scales and offsets of quantised weights."""
     held_as: tuple[str, ...] = ()
     """What its matrices are held as; those of a trunk without its embedding and gates."""
+    kv_bytes_per_token: int = 0
+    """Of a trunk: with the draft model's. 0: it is no trunk."""
+    host: HostShare = ON_CARD
+    """Of an expert: what of its weights is in the host's memory."""
+
+    @property
+    def card_bytes(self) -> int:
+        """What it takes of its card."""
+        return self.host.on_card(self.weight_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +119,9 @@ class Plan:
 
     dtype: str
     actors: tuple[ActorPlan, ...]
-    """The trunk first, then the experts in order, then spares."""
+    """The trunk first, then those of variants, then the experts in order, then spares."""
     kv_bytes_per_token: int
-    """Of model and draft model."""
+    """Of model and draft model, in the first trunk."""
     context: int
     """Tokens of one sequence at the model's full context length."""
     kv_cache_dtype: str
@@ -145,16 +152,16 @@ class Plan:
 
         Or for one whole sequence, where that is less.
         """
-        return actor.weight_bytes + (self._least_cache_bytes + self.draft_bytes if actor is self.actors[0] else 0)
+        return actor.card_bytes + (self._least_cache_bytes(actor) + self.draft_bytes if _is_trunk(actor) else 0)
 
     @property
     def whole_need_bytes(self) -> int:
         """The same of all actors together, without spares."""
-        return self.total_bytes + self.draft_bytes + self._least_cache_bytes
+        trunks = [actor for actor in self.actors if _is_trunk(actor)]
+        return self.total_bytes + len(trunks) * self.draft_bytes + sum(map(self._least_cache_bytes, trunks))
 
-    @property
-    def _least_cache_bytes(self) -> int:
-        return min(LEAST_CACHE_TOKENS, self.context) * self.kv_bytes_per_token
+    def _least_cache_bytes(self, trunk: ActorPlan) -> int:
+        return min(LEAST_CACHE_TOKENS, self.context) * trunk.kv_bytes_per_token
 
     def fits(self, card_bytes: int, reserve: float = 0.1) -> list[tuple[ActorPlan, bool, int]]:
         """(actor, whether its weights fit a card of `card_bytes`, KV tokens that remain for it) for each actor.
@@ -164,69 +171,10 @@ class Plan:
         usable = int(card_bytes * (1 - reserve))
         rows = []
         for actor in self.actors:
-            left = usable - actor.weight_bytes - (self.draft_bytes if actor is self.actors[0] else 0)
-            tokens = max(0, left) // self.kv_bytes_per_token if actor is self.actors[0] else 0
-            rows.append((actor, left >= 0 and (actor is not self.actors[0] or tokens > 0), tokens))
+            left = usable - actor.card_bytes - (self.draft_bytes if _is_trunk(actor) else 0)
+            tokens = max(0, left) // actor.kv_bytes_per_token if _is_trunk(actor) else 0
+            rows.append((actor, left >= 0 and (not _is_trunk(actor) or tokens > 0), tokens))
         return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """What lies between the trunk and its experts."""
-
-    latency_ms: float = 0.0
-    """One way."""
-    gbit: float | None = None
-    """Bandwidth of the trunk's link, in each direction; None: it takes no time."""
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkStep:
-    """What the network adds to a step of `tokens` tokens, one of each stream while they decode."""
-
-    tokens: int
-    bytes_out: int
-    """Over the trunk's link, all layers together."""
-    bytes_in: int
-    latency_ms: float
-    transfer_ms: float
-
-    @property
-    def network_ms(self) -> float:
-        return self.latency_ms + self.transfer_ms
-
-    def step_ms(self, compute_ms: float = 0.0) -> float:
-        """The whole step, if computing takes `compute_ms` of it and nothing overlaps."""
-        return compute_ms + self.network_ms
-
-    def tokens_per_s(self, compute_ms: float = 0.0) -> float:
-        """Tokens/s of all streams together; without computing: a bound that no machine passes. inf: no bound."""
-        step_ms = self.step_ms(compute_ms)
-        return 1e3 * self.tokens / step_ms if step_ms else math.inf
-
-
-def network_step(model: ModelConfig, dtype: str, network: Network, tokens: int, remote: float = 1.0) -> NetworkStep:
-    """What `network` adds to a step that computes `tokens` tokens, if no two waits overlap.
-
-    Each of L layers scatters once and gathers once over the trunk's link of B bytes/s and one-way latency l:
-
-        step = L * (2 * l + (out + in) / B)
-        out  = r * T * K * (D * b + 4) + calls * H
-        in   = r * T * K * D * b       + calls * H
-        calls = r * E * (1 - (1 - K / E) ** T)
-
-    with T tokens, K experts a token of E, rows of D elements of b bytes and a weight of 4, H bytes of headers a call,
-    and r the share of experts on other hosts than the trunk. `calls` is what uniform routing makes of T tokens.
-    Micro-batches hide some of it behind computing, and a full-duplex link lets replies pass requests: neither is
-    assumed. Carriers that compute headers, or need more than one round trip for a call, take longer.
-    """
-    layers, experts, chosen = model.num_hidden_layers, model.num_local_experts, model.num_experts_per_tok
-    row = model.hidden_size * dtype_bytes(dtype)
-    rows = remote * tokens * chosen
-    headers = CALL_BYTES * remote * experts * (1 - (1 - chosen / experts) ** tokens)
-    out, back = layers * (rows * (row + WEIGHT_BYTES) + headers), layers * (rows * row + headers)
-    transfer_s = 0.0 if network.gbit is None else 8 * (out + back) / (1e9 * network.gbit)
-    return NetworkStep(tokens, round(out), round(back), layers * 2 * network.latency_ms, 1e3 * transfer_s)
 
 
 def make_plan(
@@ -236,26 +184,44 @@ def make_plan(
     held: WeightsHeld | None = None,
     kv_cache_dtype: str = "auto",
     draft: DraftPlan | None = None,
+    variants: Mapping[str, tuple[ModelConfig, WeightsHeld]] | None = None,
 ) -> Plan:
     """Plan `model`: one trunk, and the actors of `placed`; default: one per expert over all layers.
 
     Rows are in `dtype`, weights as `held` says (default: in `dtype`), and the KV cache as `engine.kv_cache_dtype` says.
+    `variants`: name of a further model's trunk → its shape, and what that trunk's weights are held as.
     """
     held = held or WeightsHeld.all_in(dtype)
     if placed is None:
         placed = holdings(model.num_hidden_layers, model.num_local_experts)
-    actors = [_actor("Trunk", tuple(weights_of_trunk(model)), held)]
+    cache = held_in(kv_cache_dtype, dtype)
+    actors = []
+    for name, (own, trunk_held) in {"Trunk": (model, held), **(variants or {})}.items():
+        token_bytes = kv_bytes_per_token(own, cache) + (0 if draft is None else draft.kv_bytes_per_token)
+        trunk = _actor(name, tuple(weights_of_trunk(own)), trunk_held)
+        actors.append(replace(trunk, kv_bytes_per_token=token_bytes))
     for one in placed:
         here = held if one.spare is None else held.in_spare(one.spare)
-        actors.append(_actor(one.name, weights_of_keys(model, one.keys), here, one.spare is not None))
-    cache = held_in(kv_cache_dtype, dtype)
-    token_bytes = kv_bytes_per_token(model, cache) + (0 if draft is None else draft.kv_bytes_per_token)
-    return Plan(dtype, tuple(actors), token_bytes, model.max_position_embeddings, cache, draft)
+        actor = _actor(one.name, weights_of_keys(model, one.all_keys), here, one.spare is not None)
+        actors.append(replace(actor, host=_host_share(model, one, actor.weight_bytes, here)))
+    return Plan(dtype, tuple(actors), actors[0].kv_bytes_per_token, model.max_position_embeddings, cache, draft)
+
+
+def _host_share(model: ModelConfig, one: Holding, weight_bytes: int, held: WeightsHeld) -> HostShare:
+    """What of an actor stays in the host's memory, all its layers being alike."""
+    offload = 0 if one.spare is not None else held.offloaded.get(one.experts[0], 0)
+    layers = sum(layer not in model.dense_layers for layer, _ in one.all_keys)
+    return host_share(weight_bytes // layers, layers, offload) if offload else ON_CARD
+
+
+def _is_trunk(actor: ActorPlan) -> bool:
+    return actor.kv_bytes_per_token > 0
 
 
 def weights_of_keys(model: ModelConfig, keys: Iterable[ExpertKey]) -> tuple[Weight, ...]:
-    """Every weight of these (layer, expert) keys, in their order."""
-    return tuple(weight for layer, expert in sorted(keys) for weight in weights_of_expert(model, layer, expert))
+    """Every weight of these (layer, expert) keys, in their order. Layers without experts have none."""
+    held = sorted(key for key in keys if key[0] not in model.dense_layers)
+    return tuple(weight for layer, expert in held for weight in weights_of_expert(model, layer, expert))
 
 
 def _actor(name: str, weights: Sequence[Weight], held: WeightsHeld, spare: bool = False) -> ActorPlan:

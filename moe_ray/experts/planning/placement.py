@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from moe_ray.core import ExpertKey
@@ -22,6 +22,13 @@ class Holding:
     keys: frozenset[ExpertKey]
     spare: int | None = None
     """Which spare it is; None: all layers of its experts, the replicas that the model relies on."""
+    variant_keys: frozenset[ExpertKey] = frozenset()
+    """What it holds of further models besides, by replicas' numbers of experts (`experts/sharing.py`)."""
+
+    @property
+    def all_keys(self) -> frozenset[ExpertKey]:
+        """Everything it holds, by replicas' numbers of experts."""
+        return self.keys | self.variant_keys
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -41,6 +48,19 @@ def holdings(
         for group in groups
     ]
     return (*full, *(Holding(f"Spare{number}", frozenset(keys), number) for number, keys in enumerate(spares)))
+
+
+def with_variants(placed: Sequence[Holding], added: Iterable[ExpertKey], num_experts: int) -> tuple[Holding, ...]:
+    """The same deployments holding `added` keys of further models too, each where the expert of its number is held.
+
+    A spare for a layer of an expert so holds that layer of all models.
+    """
+    at: dict[ExpertKey, list[ExpertKey]] = {}
+    for layer, number in added:
+        at.setdefault((layer, number % num_experts), []).append((layer, number))
+    return tuple(
+        replace(one, variant_keys=frozenset(more for key in one.keys for more in at.get(key, ()))) for one in placed
+    )
 
 
 def group_name(experts: Sequence[int]) -> str:

@@ -35,6 +35,15 @@ class KeyLoad:
         )
 
 
+def by_expert(loads: Mapping[ExpertKey, KeyLoad], num_experts: int) -> dict[ExpertKey, KeyLoad]:
+    """The loads by expert of the first model: what further models have of theirs counts where it is held."""
+    found: dict[ExpertKey, KeyLoad] = {}
+    for (layer, number), load in loads.items():
+        key = (layer, number % num_experts)
+        found[key] = found.get(key, KeyLoad()) + load
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class LoadSample:
     """A replica's counters at one moment."""

@@ -16,6 +16,8 @@ from typing import Final, Literal
 
 from moe_ray.core import ExpertKey, ReplicaInfo, WeightLayout
 from moe_ray.errors import CallRefused, MoeRayError, TransportError
+from moe_ray.experts.server.expert_memory import NO_LIMITS, ExpertMemory
+from moe_ray.experts.server.offload import Offload
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
@@ -67,14 +69,21 @@ class WeightLoader:
     """Loads one replica: the first layer in the constructor, the others on a thread of its own, from `start` on."""
 
     def __init__(
-        self, name: str, reader: ExpertReader, hidden_size: int, compute: Compute, native_dir: Path | None = None
+        self,
+        name: str,
+        reader: ExpertReader,
+        hidden_size: int,
+        compute: Compute,
+        native_dir: Path | None = None,
+        memory: ExpertMemory = NO_LIMITS,
     ) -> None:
         """Load the first layer. `reader` is used by this object alone from now on. Raises `CheckpointError`.
 
-        `native_dir` as in `ExpertWorker`.
+        `native_dir` as in `ExpertWorker`. Raises `OverBudget` where the layers would take more than `memory` says.
         """
         self._began = time.perf_counter()
         self._name, self._reader = name, reader
+        self._offload = Offload(name, reader.keys, memory, compute)
         self._source = FasterSource()
         self._prints: dict[ExpertKey, bytes] = {}
         self._ended, self._closed = threading.Event(), threading.Event()
@@ -83,7 +92,7 @@ class WeightLoader:
         self.failure: Exception | None = None
         """Why loading ended before it was done."""
         first = [key for key in reader.keys if key[0] == reader.keys[0][0]]
-        ffn = ExpertFFN({key: self._read(key) for key in first})
+        ffn = ExpertFFN({key: self._offload.settle(key, self._read(key)) for key in first})
         self.worker = ExpertWorker(ffn, hidden_size, compute, reader.keys, native_dir=native_dir)
         self._first_s = time.perf_counter() - self._began
         self._thread = threading.Thread(target=self._run, name="expert-arrival", daemon=True)
@@ -144,6 +153,7 @@ class WeightLoader:
         self.stop()
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
+        self._offload.close()
 
     def _run(self) -> None:
         try:
@@ -151,7 +161,7 @@ class WeightLoader:
                 if self._closed.is_set():
                     break
                 if key not in self.worker.keys:
-                    self.worker.add(key, self._load(key))
+                    self.worker.add(key, self._offload.settle(key, self._load(key)))
         except Exception as error:  # whatever it is: `failure` tells Serve, which replaces this replica
             self.failure = error
             logger.exception("%s: loading ended after %d of %d keys", self._name, len(self.worker.keys), self.num_keys)

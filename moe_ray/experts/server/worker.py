@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,14 +30,15 @@ from moe_ray.native.host import Host, HostEntry
 if TYPE_CHECKING:
     import torch
 
+    from moe_ray.model.compute.torch.device_calls import DeviceCalls
     from moe_ray.model.lora.adapter_file import Adapter
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCHED_ROWS: Final = 1024
+"""Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
 MAX_QUEUED_ROWS: Final = 65_536
 """Rows that wait or compute, beyond which further calls are not accepted: 512 MiB of a Mixtral's in bfloat16."""
-"""Rows that calls computed together may have; from a few hundred on a batch costs what its parts do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +82,7 @@ class ExpertWorker:
         self._state = threading.Lock()
         self._device = threading.Lock()
         """Held while torch computes, for a call of whichever carrier."""
+        self._calls: DeviceCalls | None = None
         self._computing = False
         self._waiting: list[_Waiting] = []
         self._queued_rows = self._batches = self._cancelled = 0
@@ -105,7 +108,7 @@ class ExpertWorker:
         """
         try:
             for key in sorted(self.keys):
-                if adapter.touches_experts(key[0]):
+                if adapter.adapts(*key):
                     self._ffn.add_adapter(key, adapter.adapter_id, adapter.expert_part(*key))
                     if self.native is not None:
                         ffn = self._ffn[key]
@@ -129,14 +132,8 @@ class ExpertWorker:
     def _host(self, native_dir: Path) -> Host | None:
         spread = self.compute.backend.experts == "native"
         try:
-            host = Host(
-                native_dir,
-                self._hidden_size,
-                self.compute.dtype,
-                self._max_batched_rows,
-                spread,
-                self._max_queued_rows,
-            )
+            sizes = (self._max_batched_rows, spread, self._max_queued_rows)
+            host = Host(native_dir, self._hidden_size, self.compute.dtype, *sizes)
         except KernelsUnavailable as error:
             logger.warning("sockets are answered through the interpreter: %s", error)
             return None
@@ -150,11 +147,17 @@ class ExpertWorker:
             return entry
         from moe_ray.model.compute.torch.hosted import tensor_entry
 
-        def forward(rows: torch.Tensor, weights: torch.Tensor, *adapters: tuple[AdapterRows, ...]) -> torch.Tensor:
-            with self._device:
-                return ffn.forward(rows, weights, *adapters)
+        return tensor_entry(partial(self._computed, ffn), self.compute.torch_dtype)
 
-        return tensor_entry(forward, self.compute.torch_dtype, self.compute.torch_device)
+    def _computed(
+        self, ffn: FFN, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
+        """What a network makes of rows and weights in the host's memory, on its device."""
+        from moe_ray.model.compute.torch.device_calls import DeviceCalls
+
+        with self._device:
+            self._calls = self._calls or DeviceCalls(self.compute, self._hidden_size)
+            return self._calls.forward(ffn, rows, weights, adapters)
 
     def forward(self, call: ExpertCall) -> ExpertReply:
         """Compute one call.
@@ -232,10 +235,7 @@ class ExpertWorker:
             rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
             weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
             adapters = joined_runs([(c.adapters, c.rows.shape[0]) for c in calls])
-            device = self.compute.torch_device
-            with self._device:
-                out = self._ffn.forward((call.layer, call.expert), rows.to(device), weights.to(device), adapters)
-            out = out.to(call.rows.device)
+            out = self._computed(self._ffn[call.layer, call.expert], rows, weights, adapters).to(call.rows.device)
             outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
         except RuntimeError as failure:  # torch: out of memory, a lost device
             error = failure

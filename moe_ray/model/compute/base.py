@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCache:
-    """K and V of one layer: in the dtype of the rows, or int8 with what one is worth."""
+    """K and V of one layer: in the dtype of the rows, float8 (e4m3), or int8 with what one is worth.
+
+    Latents are both: then `v` is `k`.
+    """
 
     k: torch.Tensor  # [num_slots, kv_heads, head_dim]
     v: torch.Tensor
     k_scales: torch.Tensor | None = None  # float32 [num_slots, kv_heads], of int8
     v_scales: torch.Tensor | None = None
+
+
+class HeldMatrix(Protocol):
+    """A matrix [N, K] as a backend holds it: a tensor, or what the backend's own `hold` made."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class KVCacheView(Protocol):
@@ -40,14 +50,14 @@ class KVCacheView(Protocol):
 class Pass(Protocol):
     """One batch on its way through the layers; holds the hidden states."""
 
-    def route(self, layer: int) -> Routed:
-        """Add the layer's self-attention to the hidden states; normalise and route them."""
+    def route(self, layer: int) -> Routed | None:
+        """Add the layer's self-attention to the hidden states; normalise and route them; None: it has no experts."""
         ...
 
     def add_shared(self, layer: int) -> None:
-        """Add what the layer's shared expert makes of the rows routed last; nothing where the model has none.
+        """Add what the layer's shared expert makes of the rows normalised last, or what is in its experts' stead.
 
-        Between `route` and `combine`: while experts elsewhere compute.
+        Nothing where the model has neither. Between `route` and `combine`: while experts elsewhere compute.
         """
         ...
 

@@ -9,11 +9,12 @@ import platform
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_ray.errors import ConfigError, KernelsUnavailable
-from moe_ray.model.compute.resolve import Backend, Machine, Wanted, resolve
+from moe_ray.model.compute.resolve import Backend, Machine, TritonHere, Wanted, resolve
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.native import build
 from moe_ray.native.kernels import Kernels
@@ -21,6 +22,8 @@ from moe_ray.telemetry import cores
 
 if TYPE_CHECKING:
     import torch
+
+    from moe_ray.model.compute.torch.recorders import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class Compute:
     """The native kernels with this process's threads, where a part of the backend is native."""
     threads: int = 1
     """Compute threads of the process."""
+    recorder: Recorder | None = None
+    """Records what is launched again and again; None: nothing is recorded."""
 
     @property
     def dtype(self) -> str:
@@ -78,14 +83,40 @@ def open_compute(model: ModelConfig, wanted: Wanted, cache_dir: Path, threads: i
                 raise ConfigError(f"quantize {wanted.quantize} needs the native kernels: {error}") from None
             backend = backend.on_reference(str(error))
     logger.info("computing %s", backend)
-    if backend.missing:
-        logger.warning(backend.slower_because)
-    return Compute(backend, kernels, threads)
+    for note in (*backend.notes, backend.slower_because):
+        if note:
+            logger.warning(note)
+    return Compute(backend, kernels, threads, _recorder(backend))
+
+
+def _recorder(backend: Backend) -> Recorder | None:
+    if not backend.graphs:
+        return None
+    from moe_ray.model.compute.torch.recorders import CudaRecorder
+
+    return CudaRecorder()
 
 
 def this_machine(wanted: Wanted) -> Machine:
     """What this process may compute on. torch is asked for CUDA only where a card is welcome."""
-    return Machine(build.cpu_flags(), wanted.device != "cpu" and has_cuda(), platform.machine())
+    cuda = wanted.device != "cpu" and has_cuda()
+    return Machine(build.cpu_flags(), cuda, platform.machine(), capability() if cuda else None, triton_here())
+
+
+def capability() -> tuple[int, int]:
+    """Major and minor compute capability of the CUDA device of this process."""
+    import torch
+
+    return torch.cuda.get_device_capability()
+
+
+def triton_here() -> TritonHere:
+    """What Triton would do with kernels in this process. It decides when kernels are defined, and so must this."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:  # a folder of that name is none
+        return ""
+    interprets = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton.knobs
+    return "interprets" if interprets else "compiles"
 
 
 @cache

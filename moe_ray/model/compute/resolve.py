@@ -9,15 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
 from moe_ray.errors import CheckpointError, ConfigError
-from moe_ray.model.families.family import ATTENTION_BIASES
+from moe_ray.model.compute.native import limits
+from moe_ray.model.compute.triton import limits as triton_limits
 from moe_ray.model.model_config import DTYPES, ModelConfig
 from moe_ray.native.build import KERNELS, X86_64, best_kernels
 
-Implementation = Literal["torch", "native"]
-"""torch: the reference, on any device and in any dtype. native: our C++ kernels."""
+Implementation = Literal["torch", "native", "triton"]
+"""torch: the reference, on any device and in any dtype. native: our C++ kernels. triton: ours for cards."""
+TritonHere = Literal["", "compiles", "interprets"]
+"""Whether Triton is installed, and whether it compiles kernels or interprets them, far slower, on a CPU."""
 
 BFLOAT16_INSTRUCTIONS: Final = frozenset({"avx512_bf16", "amx_tile"})
 """Without one of these torch computes bfloat16 on a CPU slower than float32. float16 it always does."""
+BFLOAT16_CARDS: Final = (8, 0)
+"""The first compute capability with instructions for bfloat16: Ampere (CUDA C++ Programming Guide, "Arithmetic
+Instructions"). It is the first as well whose tensor cores Triton uses: tests/model/triton/test_expert_ahead.py."""
+OLDEST_CARD: Final = (7, 5)
+"""The first compute capability that Triton's kernels are compiled for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,9 @@ class Machine:
     """Whether torch sees a CUDA device."""
     architecture: str = X86_64
     """As `platform.machine` names it."""
+    capability: tuple[int, int] | None = None
+    """Of the CUDA device: major and minor compute capability. None: not known, taken for a recent one's."""
+    triton: TritonHere = ""
 
 
 class ModelWords(Protocol):
@@ -41,6 +52,8 @@ class ModelWords(Protocol):
     def device(self) -> str: ...
     @property
     def kernels(self) -> str: ...
+    @property
+    def enforce_eager(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +63,16 @@ class Wanted:
     dtype: str = "auto"
     device: str = "auto"
     kernels: str = "auto"
-    """"auto", "torch", "native" or the name of an instruction set of `native.build.KERNELS`."""
+    """"auto", "torch", "native", "triton" or the name of an instruction set of `native.build.KERNELS`."""
     quantize: str | None = None
     """What experts or trunk are to be quantised to on load."""
+    enforce_eager: bool = False
+    """Whether a card's steps are launched kernel by kernel, and not as CUDA graphs."""
 
     @staticmethod
     def of(section: ModelWords, quantize: str | None = None) -> Wanted:
         """What the `model` section asks for."""
-        return Wanted(section.dtype, section.device, section.kernels, quantize)
-
-
-@dataclass(frozen=True, slots=True)
-class KernelLimits:
-    """What the native kernels can compute, on every instruction set."""
-
-    dtypes: frozenset[str]
-    activations: frozenset[str]
-    lanes: int
-    """Row lengths and head dimensions are multiples of this."""
-    groups: frozenset[int]
-    """Query heads per KV head."""
-
-
-NATIVE: Final = KernelLimits(
-    dtypes=frozenset({"float32", "bfloat16", "float16"}),
-    activations=frozenset({"silu"}),
-    lanes=32,
-    groups=frozenset({1, 2, 3, 4, 5, 6, 7, 8, 16}),
-)
+        return Wanted(section.dtype, section.device, section.kernels, quantize, section.enforce_eager)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +89,10 @@ class Backend:
     """The instruction set of the native kernels; empty where no part is native."""
     missing: tuple[str, ...] = ()
     """Why a part runs on the reference although faster kernels were welcome, a sentence each."""
+    notes: tuple[str, ...] = ()
+    """What else is not as one may expect, a sentence each."""
+    graphs: bool = False
+    """Whether steps of decoding and small calls of experts are recorded as CUDA graphs."""
 
     @property
     def native(self) -> bool:
@@ -106,11 +105,11 @@ class Backend:
 
     @property
     def slower_because(self) -> str:
-        """Why torch computes what native kernels would compute faster, in one line; empty where that is not so."""
+        """Why torch computes what faster kernels would compute, in one line; empty where that is not so."""
         return f"torch computes, which is slower: {'; '.join(self.missing)}" if self.missing else ""
 
     def __str__(self) -> str:
-        names = {"torch": "torch", "native": f"native {self.kernels}"}
+        names = {"torch": "torch", "native": f"native {self.kernels}", "triton": "Triton"}
         if self.trunk == self.experts:
             return f"{self.dtype} on {self.device}, trunk and experts by {names[self.trunk]} kernels"
         trunk, experts = names[self.trunk], names[self.experts]
@@ -138,8 +137,8 @@ def choose_dtype(wanted: str, stored: str, device: str, cpu_flags: frozenset[str
 def resolve(model: ModelConfig, wanted: Wanted, machine: Machine) -> Backend:
     """Choose how `model` is computed on `machine`.
 
-    Raises `ConfigError` when CUDA or native kernels are asked for and cannot be had, `CheckpointError` for a dtype that
-    is not supported.
+    Raises `ConfigError` when CUDA or kernels are asked for and cannot be had, `CheckpointError` for a dtype that is not
+    supported.
 
     >>> str(resolve(mixtral, Wanted(), Machine(frozenset({"avx2", "fma", "f16c"}))))
     'bfloat16 on cpu, trunk and experts by native avx2 kernels'
@@ -147,16 +146,16 @@ def resolve(model: ModelConfig, wanted: Wanted, machine: Machine) -> Backend:
     if wanted.device == "cuda" and not machine.cuda:
         raise ConfigError("model.device is 'cuda', but this process sees no CUDA device")
     device = "cuda" if machine.cuda and wanted.device != "cpu" else "cpu"
+    if device == "cuda" or wanted.kernels == "triton":
+        return _on_card(model, wanted, machine, device)
     name, absent = _instruction_set(wanted, machine)
     usable = None if absent or wanted.kernels == "torch" else name
-    backend = Backend(choose_dtype(wanted.dtype, model.dtype, device, machine.cpu_flags, usable), device)
-    if wanted.kernels == "torch" or (wanted.kernels == "auto" and device == "cuda"):
-        return _unquantised(backend, wanted)  # asked for; and on a card torch's kernels are the fast ones
+    backend = Backend(choose_dtype(wanted.dtype, model.dtype, device, machine.cpu_flags, usable))
+    if wanted.kernels == "torch":
+        return _unquantised(backend, wanted)
     common = (absent,) if absent else ()
-    if device != "cpu":
-        common = (*common, f"native kernels compute on a CPU, not on {device.upper()}")
-    trunk = common or _trunk_lacks(NATIVE, model)
-    experts = common or _experts_lack(NATIVE, model)
+    trunk = common or limits.trunk_lacks(limits.NATIVE, model)
+    experts = common or limits.experts_lack(limits.NATIVE, model)
     missing = common or (*(f"trunk: {why}" for why in trunk), *(f"experts: {why}" for why in experts))
     if missing and wanted.kernels != "auto":
         raise ConfigError(f"model.kernels is {wanted.kernels!r}: {'; '.join(missing)}")
@@ -168,6 +167,68 @@ def resolve(model: ModelConfig, wanted: Wanted, machine: Machine) -> Backend:
         missing=missing,
     )
     return _unquantised(backend, wanted) if missing else backend
+
+
+def _on_card(model: ModelConfig, wanted: Wanted, machine: Machine, device: str) -> Backend:
+    """Triton's kernels, or torch, on a card; or Triton's interpreter on a CPU, which is for proofs of the kernels."""
+    dtype = choose_dtype(wanted.dtype, model.dtype, device, machine.cpu_flags, None)
+    notes: tuple[str, ...] = ()
+    modern = device != "cuda" or machine.capability is None or machine.capability >= BFLOAT16_CARDS
+    if dtype == "bfloat16" and not modern and wanted.dtype == "auto":
+        dtype = "float16"
+        notes = (f"float16 stands for bfloat16, for which {_card(machine)} has no instructions",)
+    graphs = device == "cuda" and not wanted.enforce_eager
+    backend = Backend(dtype, device, notes=notes, graphs=graphs)
+    if wanted.kernels == "auto" and wanted.quantize is None and not modern:
+        why = f"torch computes, on tensor cores, which Triton does not use on {_card(machine)}"
+        return replace(backend, notes=(*notes, why))
+    if wanted.kernels == "torch":
+        return _unquantised(backend, wanted)
+    if wanted.kernels not in ("auto", "triton"):
+        raise ConfigError(
+            f"model.kernels is {wanted.kernels!r}: native kernels compute on a CPU, not on CUDA; allowed on a card: "
+            f"auto, torch, triton"
+        )
+    common = _triton_lacks(machine, device)
+    if dtype == "bfloat16" and not modern:
+        common = (*common, f"{_card(machine)} has no instructions for bfloat16")
+    experts = common or triton_limits.experts_lack(model)
+    by_torch = [f"trunk: torch computes {what}" for what in triton_limits.trunk_by_torch(model).values()]
+    if experts and wanted.kernels == "triton":
+        raise ConfigError(f"model.kernels is 'triton': {'; '.join(experts)}")
+    if not modern and not experts:
+        notes = (*notes, f"Triton computes without tensor cores on {_card(machine)}")
+    if device == "cpu" and not experts:
+        notes = (*notes, "Triton's interpreter computes, which is for proofs and very slow: TRITON_INTERPRET is set")
+    backend = replace(
+        backend,
+        trunk="torch" if common else "triton",
+        experts="torch" if experts else "triton",
+        missing=common or (*by_torch, *(f"experts: {why}" for why in experts)),
+        notes=notes,
+    )
+    return _unquantised(backend, wanted) if experts else backend
+
+
+def _card(machine: Machine) -> str:
+    major, minor = machine.capability or (0, 0)
+    return f"this card (compute capability {major}.{minor})"
+
+
+def _triton_lacks(machine: Machine, device: str) -> tuple[str, ...]:
+    """Why Triton's kernels cannot be had for `device` here."""
+    if not machine.triton:
+        return ("Triton is not installed (pip install triton)",)
+    if device == "cpu" and machine.triton != "interprets":
+        return (
+            "Triton's kernels compute on a card, and on a CPU only in Triton's interpreter, which is for proofs: "
+            "TRITON_INTERPRET=1 in the environment",
+        )
+    if device == "cuda" and machine.triton == "interprets":
+        return ("TRITON_INTERPRET is set, so Triton would not compile its kernels",)
+    if device == "cuda" and machine.capability is not None and machine.capability < OLDEST_CARD:
+        return (f"{_card(machine)} is older than {'.'.join(map(str, OLDEST_CARD))}",)
+    return ()
 
 
 def _instruction_set(wanted: Wanted, machine: Machine) -> tuple[str, str]:
@@ -191,40 +252,9 @@ def _instruction_set(wanted: Wanted, machine: Machine) -> tuple[str, str]:
 def _unquantised(backend: Backend, wanted: Wanted) -> Backend:
     """The backend, which computes on floats in a part. Raises `ConfigError` where quantised weights are asked for."""
     if wanted.quantize is not None:
-        why = "; ".join(backend.missing) or "model.kernels is 'torch'" if backend.device == "cpu" else "on a card"
+        why = "; ".join(backend.missing) or "model.kernels is 'torch'"
         raise ConfigError(
-            f"quantize {wanted.quantize}: weights are quantised on load for the native kernels, and here torch "
-            f"computes ({why})"
+            f"quantize {wanted.quantize}: weights are quantised on load for the kernels that are native or Triton's, "
+            f"and here torch computes ({why})"
         )
     return backend
-
-
-def _trunk_lacks(kernels: KernelLimits, model: ModelConfig) -> tuple[str, ...]:
-    lacks = []
-    other = {
-        "LayerNorm": model.family.norm != "rms",
-        "SparseMixer": model.router.jitter is not None,
-        "biases of norms and head": bool(model.biases - ATTENTION_BIASES.keys()),
-    }
-    if found := [name for name, here in other.items() if here]:
-        lacks.append(f"native kernels do not compute {', '.join(found)}, which this model has")
-    if (model.shared_intermediate_size or 0) % kernels.lanes:
-        lacks.append(f"the shared expert's {model.shared_intermediate_size} is not a multiple of {kernels.lanes}")
-    if model.shared_intermediate_size is not None and model.hidden_act not in kernels.activations:
-        lacks.append(f"the shared expert's activation is {model.hidden_act}")
-    if model.hidden_size % kernels.lanes:
-        lacks.append(f"hidden_size {model.hidden_size} is not a multiple of {kernels.lanes}")
-    group = model.num_attention_heads // model.num_key_value_heads
-    if model.head_dim % kernels.lanes or group not in kernels.groups:
-        lacks.append(f"no attention for head_dim {model.head_dim} with {group} query heads per KV head")
-    return tuple(lacks)
-
-
-def _experts_lack(kernels: KernelLimits, model: ModelConfig) -> tuple[str, ...]:
-    lacks = []
-    if model.hidden_act not in kernels.activations:
-        lacks.append(f"native kernels compute {', '.join(sorted(kernels.activations))}, not {model.hidden_act}")
-    for name, size in (("hidden_size", model.hidden_size), ("intermediate_size", model.intermediate_size)):
-        if size % kernels.lanes:
-            lacks.append(f"{name} {size} is not a multiple of {kernels.lanes}")
-    return tuple(lacks)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from moe_ray.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moe_ray.model.families.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from moe_ray.model.families.family import (
+    EXPERT_BIASES,
+    FULL,
+    SLIDING,
     Bias,
+    ClampedSwiGLU,
     ConfigKeys,
     ExpertRole,
     Family,
@@ -16,6 +21,7 @@ from moe_ray.model.families.family import (
     TrunkRole,
     Weight,
 )
+from moe_ray.model.families.gpt_oss import GPT_OSS
 from moe_ray.model.families.granite import GRANITEMOE
 from moe_ray.model.families.mixtral import MIXTRAL
 from moe_ray.model.families.olmoe import OLMOE
@@ -23,8 +29,12 @@ from moe_ray.model.families.phi import PHIMOE
 from moe_ray.model.families.qwen import QWEN2_MOE, QWEN3_MOE
 
 __all__ = [
+    "EXPERT_BIASES",
     "FAMILIES",
+    "FULL",
+    "SLIDING",
     "Bias",
+    "ClampedSwiGLU",
     "ConfigKeys",
     "ExpertRole",
     "Family",
@@ -37,6 +47,9 @@ __all__ = [
 
 FAMILIES: Final[dict[str, Family]] = {
     row.model_type: row
-    for row in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, PHIMOE, LLAMA, MISTRAL, QWEN2, QWEN3)
+    for row in (
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, PHIMOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3),
+    )
 }
 """By config.json's model_type."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from moe_ray.model.families.family import ATTENTION_BIASES, ConfigKeys, Family
+from moe_ray.model.families.gguf_layouts import IN_PAIRS
 from moe_ray.model.families.layouts import TRANSFORMERS_STACK, hugging_face
 
 _BLOCK: Final = "block_sparse_moe"
@@ -25,5 +26,6 @@ GRANITEMOE: Final = Family(
     layouts=(
         hugging_face(_BLOCK, router="router.layer", stack=("input_linear.weight", "output_linear.weight")),
         hugging_face(_BLOCK, router="router", stack=TRANSFORMERS_STACK),
+        *IN_PAIRS,
     ),
 )

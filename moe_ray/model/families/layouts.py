@@ -20,16 +20,18 @@ def hugging_face(
     experts: tuple[str, str, str] = PROJECTIONS,
     stack: tuple[str, str] | None = None,
     dense: bool = False,
+    shared: str = "shared_expert",
 ) -> Layout:
     """A layout of Hugging Face's.
 
     `block`: the module of router and experts; `model`: the prefix of all but the head. `experts`: the names of gate,
-    up and down in an expert, or with `dense` in the block itself. `stack`: the names of all experts' gates and ups in
-    one tensor, and of their downs; a parameter has its whole name, a module's tensor `.weight` with it.
+    up and down in an expert, or with `dense` in the block itself. `shared`: the module of the shared expert. `stack`:
+    the names of all experts' gates and ups in one tensor, and of their downs; a parameter has its whole name, a
+    module's tensor `.weight` with it.
     """
     layer = f"{model}layers.{{layer}}."
     attention = f"{layer}self_attn."
-    shared = f"{layer}{block}.shared_expert"
+    beside = f"{layer}{block}.{shared}"
     stems: dict[Role, str] = {
         "embed": f"{model}embed_tokens",
         "input_norm": f"{layer}input_layernorm",
@@ -39,15 +41,25 @@ def hugging_face(
         "out": f"{attention}o_proj",
         "post_norm": f"{layer}post_attention_layernorm",
         "router": f"{layer}{block}.{router}",
-        "shared_gate": f"{shared}.gate_proj",
-        "shared_up": f"{shared}.up_proj",
-        "shared_down": f"{shared}.down_proj",
-        "shared_share": f"{shared}_gate",
+        "router_correction": f"{layer}{block}.{router}.e_score_correction_bias",
+        "shared_gate": f"{beside}.gate_proj",
+        "shared_up": f"{beside}.up_proj",
+        "shared_down": f"{beside}.down_proj",
+        "shared_share": f"{beside}_gate",
+        "dense_gate": f"{layer}{block}.gate_proj",
+        "dense_up": f"{layer}{block}.up_proj",
+        "dense_down": f"{layer}{block}.down_proj",
+        "q_a": f"{attention}q_a_proj",
+        "q_a_norm": f"{attention}q_a_layernorm",
+        "q_b": f"{attention}q_b_proj",
+        "kv_a": f"{attention}kv_a_proj_with_mqa",
+        "kv_a_norm": f"{attention}kv_a_layernorm",
+        "kv_b": f"{attention}kv_b_proj",
         "norm": f"{model}norm",
         "head": "lm_head",
     }
     for bias in BIASES:
-        stems[bias] = f"{stems[_owner(bias)]}.bias"
+        stems[bias] = f"{stems[owner_of(bias)]}.bias"
     if stack is not None:
         joined, down = (f"{layer}{block}.{name}" for name in stack)
         return Layout({**stems, "gate": joined, "up": joined, "down": down}, stacks=(("gate", "up"), ("down",)))
@@ -57,7 +69,7 @@ def hugging_face(
     return Layout(stems)
 
 
-def _owner(bias: str) -> Role:
+def owner_of(bias: str) -> Role:
     """The weight that a bias goes with."""
     role: Role = bias.removesuffix("_bias")  # type: ignore[assignment]  # the names of biases are made so
     return role

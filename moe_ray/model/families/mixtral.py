@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_ray.model.families.family import ConfigKeys, ExpertRole, Family, Layout, Role
+from moe_ray.model.families.family import ConfigKeys, Family, Layout, Role
+from moe_ray.model.families.gguf_layouts import IN_PAIRS, SEPARATE, gguf
 from moe_ray.model.families.layouts import TRANSFORMERS_STACK, hugging_face
 
 
@@ -12,29 +13,6 @@ def _layout(block: str, stacked: bool, model: str = "model.") -> Layout:
     if stacked:
         return hugging_face(block, model=model, stack=TRANSFORMERS_STACK)
     return hugging_face(block, model=model, experts=("w1", "w3", "w2"))
-
-
-def _gguf(stacks: tuple[tuple[ExpertRole, ...], ...]) -> Layout:
-    """llama.cpp's names (gguf-py, constants.py); a stacked tensor's ends in ".weight" as those of one weight do."""
-    layer = "blk.{layer}."
-    stems: dict[Role, str] = {
-        "embed": "token_embd",
-        "input_norm": f"{layer}attn_norm",
-        "q": f"{layer}attn_q",
-        "k": f"{layer}attn_k",
-        "v": f"{layer}attn_v",
-        "out": f"{layer}attn_output",
-        "post_norm": f"{layer}ffn_norm",
-        "router": f"{layer}ffn_gate_inp",
-        "norm": "output_norm",
-        "head": "output",
-    }
-    for role in _EXPERT_ROLES:
-        stems[role] = f"{layer}ffn_{role}.{{expert}}"
-    for stack in stacks:
-        for role in stack:
-            stems[role] = f"{layer}ffn_{'_'.join(stack)}_exps.weight"
-    return Layout(stems, stacks, interleaved=True)
 
 
 def _mistral(block: str) -> Layout:
@@ -59,8 +37,6 @@ def _mistral(block: str) -> Layout:
     return Layout(stems, interleaved=True)
 
 
-_EXPERT_ROLES: Final[tuple[ExpertRole, ...]] = ("gate", "up", "down")
-
 MIXTRAL: Final = Family(
     model_type="mixtral",
     config=ConfigKeys(
@@ -83,8 +59,7 @@ MIXTRAL: Final = Family(
         _layout("mlp", stacked=True, model=""),
         _mistral("feed_forward"),
         _mistral("block_sparse_moe"),
-        _gguf(stacks=(("gate",), ("up",), ("down",))),
-        _gguf(stacks=(("gate", "up"), ("down",))),
-        _gguf(stacks=()),  # until April 2024
+        *IN_PAIRS,
+        gguf(SEPARATE, interleaved=True),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from moe_ray.model.families.family import ATTENTION_BIASES, ConfigKeys, Family
+from moe_ray.model.families.gguf_layouts import IN_HALVES
 from moe_ray.model.families.layouts import TRANSFORMERS_STACK, hugging_face
 
 OLMOE: Final = Family(
@@ -19,7 +20,8 @@ OLMOE: Final = Family(
         rms_norm_eps=1e-5,
         rope_theta=1e4,
         biases=ATTENTION_BIASES,
+        clip_qkv=True,
     ),
-    layouts=(hugging_face("mlp"), hugging_face("mlp", stack=TRANSFORMERS_STACK)),
+    layouts=(hugging_face("mlp"), hugging_face("mlp", stack=TRANSFORMERS_STACK), *IN_HALVES),
     qk_norm="whole",
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 from moe_ray.model.families.family import ATTENTION_BIASES, QWEN_IRRELEVANT, ConfigKeys, Family, Flag
+from moe_ray.model.families.gguf_layouts import IN_HALVES
 from moe_ray.model.families.layouts import TRANSFORMERS_STACK, hugging_face
 
-_LAYOUTS: Final = (hugging_face("mlp"), hugging_face("mlp", stack=TRANSFORMERS_STACK))
+_LAYOUTS: Final = (hugging_face("mlp"), hugging_face("mlp", stack=TRANSFORMERS_STACK), *IN_HALVES)
 
 QWEN2_MOE: Final = Family(
     model_type="qwen2_moe",
     config=ConfigKeys(
         intermediate_size="moe_intermediate_size",
+        dense_intermediate_size="intermediate_size",
         shared_intermediate_size="shared_expert_intermediate_size",
         num_experts=("num_experts", "num_local_experts"),
         num_experts_default=60,
@@ -32,6 +34,7 @@ QWEN3_MOE: Final = Family(
     model_type="qwen3_moe",
     config=ConfigKeys(
         intermediate_size="moe_intermediate_size",
+        dense_intermediate_size="intermediate_size",
         num_experts=("num_experts", "num_local_experts"),
         num_experts_default=128,
         num_experts_per_tok=8,

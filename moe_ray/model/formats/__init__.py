@@ -13,6 +13,7 @@ from moe_ray.model.formats.quantization import Quantization
 from moe_ray.model.formats.weight_format import (
     BadTensor,
     Place,
+    RotaryPairs,
     ShapeMismatch,
     Source,
     StoredWeight,
@@ -22,6 +23,7 @@ from moe_ray.model.formats.weight_format import (
 )
 
 __all__ = [
+    "ALTERNATING",
     "FLOATS",
     "FORMATS",
     "BadTensor",
@@ -29,6 +31,7 @@ __all__ = [
     "Grouping",
     "Place",
     "Quantization",
+    "RotaryPairs",
     "ShapeMismatch",
     "Source",
     "StoredWeight",
@@ -59,6 +62,8 @@ _QUANTISED: Final[tuple[WeightFormat, ...]] = (
     *BLOCK_FORMATS,
     *K_FORMATS,
 )
+ALTERNATING: Final = frozenset({*FLOATS, mxfp4.MXFP4.name})
+"""Those that are read from stacks whose rows alternate, or are transposed."""
 FORMATS: Final[dict[str, WeightFormat]] = {**FLOATS, **{row.name: row for row in _QUANTISED}}
 """By name. A weight is of the first format that finds it."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.model.formats.weight_format import Place, Source, StoredWeight, TensorPart, sole_tensor
+from moe_ray.model.formats.weight_format import Place, Source, StoredWeight, sole_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +31,14 @@ class FloatFormat:
 
     def find(self, place: Place, shape: tuple[int, ...], source: Source) -> StoredWeight | None:
         (name,) = self.names(place)
-        if not sole_tensor(name, self.stored, place.whole(shape), source):
+        lies = shape[::-1] if place.transposed else shape
+        whole = place.whole(shape)
+        if place.transposed:
+            whole = (whole[0], *whole[:0:-1])
+        if not sole_tensor(name, self.stored, whole, source):
             return None
-        nbytes = self.nbytes(shape)
-        return StoredWeight(
-            self.name, shape, (TensorPart(name, self.stored, shape, nbytes, offset=place.index * nbytes),)
-        )
+        part = place.tensor_part(name, self.stored, lies, self.nbytes(shape))
+        return StoredWeight(self.name, shape, (part,), transposed=place.transposed)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight of this shape, in a checkpoint and in memory."""
@@ -44,7 +46,7 @@ class FloatFormat:
 
     def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
         (values,) = arrays
-        return values.reshape(stored.shape)
+        return values.T if stored.transposed else values.reshape(stored.shape)
 
     def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> None:
         return

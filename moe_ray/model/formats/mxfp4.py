@@ -8,11 +8,11 @@ own has `weight_packed` [N, K / 2] and `weight_scale` [N, K / 32], as compressed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from moe_ray.model.formats.grouped import GroupedCodes, Grouping
-from moe_ray.model.formats.weight_format import BadTensor, Place, ShapeMismatch, Source, StoredWeight, TensorPart
+from moe_ray.model.formats.weight_format import BadTensor, Place, ShapeMismatch, Source, StoredWeight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,7 @@ BIAS: Final = 127
 E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 EXPONENTS: Final = ("U8", "F8_E8M0")
 NOT_A_NUMBER: Final = 255
+GROUPING: Final = Grouping(4, GROUP, levels=E2M1)
 OWN: Final = (("weight_packed", "weight_scale"), ("weight_blocks", "weight_scales"))
 """(codes, scales) of a weight of its own."""
 STACKED: Final = ("blocks", "scales")
@@ -50,6 +51,7 @@ class Mxfp4:
             raise BadTensor(codes_name, f"{list(shape)}, as config.json implies, is not made of groups of {GROUP}")
         n, k = shape
         groups = k // GROUP
+        place = replace(place, transposed=False)
         flat, blocks = place.whole((n, k // 2)), place.whole((n, groups, GROUP // 2))
         if codes.shape not in (flat, blocks):
             raise ShapeMismatch(codes_name, codes.shape, blocks)
@@ -57,10 +59,10 @@ class Mxfp4:
         if scales.shape != place.whole((n, groups)):
             raise ShapeMismatch(scales_name, scales.shape, place.whole((n, groups)))
         parts = (
-            TensorPart(codes_name, codes.dtype, (n, k // 2), n * k // 2, offset=place.index * n * k // 2),
-            TensorPart(scales_name, "U8", (n, groups), n * groups, offset=place.index * n * groups),
+            place.tensor_part(codes_name, codes.dtype, (n, k // 2), n * k // 2),
+            place.tensor_part(scales_name, "U8", (n, groups), n * groups),
         )
-        return StoredWeight(self.name, shape, parts, Grouping(4, GROUP, levels=E2M1))
+        return StoredWeight(self.name, shape, parts, GROUPING)
 
     def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
         return self.codes(stored, arrays).values()

@@ -45,7 +45,8 @@ def round_to_nearest(
 
     `importance` weighs the squared error of each input. Without `search` a scale covers the group's whole range: absmax
     rounding. Scales are exact in bfloat16, and offsets are whole numbers of scales (a zero point that is a code), so
-    that every format can store them. Takes any float dtype, computes in float32.
+    that every format can store them. Takes any float dtype, computes in float32. `fit` and `nearest` compute on the
+    device of their values.
     """
     import torch
 
@@ -182,16 +183,19 @@ def _nearest_levels(scaled: torch.Tensor, levels: tuple[float, ...]) -> torch.Te
     """
     import torch
 
-    ordered, order = torch.tensor(levels, dtype=torch.float32).sort(stable=True)
+    device = scaled.device
+    ordered, order = torch.tensor(levels, dtype=torch.float32, device=device).sort(stable=True)
     middles = (ordered[1:] + ordered[:-1]) / 2
     low, high = float(ordered[0]), float(ordered[-1])
     cell = (high - low) / CELLS
-    starts = torch.linspace(low, high, CELLS + 1)[:-1] - cell / 64  # a number's cell is found but for rounding
+    starts = (
+        torch.linspace(low, high, CELLS + 1, device=device)[:-1] - cell / 64
+    )  # a number's cell is found but for rounding
     first = torch.bucketize(starts, middles)
     flat = scaled.reshape(-1)
     where = ((flat - low) * (1 / cell)).clamp_(0, CELLS - 1).int()
     index = first.index_select(0, where)
-    index += flat > torch.cat((middles, torch.tensor([torch.inf]))).index_select(0, index)
+    index += flat > torch.cat((middles, torch.tensor([torch.inf], device=device))).index_select(0, index)
     return order.float().index_select(0, index).view(scaled.shape)
 
 
@@ -199,7 +203,7 @@ def _values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | Non
     import torch
 
     if how.levels is not None:
-        levels = torch.tensor(how.levels, dtype=torch.float32)
+        levels = torch.tensor(how.levels, dtype=torch.float32, device=codes.device)
         return levels.index_select(0, codes.reshape(-1).int()).view(codes.shape).mul_(scale[..., None])
     values = (codes - MIDDLE[how.bits]).mul_(scale[..., None])
     return values if offset is None else values.add_(offset[..., None])

@@ -7,6 +7,7 @@ arrays as they are stored; the reference takes what `decode` makes of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Place:
     """Where one weight is kept: in tensors of its own, or as one of the equal parts of a stacked tensor.
 
-    A stacked tensor is [experts, parts * rows, columns]: expert e's part p is one run of rows.
+    A stacked tensor is [experts, parts * rows, columns]: expert e's part p is one run of rows or, where parts
+    `alternate`, row p of each `parts` rows.
     """
 
     stem: str
@@ -36,6 +38,10 @@ class Place:
     """Which of the `experts * parts` parts the weight is."""
     bare: bool = False
     """Whether the stem is the tensor's whole name, as a bias's."""
+    alternate: bool = False
+    """Whether the rows of a stack's parts alternate."""
+    transposed: bool = False
+    """Whether a stack of floats is [experts, columns, parts * rows]; a quantised one is not."""
 
     def named(self, suffix: str) -> str:
         """The name of one of its tensors. A stacked tensor is a parameter of its own and has no ".weight"."""
@@ -48,6 +54,17 @@ class Place:
         if self.experts is None:
             return shape
         return (self.experts, self.parts * shape[0], *shape[1:])
+
+    def tensor_part(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> TensorPart:
+        """The bytes of this place in one of its tensors, where they take `nbytes` as `shape`, row by row.
+
+        In a transposed one it is the numbers of each row that alternate, not the rows.
+        """
+        if not self.alternate or self.parts == 1:
+            return TensorPart(name, dtype, shape, nbytes, self.index * nbytes)
+        expert, part = divmod(self.index, self.parts)
+        run = nbytes // (math.prod(shape) if self.transposed else shape[0])
+        return TensorPart(name, dtype, shape, nbytes, expert * self.parts * nbytes, Alternation(self.parts, part, run))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +80,22 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternation:
+    """Which runs of a stretch of bytes count: run number `part` of each `parts` runs of `nbytes` bytes."""
+
+    parts: int
+    part: int
+    nbytes: int
+
+    def of(self, stretch: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """`out`, filled with the runs of a stretch that count; uint8 both."""
+        out.reshape(-1, self.nbytes)[:] = stretch.reshape(-1, self.parts, self.nbytes)[:, self.part]
+        return out
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPart:
-    """Consecutive bytes of one tensor, and what they are."""
+    """Bytes of one tensor, and what they are: consecutive ones, unless they alternate with those of other weights."""
 
     name: str
     dtype: str
@@ -72,11 +103,33 @@ class TensorPart:
     nbytes: int
     offset: int = 0
     """Bytes of the tensor that lie before them."""
+    alternation: Alternation | None = None
+    """None: they are consecutive."""
+
+    @property
+    def span(self) -> int:
+        """Bytes of the tensor from `offset` on that hold them, those of others between them included."""
+        return self.nbytes * (1 if self.alternation is None else self.alternation.parts)
+
+    def rows(self, first: int, count: int) -> TensorPart:
+        """The bytes of some of its rows."""
+        each = self.span // self.shape[0]
+        start, nbytes = self.offset + first * each, count * (self.nbytes // self.shape[0])
+        return TensorPart(self.name, self.dtype, (count, *self.shape[1:]), nbytes, start, self.alternation)
 
     @staticmethod
     def whole(name: str, entry: TensorEntry) -> TensorPart:
         """All of a tensor."""
         return TensorPart(name, entry.dtype, entry.shape, entry.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryPairs:
+    """Rows of a weight that rotary embeddings turn two by two, where the two of a pair lie side by side."""
+
+    heads: int
+    rows: int
+    """Of each head, its last ones; those before them are not turned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +143,10 @@ class StoredWeight:
     """How it is quantised, where its format gives `codes`; None: it comes as floats only."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where a format's tensors alone do not tell."""
-    interleaved_heads: int = 0
-    """Heads whose rotary pairs of rows lie side by side in the file (`Layout.interleaved`); 0: rows lie in order."""
+    pairs: RotaryPairs | None = None
+    """Rotary pairs of rows that lie side by side in the file; None: rows lie in order."""
+    transposed: bool = False
+    """Whether its tensor has a row for each input."""
 
     @property
     def nbytes(self) -> int:
@@ -153,9 +208,14 @@ def sole_tensor(name: str, stored: str, whole: tuple[int, ...], source: Source) 
     entry = source.entry(name)
     if entry is None or entry.dtype != stored:
         return False
-    if entry.shape != whole:
+    if _without_leading_ones(entry.shape) != _without_leading_ones(whole):
         raise ShapeMismatch(name, entry.shape, whole)
     return True
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same bytes: llama.cpp's converter has written a matrix of one row as a vector."""
+    return _without_leading_ones(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
 
 
 class BadTensor(Exception):

@@ -16,7 +16,7 @@ from moe_ray.model.families import ExpertRole, Role
 from moe_ray.model.formats import TensorEntry
 from moe_ray.model.lora.adapter_config import FILE as CONFIG_FILE
 from moe_ray.model.lora.adapter_config import AdapterConfig
-from moe_ray.model.lora.adapter_names import ADAPTED, EXPERT_ROLES, Module, Names
+from moe_ray.model.lora.adapter_names import DENSE_ROLES, EXPERT_ROLES, SHARED_ROLES, Module, Names
 from moe_ray.model.lora.parts import ExpertPart, LayerPart, LowRank, MatrixPart, TrunkPart
 from moe_ray.model.lora.stacked import Stacked, stacked_of
 from moe_ray.model.model_config import ModelConfig
@@ -85,13 +85,25 @@ class Adapter:
         """Whether it adds to any expert of a layer."""
         return layer in self._expert_layers
 
+    def adapts(self, layer: int, expert: int) -> bool:
+        """Whether calls of this key may name it: the layer is one of those, and the expert one of its model's.
+
+        Replicas number the experts of further models behind those.
+        """
+        return layer in self._expert_layers and expert < self._model.num_local_experts
+
     def trunk_part(self) -> TrunkPart:
         """What it adds to the trunk, read now. Raises `AdapterError`."""
-        layers = tuple(
-            LayerPart(*(self._low_rank(role, layer) for role in ("q", "k", "v", "out", "router")))
-            for layer in range(self._model.num_hidden_layers)
-        )
+        layers = tuple(map(self._layer_part, range(self._model.num_hidden_layers)))
         return TrunkPart(layers, self._matrix("embed"), self._matrix("head"))
+
+    def _layer_part(self, layer: int) -> LayerPart:
+        q, k, v, out, router, share = (
+            self._low_rank(role, layer) for role in ("q", "k", "v", "out", "router", "shared_share")
+        )
+        roles = DENSE_ROLES if layer in self._model.dense_layers else SHARED_ROLES
+        shared = ExpertPart(*(self._low_rank(role, layer) for role in roles))
+        return LayerPart(q, k, v, out, router, shared, share)
 
     def expert_part(self, layer: int, expert: int) -> ExpertPart:
         """What it adds to one expert in one layer, read now. Raises `AdapterError`."""
@@ -128,7 +140,7 @@ class Adapter:
             if place is None:
                 first = next(iter(found.values()))
                 raise self._wrong(first, f"the model ({self._model.family.model_type}) has no module {module}")
-            if place.role is not None and place.role not in ADAPTED:
+            if place.role is not None and not names.adapted(place.role):
                 raise self._wrong(next(iter(found.values())), f"nothing can be added to {module}")
             if "whole" in found:
                 self._take_whole(place, found["whole"], module)
@@ -138,6 +150,12 @@ class Adapter:
             roles = [role for stacked, _ in several for role in stacked.rows]
             if len(set(roles)) != len(roles):
                 raise AdapterError(f"{self._path}: two additions to the same matrices of layer {layer}'s experts")
+        square = self._model.hidden_size == self._model.intermediate_size
+        if square and any(stacked.exchanged for several in self._stacked.values() for stacked, _ in several):
+            raise AdapterError(
+                f"{self._path}: additions to experts with inputs and outputs exchanged, which some versions of peft "
+                f"save, of a model whose hidden_size is its intermediate_size: how to read `down_proj` cannot be told"
+            )
 
     def _split(self, name: str) -> tuple[str, str]:
         """Module and kind of a tensor."""

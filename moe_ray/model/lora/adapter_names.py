@@ -11,8 +11,21 @@ from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.weights import head_weight, weights_of_expert, weights_of_trunk
 
 EXPERT_ROLES: Final[tuple[ExpertRole, ...]] = ("gate", "up", "down")
-ADAPTED: Final[tuple[Role, ...]] = ("embed", "q", "k", "v", "out", "router", "head", *EXPERT_ROLES)
-"""What backends can add to."""
+SHARED_ROLES: Final[tuple[Role, ...]] = ("shared_gate", "shared_up", "shared_down")
+"""Of the expert that every token goes to, in the order of `EXPERT_ROLES`."""
+DENSE_ROLES: Final[tuple[Role, ...]] = ("dense_gate", "dense_up", "dense_down")
+"""Of what a layer without experts has in their stead, in the same order."""
+ADAPTED: Final[tuple[Role, ...]] = (
+    *("embed", "q", "k", "v", "out", "router", "head"),
+    *EXPERT_ROLES,
+    *SHARED_ROLES,
+    *DENSE_ROLES,
+    "shared_share",
+)
+"""What backends can add to; of latent attention, to `out` alone."""
+
+_OF_NETWORKS: Final = frozenset((*EXPERT_ROLES, *SHARED_ROLES, *DENSE_ROLES, "router", "shared_share"))
+"""What a layer has with experts or without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,10 @@ class Names:
                 if role in self._shapes or stacked:
                     self._patterns[_pattern(stem, stacked)] = (None if stacked else role, stacked)
 
+    def adapted(self, role: Role) -> bool:
+        """Whether backends can add to what this model has of a role."""
+        return role in ADAPTED and (self._model.latent is None or role != "q")
+
     def find(self, module: str) -> Module | None:
         """What a module is; None: none of this model's."""
         for pattern, (role, stacked) in self._patterns.items():
@@ -53,6 +70,9 @@ class Names:
             numbers = {key: int(value) for key, value in found.groupdict().items()}
             layer, expert = numbers.get("layer"), numbers.get("expert")
             if (layer or 0) >= self._model.num_hidden_layers or (expert or 0) >= self._model.num_local_experts:
+                continue
+            dense = layer in self._model.dense_layers
+            if layer is not None and (role in DENSE_ROLES) != dense and (stacked or role in _OF_NETWORKS):
                 continue
             if role in EXPERT_ROLES and expert is None:  # the only one of a dense model
                 expert = 0

@@ -7,7 +7,7 @@ that of ml_dtypes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_ray.model.families import ExpertRole
@@ -51,6 +51,9 @@ class LayerPart:
     v: LowRank | None = None
     out: LowRank | None = None
     router: LowRank | None = None
+    shared: ExpertPart = field(default_factory=ExpertPart)
+    """To the expert that every token goes to, or to what a layer without experts has in their stead."""
+    share: LowRank | None = None  # to what says how much of that expert counts [1, D]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -45,6 +45,8 @@ def stacked_of(model: ModelConfig, a: tuple[int, ...], b: tuple[int, ...]) -> St
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % experts or not a[0]:
         return None
     joined: dict[ExpertRole, slice] = {"gate": slice(0, inner), "up": slice(inner, 2 * inner)}
+    if any(layout.alternate for layout in model.family.layouts):
+        joined = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
     down: dict[ExpertRole, slice] = {"down": slice(0, outer)}
     inputs, outputs, rank = a[1], b[0], a[0] // experts
     for exchanged, (k, n) in ((False, (inputs, outputs)), (True, (outputs, inputs))):

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from moe_ray.core import Batch
+from moe_ray.core import AdapterRows, Batch
 from moe_ray.errors import AdapterNotHeld
 
 
@@ -50,6 +50,11 @@ class StepAdapters(Generic[HeldT]):
             self.runs.append(TokenRun(adapter_id, held.get(adapter_id), start, end))
             start = end
         self._of_experts: dict[tuple[bool, ...], np.ndarray | None] = {}
+
+    @property
+    def shared_runs(self) -> tuple[AdapterRows, ...]:
+        """The adapters of all tokens, as `ExpertCall.adapters`: for the expert that every token goes to."""
+        return tuple(AdapterRows(run.adapter_id, run.end - run.start) for run in self.runs)
 
     def token_adapters(self, layer: int) -> np.ndarray | None:
         """`Routed.token_adapters` of a layer: those that add to its experts."""

@@ -31,7 +31,7 @@ from moe_ray.bench.m1 import M1 as RECIPE
 from moe_ray.bench.m1 import config_json, write_tokenizer
 from moe_ray.config import load_config
 from moe_ray.errors import ConfigError
-from moe_ray.experts.planning.footprint import Network, network_step
+from moe_ray.experts.planning.network_step import Network, network_step
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.text.tokenizer import Tokenizer
 

@@ -65,11 +65,11 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("other"), 1)
 
 
-@pytest.fixture(scope="module", params=["torch", "native"])
+@pytest.fixture(scope="module", params=["torch", "native", "triton"])
 def compute(request: pytest.FixtureRequest) -> Compute:
     if request.param == "torch":
         return Compute(Backend("float32"))
-    return open_backend("native bfloat16")
+    return open_backend({"native": "native bfloat16", "triton": "triton float32"}[request.param])
 
 
 class Reader(ExpertReader):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_ray.config import load_config
-from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
+from moe_ray.core import AdapterRows, ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import CallRefused, ExpertFailed, ReplicaBusy
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker import MAX_BATCHED_ROWS, ExpertWorker
@@ -35,13 +35,15 @@ class Gated(TorchFFN):
         self.batches: list[int] = []
         self.fail: type[Exception] | None = None
 
-    def forward(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
+    ) -> torch.Tensor:
         self.batches.append(len(rows))
         self.entered.set()
         assert self.gate.wait(20)
         if self.fail is not None:
             raise self.fail("the device fell off")
-        return super().forward(rows, weights)
+        return super().forward(rows, weights, adapters)
 
 
 @pytest.fixture

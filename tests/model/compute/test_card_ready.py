@@ -7,46 +7,20 @@ import itertools
 import pytest
 import torch
 from backends import RandomWeights
+from card_models import BLOCK, CONFIG, CPU, SINKS
+from step_batch import step_batch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from moe_ray.core import Batch, Request, SamplingParams, Sequence
+from moe_ray.core import Batch
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.model import moe
-from moe_ray.model.compute.torch.plan import StepPlan, plan_step, power_of_two
+from moe_ray.model.compute.torch.plan import MOST_GATHERED, StepPlan, plan_step, power_of_two
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.model_config import ModelConfig
 
-CPU, BLOCK = torch.device("cpu"), 4
-CONFIG = ModelConfig.from_dict(
-    {
-        "model_type": "mixtral",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "sliding_window": 40,
-    }
-)
-
 
 def batch_of(*chunks: tuple[int, int]) -> Batch:
-    """One sequence for each (start, end); each samples its last position."""
-    batch = Batch([], [], [], [], [0], [], [])
-    for number, (start, end) in enumerate(chunks):
-        tokens = [(3 + 7 * i + 11 * number) % 100 for i in range(end)]
-        seq = Sequence(Request(str(number), (1,), SamplingParams()), tokens)
-        seq.block_table = [40 * number + (7 * b + 3) % 40 for b in range(-(-end // BLOCK))]
-        batch.sequences.append(seq)
-        batch.token_ids += tokens[start:end]
-        batch.positions += range(start, end)
-        batch.slot_mapping += [seq.block_table[p // BLOCK] * BLOCK + p % BLOCK for p in range(start, end)]
-        batch.query_start.append(len(batch.token_ids))
-        batch.context_lens.append(end)
-        batch.num_sampled.append(1)
-    return batch
+    return step_batch(list(chunks), BLOCK, 40)
 
 
 def cache() -> KVCache:
@@ -70,10 +44,13 @@ def step(trunk: TorchTrunk, batch: Batch, kv: KVCache, look: bool = True) -> tor
     "chunks", [((9, 10), (40, 41), (50, 51)), ((0, 8),), ((8, 20), (0, 5), (16, 17)), ((30, 60),)], ids=str
 )
 @pytest.mark.parametrize("static", [False, True])
-def test_a_step_never_waits_for_the_device(chunks: tuple[tuple[int, int], ...], static: bool) -> None:
+@pytest.mark.parametrize("config", [CONFIG, SINKS], ids=["window", "sinks"])
+def test_a_step_never_waits_for_the_device(
+    config: ModelConfig, chunks: tuple[tuple[int, int], ...], static: bool
+) -> None:
     """Fake tensors have shapes but no values: whatever needs one on the host raises."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        trunk = TorchTrunk(RandomWeights(CONFIG, torch.float32), 256, static)  # type: ignore[arg-type]
+        trunk = TorchTrunk(RandomWeights(config, torch.float32), 256, static)  # type: ignore[arg-type]
         logits = step(trunk, batch_of(*chunks), cache(), look=False)
     assert logits.shape == (len(chunks), 100)
 
@@ -121,6 +98,16 @@ def test_plans_of_similar_batches_have_the_same_shapes() -> None:
     assert plan(10, 100).shapes == ((2,), (1, 16), (1, 128))
     assert plan(5, 9, 100, 110, 120).shapes == ((8,), (2, 16), (4, 128))
     assert plan(20, 20, 20, static=False).shapes == ((3,), (3, 20))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_gather_is_bounded(static: bool) -> None:
+    """Many long contexts are several groups; one that is longer than the bound is a group of its own."""
+    made = plan(*[20_000] * 9, static=static)
+    assert len(made.decodes) == (2 if not static else 3)
+    assert all(group.slots.numel() <= MOST_GATHERED for group in made.decodes)
+    assert {row for group in made.decodes for row in group.rows.tolist()} == set(range(9))
+    assert [group.slots.shape[0] for group in plan(20, MOST_GATHERED + 1, static=static).decodes] == [1, 1]
 
 
 def test_there_are_few_shapes() -> None:

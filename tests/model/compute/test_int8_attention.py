@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from backends import BEST, HERE, RandomWeights, open_backend
-from chunks import ONE, SHAPES, TWO, WHOLE, Chunks
+from chunks import SHAPES, WHOLE, Chunks, in_pieces
 
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.model.compute.compute import Compute
@@ -30,7 +30,7 @@ NAMES = [
     *(f"{name} bfloat16" for name in HERE if name != BEST),
     "torch float32",
 ]
-CHOSEN = [SHAPES[i] for i in (0, 1, 2, 4, 5, 8)]
+CHOSEN = [SHAPES[i] for i in (0, 1, 2, 4, 5, 8, 9)]
 shapes = pytest.mark.parametrize(
     "config", CHOSEN, ids=lambda c: f"{c.num_attention_heads}/{c.num_key_value_heads}x{c.head_dim}"
 )
@@ -84,10 +84,7 @@ def test_chunks_and_company_change_nothing(config: ModelConfig, compute: Compute
     """The same tokens in chunks, behind what is cached, in other company and order."""
     got, _ = chunks_of(compute, config).run(WHOLE)
     chunks = chunks_of(compute, config)
-    first, _ = chunks.run([(0, ONE, 0, 41)])
-    mixed, _ = chunks.run([(1, TWO, 0, 5), (0, ONE, 41, 42)])
-    last, _ = chunks.run([(0, ONE, 42, 70), (1, TWO, 5, 33)])
-    again = torch.cat((first, mixed[5:], last[:28], mixed[:5], last[28:]))
+    again = in_pieces(chunks)
     if compute.kernels is not None:
         assert torch.equal(again, got)
     else:

@@ -155,7 +155,7 @@ def test_what_a_host_calls_is_forward(expert: Expert, compute: Compute, count: i
 
     native = expert.ffn.entry()
     assert (native is not None) == (compute.kernels is not None)
-    entry: HostEntry = native or tensor_entry(expert.ffn.forward, compute.torch_dtype, compute.torch_device)
+    entry: HostEntry = native or tensor_entry(expert.ffn.forward, compute.torch_dtype)
     x, weights = expert.rows(count)
     out, why = torch.full_like(x, 7.0), ctypes.create_string_buffer(512)
     assert entry.function is not None

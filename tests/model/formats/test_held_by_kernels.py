@@ -1,4 +1,4 @@
-"""Native kernels hold quantised checkpoints in their own bits where they can, say where not, and compute right."""
+"""Kernels hold quantised checkpoints in their own bits where they can, say where not, and compute right."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ KEY = (1, 2)
         ),
     ],
 )
+@pytest.mark.parametrize("backend", ["native float32", "triton float32"])
 def test_an_expert(
+    backend: str,
     quantise: Callable[[torch.Tensor], quantised.Made],
     settings: dict[str, Any],
     quantize: str | None,
@@ -55,11 +57,15 @@ def test_an_expert(
 ) -> None:
     written = quantised.write(tmp_path, quantise, settings)
     checkpoint = Checkpoint.open(tmp_path)
-    reader = ExpertReader(checkpoint, [KEY], open_backend("native float32"), quantize=quantize)
+    reader = ExpertReader(checkpoint, [KEY], open_backend(backend), quantize=quantize)
     assert reader.layout.format == held
     ffn = reader.read(KEY)
     gate, up, down = (written.expected[weight].double() for weight in weights_of_expert(checkpoint.config, *KEY))
     x = torch.randn(5, gate.shape[1], generator=torch.Generator().manual_seed(3))
     exact = (torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
     error = (ffn.forward(x, torch.ones(5)).double() - exact).abs().max() / exact.abs().max()
-    assert error < (1e-5 if "float32" in held else 3e-2)
+    if "float32" in held:
+        allowed = 1e-5
+    else:  # Triton's products are of float32 rows and codes: what is rounded is the scales, to 11 bits
+        allowed = 1e-3 if backend.startswith("triton") and reader.held(KEY).startswith("int4") else 3e-2
+    assert error < allowed

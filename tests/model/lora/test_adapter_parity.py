@@ -37,7 +37,9 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {**saved, "each expert's own": save_old_adapter(directory / "old", 5)}
 
 
-@pytest.mark.parametrize("backend", ["native float32", "torch float32"])
+@pytest.mark.parametrize(
+    "backend", ["native float32", "torch float32", pytest.param("triton trunk float32", marks=pytest.mark.slow)]
+)
 def test_each_sequence_is_as_with_its_adapter_alone(backend: str, base: Path, adapters: dict[str, Path]) -> None:
     model = AdaptedModel(base, open_backend(backend, 2))
     plain = model.logits([(0, PROMPTS[0])])[0]

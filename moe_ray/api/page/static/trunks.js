@@ -16,11 +16,12 @@ export class TrunksCard {
     say(this._title, house.trunks.length > 1 ? `${house.trunks.length} trunks` : "Trunk");
     const first = house.trunks.find((trunk) => trunk.device);
     say(this._what, first ? `${first.format} on ${first.device}` : "");
+    const several = new Set(house.trunks.map((trunk) => trunk.model).filter(Boolean)).size > 1;
     const seen = new Set();
     for (const trunk of house.trunks) {
       seen.add(trunk.replica_id);
       if (!this._rows.has(trunk.replica_id)) this._add(trunk.replica_id);
-      this._rows.get(trunk.replica_id)(trunk);
+      this._rows.get(trunk.replica_id)(trunk, several);
     }
     for (const [id, show] of this._rows) {
       if (seen.has(id)) continue;
@@ -40,9 +41,10 @@ export class TrunksCard {
     const pairs = el("dl", { class: "pairs" }, cells.map((pair) => el("div", {}, pair)));
     const box = el("div", { class: "trunk" }, state, pairs, meter);
     meter.style.marginTop = "11px";
-    const show = (trunk) => {
+    const show = (trunk, several) => {
       state.dataset.state = trunk.missing?.length ? "loading" : trunk.state;
-      say(word, trunk.missing?.length ? `waits for ${names(trunk.missing)}` : trunk.state);
+      const says = trunk.missing?.length ? `waits for ${names(trunk.missing)}` : trunk.state;
+      say(word, several && trunk.model ? `${trunk.model}: ${says}` : says);
       if (trunk.device === undefined) return;
       const told = [count(trunk.running), count(trunk.waiting), percent(trunk.kv_use), count(trunk.generated_tokens), count(trunk.max_model_len), `${trunk.pid}`];
       cells.forEach(([, cell], i) => say(cell, told[i]));

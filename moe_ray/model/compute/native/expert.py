@@ -6,9 +6,10 @@ import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_ray.errors import AdapterNotHeld
+from moe_ray.model.lora.network_adapters import NetworkAdapters
 from moe_ray.model.lora.parts import ExpertPart
 from moe_ray.native.additions import AdditionPacker, BlockPart, ExpertAdapter, packed_runs
+from moe_ray.native.gating import Gating
 from moe_ray.native.host import HostEntry
 from moe_ray.native.kernels import Kernels, Packed
 
@@ -30,20 +31,24 @@ class _Held:
         return ctypes.addressof(self.struct)
 
 
-class NativeFFN:
+class NativeFFN(NetworkAdapters[_Held | None]):
     """`base.FFN` by the native kernels: sums in float32, a row's result independent of its neighbours."""
 
-    def __init__(self, w13: Packed, w2: Packed, kernels: Kernels, dtype: str) -> None:
-        """w13: gate and up [I, D] in one block; w2 [D, I]; D and I multiples of 32. `dtype`: of rows."""
+    def __init__(self, w13: Packed, w2: Packed, kernels: Kernels, dtype: str, gating: Gating | None = None) -> None:
+        """w13: gate and up [I, D] in one block; w2 [D, I]; D and I multiples of 32. `dtype`: of rows.
+
+        `gating`: biases, and how gate and up are combined; default: SwiGLU without biases.
+        """
         self.w13, self.w2, self.kernels, self.dtype = w13, w2, kernels, dtype
-        self.nbytes = w13.nbytes + w2.nbytes
-        self._adapters: dict[int, _Held | None] = {}
+        self._gating = gating or Gating()
+        self.nbytes = w13.nbytes + w2.nbytes + self._gating.nbytes
+        super().__init__()
 
     def forward(
         self, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
     ) -> torch.Tensor:
         if not adapters:
-            return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2)
+            return self._compute(rows, weights)
         held = [self._held(run.adapter_id) for run in adapters]  # lives while it computes
         runs = packed_runs(
             [
@@ -51,24 +56,24 @@ class NativeFFN:
                 for run, each in zip(adapters, held, strict=True)
             ]
         )
-        return self.kernels.expert_ffn(rows.contiguous(), weights.contiguous(), self.w13, self.w2, runs)
+        return self._compute(rows, weights, runs)
+
+    def _compute(self, rows: torch.Tensor, weights: torch.Tensor, runs: bytes = b"") -> torch.Tensor:
+        return self.kernels.expert_ffn(
+            rows.contiguous(), weights.contiguous(), self.w13, self.w2, runs, gating=self._gating
+        )
 
     def add_adapter(self, adapter_id: int, part: ExpertPart) -> None:
-        if adapter_id in self._adapters:
-            return  # of the same content, by its id; the memory that it is known by must stay
         inner, hidden = self.w13.shape.n, self.w13.shape.k
-        held = None
-        if part.gate or part.up or part.down:
+
+        def make() -> _Held | None:
+            if not (part.gate or part.up or part.down):
+                return None
             packer = AdditionPacker(self.kernels, self.dtype)
             w13 = packer.pack([BlockPart(part.gate, inner), BlockPart(part.up, inner)], alternate=True)
-            held = _Held(ExpertAdapter(w13, packer.pack([BlockPart(part.down, hidden)])), packer)
-        self._adapters = {**self._adapters, adapter_id: held}
+            return _Held(ExpertAdapter(w13, packer.pack([BlockPart(part.down, hidden)])), packer)
 
-    def remove_adapter(self, adapter_id: int) -> None:
-        self._adapters = {number: held for number, held in self._adapters.items() if number != adapter_id}
-
-    def has_adapter(self, adapter_id: int) -> bool:
-        return adapter_id in self._adapters
+        self.hold_adapter(adapter_id, make)
 
     @property
     def adapter_bytes(self) -> int:
@@ -79,15 +84,11 @@ class NativeFFN:
         return None if held is None else held.address
 
     def _held(self, adapter_id: int) -> _Held | None:
-        if not adapter_id:
-            return None
-        if adapter_id not in (adapters := self._adapters):
-            raise AdapterNotHeld(f"adapter {adapter_id} is not held by this expert")
-        return adapters[adapter_id]
+        return self.held_adapter(adapter_id) if adapter_id else None
 
     def buffers(self) -> list[memoryview]:
-        return [memoryview(self.w13.memory), memoryview(self.w2.memory)]
+        return [memoryview(self.w13.memory), memoryview(self.w2.memory), *self._gating.buffers()]
 
     def entry(self) -> HostEntry:
         """The kernel's own function over the packed weights."""
-        return self.kernels.expert_entry(self.w13, self.w2, self.dtype)
+        return self.kernels.expert_entry(self.w13, self.w2, self.dtype, self._gating)

@@ -100,16 +100,21 @@ def _rounded(kernels: Kernels, matrix: Matrix, how: Grouping) -> GroupedCodes:
     return GroupedCodes(how, *round_codes(kernels, matrix.values(), how))
 
 
-def _of_one_order(matrices: Sequence[Sequence[GroupedCodes]]) -> list[GroupedCodes]:
+def check_one_order(weights: Sequence[GroupedCodes]) -> None:
+    """Raise `CheckpointError` where weights that share their inputs have their columns in different orders."""
     import numpy as np
 
-    order = matrices[0][0].order
-    for weight in (weight for rows in matrices for weight in rows):
+    order = weights[0].order
+    for weight in weights:
         if order is not None and weight.order is not None and not np.array_equal(order, weight.order):
             raise CheckpointError(
                 "quantised weights that share their inputs have their columns in different orders (act-order of "
                 "another calibration); kernels need one order: set model.kernels to torch"
             )
+
+
+def _of_one_order(matrices: Sequence[Sequence[GroupedCodes]]) -> list[GroupedCodes]:
+    check_one_order([weight for rows in matrices for weight in rows])
     return [_stacked(rows) for rows in matrices]
 
 

@@ -37,6 +37,9 @@ class TrunkAdapter:
         self._config = config
         self.layers = (LayerAdapter * len(part.layers))(*map(self._layer, part.layers))
         """By layer, one behind the other."""
+        self.shared = [each.shared for each in part.layers]
+        """What is added to each layer's shared expert."""
+        self.shares = [None if each.share is None else _Share(each.share, kernels, dtype) for each in part.layers]
         self.embed = None if part.embed is None else _Embedding(part.embed, kernels)
         head = part.head or MatrixPart()
         addition = self._packer.pack([BlockPart(head.low_rank, config.vocab_size)])
@@ -47,6 +50,7 @@ class TrunkAdapter:
             self.head = kernels.pack_floats(dtype, FloatMatrix(_tensor(head.whole).to(_dtype(dtype))).values())
         self.nbytes = self._packer.nbytes + (0 if self.head is None else self.head.nbytes)
         self.nbytes += 0 if self.embed is None else self.embed.nbytes
+        self.nbytes += sum(share.nbytes for share in self.shares if share is not None)
 
     def _layer(self, part: LayerPart) -> LayerAdapter:
         c = self._config
@@ -80,6 +84,21 @@ class _Embedding:
             hidden += self._kernels.linear(F.embedding(ids, self._rows), self._b)
 
 
+class _Share:
+    """What is added to the products that say how much of a shared expert counts."""
+
+    def __init__(self, part: LowRank, kernels: Kernels, dtype: str) -> None:
+        a, b = _padded(part)
+        self._kernels = kernels
+        self._a = kernels.pack_floats(dtype, FloatMatrix(_tensor(a.T.copy()).to(_dtype(dtype))).values())  # [rank, D]
+        self._b = kernels.pack_floats("float32", b)  # [1, rank]
+        self.nbytes = self._a.nbytes + self._b.nbytes
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float32 [T, 1] for rows [T, D]."""
+        return self._kernels.linear(self._kernels.linear(rows, self._a), self._b)
+
+
 class NativeStepAdapters(StepAdapters[TrunkAdapter]):
     """The adapters of one batch, as the kernels take them."""
 
@@ -103,6 +122,12 @@ class NativeStepAdapters(StepAdapters[TrunkAdapter]):
         for run in self.runs:
             if run.held is not None and run.held.embed is not None:
                 run.held.embed.apply(ids[run.start : run.end], hidden[run.start : run.end])
+
+    def add_share(self, layer: int, rows: torch.Tensor, share: torch.Tensor) -> None:
+        """Add to the products [T, 1] of rows [T, D] with a layer's `shared_share`."""
+        for run in self.runs:
+            if run.held is not None and (added := run.held.shares[layer]) is not None:
+                share[run.start : run.end] += added.of(rows[run.start : run.end])
 
     def heads(self, rows: Sequence[int], head: Packed) -> list[tuple[int, Packed, bytes]]:
         """How the logits of these flat positions, ascending, are computed: (how many, matrix, additions) in order."""

@@ -15,10 +15,10 @@ _MAX_VIEWS: Final = 64
 product."""
 
 
-def tensor_entry(forward: Callable[..., torch.Tensor], dtype: torch.dtype, device: torch.device) -> HostEntry:
-    """An entry that calls `forward(rows [T, D], weights [T])` on `device`: on a CPU, on the host's own buffers.
+def tensor_entry(forward: Callable[..., torch.Tensor], dtype: torch.dtype) -> HostEntry:
+    """An entry that calls `forward(rows [T, D], weights [T])` on the host's own buffers, in the host's memory.
 
-    Where rows have adapters, it is given their runs as well, as `ExpertCall.adapters`.
+    Where rows have adapters, it is given their runs as well, as `ExpertCall.adapters`. Its result may be on a card.
     """
     known: dict[Buffers, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
@@ -30,10 +30,7 @@ def tensor_entry(forward: Callable[..., torch.Tensor], dtype: torch.dtype, devic
             views = known[buffers] = _views(buffers, dtype)
         rows, weights, out = views
         adapters = (tuple(AdapterRows(*run) for run in runs),) if runs else ()
-        if device.type == "cpu":
-            computed = forward(rows, weights, *adapters)
-        else:
-            computed = forward(rows.to(device), weights.to(device), *adapters)
+        computed = forward(rows, weights, *adapters)
         if computed.shape != rows.shape or computed.dtype != dtype:
             became = f"{list(computed.shape)} of {computed.dtype}"
             raise ValueError(f"rows {list(rows.shape)} of {dtype} became {became}")

@@ -1,4 +1,4 @@
-"""Keys and values on their way into the KV cache and out of it: as they are, or as int8 with a scale for each head."""
+"""Keys and values on their way into the KV cache and out of it: as they are, as floats of 8 bits, or as scaled int8."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from moe_ray.model.compute.base import LayerCache
 
 MOST: Final = 127
 """Largest magnitude of what is held in int8."""
+MOST_FLOAT8: Final = 448.0
+"""Of float8_e4m3fn."""
 
 
 def keep(cache: LayerCache, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Write k and v [P, kv_heads, head_dim] to `slots` [P]; return them as they will be read from there."""
+    if v is k:
+        kept = _keep(cache.k, cache.k_scales, slots, k)
+        return kept, kept
     return _keep(cache.k, cache.k_scales, slots, k), _keep(cache.v, cache.v_scales, slots, v)
 
 
@@ -23,6 +28,11 @@ def recall(cache: LayerCache, slots: torch.Tensor, dtype: torch.dtype) -> tuple[
 
 
 def _keep(held: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    if held.dtype == torch.float8_e4m3fn:
+        floats = to_float8(rows)
+        # By their bytes: few operations know this dtype.
+        held.view(torch.uint8).index_copy_(0, slots, floats.view(torch.uint8))
+        return floats.to(rows.dtype)
     if scales is None:
         held.index_copy_(0, slots, rows)
         return rows
@@ -33,7 +43,16 @@ def _keep(held: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, 
 
 
 def _recall(held: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if held.dtype == torch.float8_e4m3fn:
+        return held.view(torch.uint8)[slots].view(held.dtype).to(dtype)
     return held[slots] if scales is None else _values(held[slots], scales[slots], dtype)
+
+
+def to_float8(rows: torch.Tensor) -> torch.Tensor:
+    """rows [...] as float8_e4m3fn, rounded to nearest even, at most 448; NaN where a number is NaN or infinite."""
+    wide = rows.float()
+    within = wide.clamp(-MOST_FLOAT8, MOST_FLOAT8)  # the conversion alone makes NaN of what is above
+    return within.masked_fill(~wide.isfinite(), torch.nan).to(torch.float8_e4m3fn)
 
 
 def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_ray.core import Batch
+from moe_ray.model.compute.base import HeldMatrix
 from moe_ray.model.lora.parts import LowRank, MatrixPart, TrunkPart
 from moe_ray.model.lora.step import StepAdapters
 from moe_ray.model.matrix import tensor_of
@@ -68,9 +69,10 @@ class ThinLayer:
     qkv: Thin | None
     out: Thin | None
     gate: Thin | None
+    share: Thin | None
 
 
-_NOTHING = ThinLayer(None, None, None)
+_NOTHING = ThinLayer(None, None, None, None)
 
 
 class TorchAdapter:
@@ -88,12 +90,15 @@ class TorchAdapter:
                 Thin.above((each.q, each.k, each.v), qkv, like),
                 Thin.above((each.out,), (hidden,), like),
                 Thin.above((each.router,), (experts,), like),
+                Thin.above((each.share,), (1,), like),
             )
             for each, (qkv, experts) in zip(part.layers, layers, strict=True)
         ]
+        self.shared = [each.shared for each in part.layers]
+        """What is added to each layer's shared expert."""
         self.embed, self.embed_whole = _matrix(part.embed, like)
         self.head, self.head_whole = _matrix(part.head, like)
-        thins = [thin for each in self.layers for thin in (each.qkv, each.out, each.gate)]
+        thins = [thin for each in self.layers for thin in (each.qkv, each.out, each.gate, each.share)]
         held = [*thins, self.embed, self.embed_whole, self.head, self.head_whole]
         self.nbytes = sum(each.nbytes for each in held if each is not None)
 
@@ -160,17 +165,22 @@ class TorchStepAdapters(StepAdapters[TorchAdapter]):
         return hidden
 
     def logits(
-        self, rows: Sequence[int], x: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None
+        self,
+        rows: Sequence[int],
+        x: torch.Tensor,
+        head: HeldMatrix,
+        bias: torch.Tensor | None,
+        linear: Callable[[torch.Tensor, HeldMatrix, torch.Tensor | None], torch.Tensor],
     ) -> torch.Tensor:
-        """Logits [len(rows), V] of x [len(rows), D], which are of these flat positions, ascending."""
+        """Logits [len(rows), V] of x [len(rows), D], which are of these flat positions, ascending; by `linear`."""
         if not any(run.held is not None and (run.held.head or run.held.head_whole is not None) for run in self.runs):
-            return F.linear(x, head, bias)
+            return linear(x, head, bias)
         parts, start = [], 0
         for run in self.runs:
             end = bisect_left(rows, run.end)
             part = x[start:end]
             whole = None if run.held is None else run.held.head_whole
-            logits = F.linear(part, head if whole is None else whole, bias)
+            logits = linear(part, head if whole is None else whole, bias)
             parts.append(logits if run.held is None or run.held.head is None else logits + run.held.head.apply(part))
             start = end
         return torch.cat(parts)

@@ -6,14 +6,18 @@ for one batch fits the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 
 from moe_ray.core import Batch
 from moe_ray.model.compute.base import KVCacheView
+
+MOST_GATHERED: Final = 1 << 17
+"""Positions that a group's padded gather holds at most, unless one sequence alone has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class DecodeGroup:
     rows: torch.Tensor  # [B] flat positions of the queries
     slots: torch.Tensor  # [B, S] cache slots of each context, padded with slot 0
     mask: torch.Tensor  # [B, 1, 1, S] True where the query may look
+    full_mask: torch.Tensor  # the same for layers without a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class PrefillChunk:
     end: int
     slots: torch.Tensor | None  # [S] cache slots of the whole context; None: the chunk is its own context
     mask: torch.Tensor | None  # [Q, S] True where a query may look; None: plain causal
+    full_mask: torch.Tensor | None  # the same for layers without a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,12 @@ class StepPlan:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of all tensors of a plan without chunks: plans of equal shapes can replay one graph."""
         return (tuple(self.positions.shape), *(tuple(group.slots.shape) for group in self.decodes))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All of a plan without chunks, in one order."""
+        yield from (self.token_ids, self.positions, self.slot_mapping)
+        for group in self.decodes:
+            yield from (group.rows, group.slots, group.mask, group.full_mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +103,7 @@ def plan_step(
             np.array([single.context for single in group]),
         ]
     host += [_slots([table], context, block_size)[0] for start, end, context, table in chunks if context > end - start]
-    arrived = iter(_to_device(host, device))
+    arrived = iter(to_device(host, device))
     token_ids, positions, slot_mapping = (next(arrived) for _ in range(3))
     decodes = [_decode_group(next(arrived), next(arrived), next(arrived), sliding_window) for _ in groups]
     prefills = [
@@ -110,7 +122,10 @@ def _groups(singles: Sequence[_Single], block_size: int, static: bool) -> list[l
     # Sequences share a padded gather only with others at most twice as long, so padding at most doubles the work.
     groups: list[list[_Single]] = []
     for single in sorted(singles, key=lambda single: single.context):
-        if static:
+        full = bool(groups) and (len(groups[-1]) + 1) * _length([single], block_size, static) > MOST_GATHERED
+        if full:
+            fits = False
+        elif static:
             fits = bool(groups) and _length([single], block_size, True) == _length(groups[-1], block_size, True)
         else:
             fits = bool(groups) and single.context <= max(2 * groups[-1][0].context, 4 * block_size)
@@ -137,7 +152,7 @@ def _slots(block_tables: Sequence[list[int]], tokens: int, block_size: int) -> n
     return slots.reshape(len(block_tables), -1)[:, :tokens]
 
 
-def _to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """int64 tensors of these values on `device`, brought there by one copy that nothing waits for."""
     packed = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
     if device.type == "cuda":
@@ -148,10 +163,10 @@ def _to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch
 
 def _decode_group(rows: torch.Tensor, slots: torch.Tensor, contexts: torch.Tensor, window: int | None) -> DecodeGroup:
     keys, lengths = torch.arange(slots.shape[1], device=slots.device)[None], contexts[:, None]
-    mask = keys < lengths
+    full_mask = mask = keys < lengths
     if window is not None:
-        mask &= keys >= lengths - window
-    return DecodeGroup(rows, slots, mask[:, None, None])
+        mask = mask & (keys >= lengths - window)
+    return DecodeGroup(rows, slots, mask[:, None, None], full_mask[:, None, None])
 
 
 def _prefill_chunk(
@@ -159,10 +174,10 @@ def _prefill_chunk(
 ) -> PrefillChunk:
     windowed = window is not None and context > window
     if slots is None and not windowed:
-        return PrefillChunk(start, end, None, None)
+        return PrefillChunk(start, end, None, None, None)
     queries = torch.arange(context - (end - start), context, device=device)[:, None]
     keys = torch.arange(context, device=device)[None]
-    mask = keys <= queries
+    full_mask = mask = keys <= queries
     if windowed and window is not None:
-        mask &= keys > queries - window
-    return PrefillChunk(start, end, slots, mask)
+        mask = mask & (keys > queries - window)
+    return PrefillChunk(start, end, slots, mask, None if slots is None else full_mask)

@@ -1,0 +1,275 @@
+"""Steps of decoding that are recorded and replayed: no bit differs from steps that are launched as they come.
+
+There are no CUDA graphs here: `CallRecorder` keeps their contract. Outputs are undefined until a replay, stay where
+they are, and are computed from what is in the memory of the first step's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from backends import RandomWeights
+from card_models import BLOCK, CONFIG, CPU, SINKS
+from random_families import save_random_family
+from step_batch import step_batch
+
+from moe_ray.core import Batch
+from moe_ray.engine.kv_cache import KVCache
+from moe_ray.model import moe
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.compute.base import Pass
+from moe_ray.model.compute.compute import has_cuda
+from moe_ray.model.compute.torch.recorded import AFTER, RecordedPass, Recordings
+from moe_ray.model.compute.torch.recorders import CallRecorder, CudaRecorder, Recorder, Recording, Tensors
+from moe_ray.model.compute.torch.trunk import TorchPass, TorchTrunk
+from moe_ray.model.model_config import ModelConfig
+from moe_ray.model.trunk_weights import TrunkWeights
+
+
+class CountingRecorder:
+    """Counts what it records."""
+
+    def __init__(self, on: Recorder | None = None) -> None:
+        self.count, self._on = 0, on or CallRecorder()
+
+    def record(self, run: Callable[[], Tensors]) -> Recording:
+        self.count += 1
+        return self._on.record(run)
+
+
+def decodes(*contexts: int) -> Batch:
+    return step_batch([(n - 1, n) for n in contexts], BLOCK, 40)
+
+
+def by_experts(routed: moe.Routed) -> torch.Tensor:
+    """Experts that are simple functions of the rows, each another one."""
+    parts = (routed.rows * routed.weights[:, None]).split(routed.counts)
+    return torch.cat([part * (0.5 + 0.1 * e) for e, part in enumerate(parts)]).to(routed.rows.dtype)
+
+
+def going(work: Pass, layers: int, rows: list[int]) -> Iterator[torch.Tensor | None]:
+    """A forward pass that stops where a micro-batch waits; logits at last."""
+    for layer in range(layers):
+        routed = work.route(layer)
+        work.add_shared(layer)
+        if routed is not None:
+            yield None
+            work.combine(routed, by_experts(routed))
+    yield work.logits(rows)
+
+
+def logits_of(work: Pass, batch: Batch, layers: int = 3) -> torch.Tensor:
+    *_, logits = going(work, layers, [end - 1 for end in batch.query_start[1:]])
+    assert logits is not None
+    return logits
+
+
+class Pair:
+    """The same trunk twice: launched as it comes, and recorded."""
+
+    def __init__(
+        self,
+        config: ModelConfig = CONFIG,
+        dtype: torch.dtype = torch.float32,
+        weights: TrunkWeights | None = None,
+        on: Recorder | None = None,
+    ) -> None:
+        """`on`: records on a card, where the weights are."""
+        self.recorder, self.layers = CountingRecorder(on), config.num_hidden_layers
+        read: TrunkWeights = weights or RandomWeights(config, dtype)  # type: ignore[assignment]
+        self.plain = TorchTrunk(read, 256, True)
+        self.recorded = TorchTrunk(read, 256, True, recorder=self.recorder)
+        self.caches = [KVCache(config, 40 * 6, BLOCK, dtype, read.device) for _ in range(2)]
+
+    def step(self, batch: Batch) -> Pass:
+        """Compute a batch by both, compare, and return the pass of the recorded one."""
+        wanted = logits_of(self.plain.begin(batch, self.caches[0]), batch, self.layers)
+        work = self.recorded.begin(batch, self.caches[1])
+        assert torch.equal(logits_of(work, batch, self.layers), wanted)
+        for layer in range(self.layers):
+            mine, theirs = (cache.layer(layer) for cache in self.caches)
+            assert torch.equal(mine.k, theirs.k)
+            assert torch.equal(mine.v, theirs.v)
+        return work
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("config", [CONFIG, SINKS], ids=["window", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replays_have_every_bit(config: ModelConfig, dtype: torch.dtype) -> None:
+    """While contexts grow over powers of two and sequences come and go."""
+    pair, lengths = Pair(config, dtype), [5, 18, 33]
+    pair.step(step_batch([(0, n) for n in lengths], BLOCK, 40))
+    passes = [pair.step(decodes(*(n + turn for n in lengths))) for turn in range(1, 12)]
+    recorded = [isinstance(work, RecordedPass) for work in passes]
+    assert recorded[:AFTER] == [False] * AFTER
+    assert sum(recorded) >= 5
+    assert isinstance(pair.step(decodes(17, 30)), TorchPass), "two sequences are another key"
+    assert isinstance(pair.step(step_batch([(17, 18), (30, 33)], BLOCK, 40)), TorchPass), "a chunk is launched"
+    assert isinstance(pair.step(decodes(16, 30, 45)), RecordedPass)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [("qwen2_moe", 5), ("qwen2_moe, layers without experts", 5), ("deepseek_v2", 5), ("olmoe", 3)],
+)
+def test_families_with_shared_experts_dense_layers_and_latents(tmp_path: Path, case: str, parts: int) -> None:
+    checkpoint = Checkpoint.open(save_random_family(tmp_path / "model", case))
+    pair = Pair(checkpoint.config, weights=TrunkWeights(checkpoint, torch.float32, CPU))
+    passes = [pair.step(decodes(20 + turn, 25)) for turn in range(6)]
+    assert isinstance(passes[-1], RecordedPass)
+    assert pair.recorder.count == parts
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["qwen2_moe", "qwen2_moe, layers without experts", "deepseek_v2", "olmoe"])
+def test_cuda_graphs_have_every_bit(tmp_path: Path, case: str) -> None:
+    checkpoint = Checkpoint.open(save_random_family(tmp_path / "model", case))
+    weights = TrunkWeights(checkpoint, torch.bfloat16, torch.device("cuda"))
+    pair = Pair(checkpoint.config, torch.bfloat16, weights, CudaRecorder())
+    passes = [pair.step(decodes(20 + turn, 25)) for turn in range(8)]
+    assert all(isinstance(work, RecordedPass) for work in passes[AFTER:])
+    assert pair.recorder.count > 0
+
+
+@torch.inference_mode()
+def test_each_part_is_recorded_once() -> None:
+    pair = Pair()
+    for turn in range(8):
+        pair.step(decodes(20 + turn, 25))
+    assert pair.recorder.count == CONFIG.num_hidden_layers + 1
+
+
+@torch.inference_mode()
+def test_micro_batches_of_one_key_do_not_meet() -> None:
+    pair = Pair()
+    for turn in range(AFTER + 1):
+        pair.step(decodes(20 + turn, 25))
+    batches = [decodes(24, 26), decodes(27, 28)]
+    wanted = [logits_of(pair.plain.begin(batch, pair.caches[0]), batch) for batch in batches]
+    works = [pair.recorded.begin(batch, pair.caches[1]) for batch in batches]
+    assert all(isinstance(work, RecordedPass) for work in works)
+    ways = [going(work, 3, [0, 1]) for work in works]
+    results = [list(step) for step in zip(*ways, strict=True)]
+    for got, expected in zip(results[-1], wanted, strict=True):
+        assert got is not None
+        assert torch.equal(got, expected)
+    assert pair.recorder.count == 2 * (CONFIG.num_hidden_layers + 1)
+
+
+@torch.inference_mode()
+def test_a_pass_that_is_given_up_leaves_its_recording_to_the_next() -> None:
+    pair = Pair()
+    for turn in range(AFTER + 1):
+        pair.step(decodes(20 + turn, 25))
+    work = pair.recorded.begin(decodes(23, 26), pair.caches[1])
+    routed = work.route(0)
+    assert routed is not None
+    del work, routed
+    count = pair.recorder.count
+    assert isinstance(pair.step(decodes(23, 26)), RecordedPass)
+    assert pair.recorder.count == count
+
+
+@torch.inference_mode()
+def test_logits_outlive_the_next_step() -> None:
+    pair = Pair()
+    for turn in range(AFTER + 1):
+        pair.step(decodes(20 + turn, 25))
+    first = decodes(23, 26)
+    logits = logits_of(pair.recorded.begin(first, pair.caches[1]), first)
+    before = logits.clone()
+    second = decodes(24, 27)
+    logits_of(pair.recorded.begin(second, pair.caches[1]), second)
+    assert torch.equal(logits, before)
+
+
+@torch.inference_mode()
+def test_some_rows_of_a_step_have_logits() -> None:
+    pair = Pair()
+    for turn in range(AFTER + 2):
+        batch = decodes(20 + turn, 25, 30)
+        plain, recorded = (
+            trunk.begin(batch, kv) for trunk, kv in zip((pair.plain, pair.recorded), pair.caches, strict=True)
+        )
+        wanted, got = (list(going(work, 3, [0, 2]))[-1] for work in (plain, recorded))
+        assert wanted is not None
+        assert got is not None
+        assert torch.equal(got, wanted)
+
+
+class RefusingRecorder(CallRecorder):
+    """Refuses from the third part on, after it has run it, as a capture does."""
+
+    count = 0
+
+    def record(self, run: Callable[[], Tensors]) -> Recording:
+        self.count += 1
+        recording = super().record(run)
+        if self.count > 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more of it")
+        return recording
+
+
+@torch.inference_mode()
+def test_what_cannot_be_recorded_is_launched_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    pair = Pair()
+    pair.recorded = TorchTrunk(RandomWeights(CONFIG, torch.float32), 256, True, recorder=RefusingRecorder())  # type: ignore[arg-type]
+    passes = [pair.step(decodes(20 + turn, 25)) for turn in range(AFTER + 4)]
+    assert [isinstance(work, RecordedPass) for work in passes] == [False] * AFTER + [True] + [False] * 3
+    (said,) = caplog.messages
+    assert said.endswith("(operation not permitted when stream is capturing)")
+
+
+@torch.inference_mode()
+def test_few_recordings_are_kept() -> None:
+    """Of one sequence each, whose recordings take as much memory."""
+    trunk = TorchTrunk(RandomWeights(CONFIG, torch.float32), 256, True)  # type: ignore[arg-type]
+    kv = KVCache(CONFIG, 40 * 6, BLOCK, torch.float32, CPU)
+    made: list[int] = []
+
+    def begin(held: Recordings, context: int) -> None:
+        batch = decodes(context)
+        step = trunk.ops.plan(batch, kv, True)
+
+        def make() -> TorchPass:
+            made.append(context)
+            launched = trunk.begin(batch, kv)
+            assert isinstance(launched, TorchPass)
+            return launched
+
+        work = held.begin(make, step, kv)
+        assert work is not None
+        logits_of(work, batch)
+
+    one = Recordings(CallRecorder(), after=0)
+    begin(one, 9)
+    ((only,),) = one._kept.values()
+    made.clear()
+    held = Recordings(CallRecorder(), most_bytes=2 * only.nbytes, after=0)
+    for context in (9, 20, 40, 9, 100, 9, 20):
+        begin(held, context)
+    assert made == [9, 20, 40, 100, 20], "room is made when a fourth comes: 20 was used longest ago"
+
+
+def test_what_a_call_recorder_gives_is_undefined_before_a_replay() -> None:
+    source = torch.arange(3.0)
+
+    def run() -> Tensors:
+        return (source * 2, source.long())
+
+    recording = CallRecorder().record(run)
+    floats, numbers = recording.outputs
+    assert floats.isnan().all()
+    assert (numbers == -1).all()
+    source += 1
+    recording.replay()
+    assert floats.tolist() == [2, 4, 6]
+    assert numbers.tolist() == [1, 2, 3]
+    assert recording.outputs[0] is floats
