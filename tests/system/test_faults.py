@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import Served, complete, kill, statuses, wait_ready
+from served import Served, complete, eventually, kill, statuses, wait_ready
 
 
 def busiest_expert(served: Served) -> tuple[str, int]:
@@ -70,8 +70,14 @@ def test_of_two_replicas_one_is_killed(served_random: Served) -> None:
     first, second = statuses(served_random, "Expert3")
     prompt = list(range(3, 60))
     before = complete(served_random, prompt)
-    after_one = {s["replica_id"]: s["calls"] for s in statuses(served_random, "Expert3")}
-    assert all(after_one[s["replica_id"]] > s["calls"] for s in (first, second)), "both replicas take calls"
+
+    def both_take_calls() -> bool:
+        """On a busy machine one of them may look slow for a while, and is spared."""
+        complete(served_random, prompt)
+        calls = {s["replica_id"]: s["calls"] for s in statuses(served_random, "Expert3")}
+        return all(calls[s["replica_id"]] > s["calls"] for s in (first, second))
+
+    eventually(both_take_calls, timeout_s=60)
     slowest, last = 0.0, time.perf_counter()
 
     def watch(chunks: int) -> None:
