@@ -81,7 +81,7 @@ def network(situation: Situation) -> str | None:
     step = best.steps[streams]
     if step.network_share < MUCH_NETWORK:
         return None
-    waits = best.cost.layers * step.micro_batches * 2 * net.latency_ms / 1e3
+    waits = best.cost.mixture_layers * step.micro_batches * 2 * net.latency_ms / 1e3
     by_latency = waits >= step.network_s / 2
     what = "latency" if by_latency else "bandwidth"
     helps = (
