@@ -116,7 +116,8 @@ def planned(
         lambda own: choose_dtype(config.model.dtype, own, device, build.cpu_flags(), build.kernels_here()),
     )
     trunks = {one.name: (one.model, replace(held, stored=one.quantised)) for one in parts.trunks}
-    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft, trunks)
+    local = config.transport == "local"
+    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft, trunks, one_process=local)
     shared = None
     if trunks:
         by_itself = [

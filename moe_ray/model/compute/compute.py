@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import platform
@@ -13,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_ray.errors import ConfigError, KernelsUnavailable
+from moe_ray.errors import CardDriverUnavailable, ConfigError, KernelsUnavailable
+from moe_ray.model.compute.card_driver import driver_library
 from moe_ray.model.compute.resolve import Backend, Machine, TritonHere, Wanted, resolve
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.native import build
@@ -125,8 +125,8 @@ def has_cuda() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     try:
-        ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll")  # without the driver, torch finds none
-    except OSError:
+        driver_library()  # without it, torch finds none
+    except CardDriverUnavailable:
         return False
     import torch
 
