@@ -13,6 +13,7 @@ from moe_ray.model import moe
 from moe_ray.model.compute.base import LayerCache
 from moe_ray.model.compute.torch.kv_rows import keep
 from moe_ray.model.compute.torch.ops import Attending, TorchOps, TrunkOps
+from moe_ray.model.compute.torch.recorded_step import of_tokens
 from moe_ray.model.compute.triton.ops import TritonOps
 from moe_ray.model.layers import apply_rope, rms_norm
 from moe_ray.model.model_config import ModelConfig
@@ -245,7 +246,27 @@ def routing_is_right(experts: int, top_k: int, tokens: int, family: str, device:
     rows, logits = drawn(tokens, 72, device=device), drawn(tokens, experts, seed=3, device=device)
     if all_to_one:
         logits[:, 3] += 50.0
-    same_routing(triton.route(rows, logits, None), reference.route(rows, logits, None))
+    same_routing(triton.route(rows, logits, None, None), reference.route(rows, logits, None, None))
+
+
+def padding_is_not_routed(experts: int, top_k: int, tokens: int, padded: int, device: str) -> None:
+    """Of the padded rows those of tokens come as they do alone; the others behind them, for no expert."""
+    of = config(num_local_experts=experts, num_experts_per_tok=top_k)
+    triton, reference = ops(of, device)
+    rows, logits = drawn(padded, 72, device=device), drawn(padded, experts, seed=3, device=device)
+    hidden, made = drawn(padded, 72, seed=4, device=device), drawn(padded * top_k, 72, seed=5, device=device)
+    real = torch.tensor([tokens], device=device)
+    for which in (triton, reference):
+        alone = which.route(rows[:tokens], logits[:tokens], None, None)
+        whole = which.route(rows, logits, None, real)
+        assert sum(whole.counts) == tokens * top_k
+        same_routing(moe.Routed(*of_tokens(whole.tensors(), tokens)), alone)
+        assert bool((whole.row_of[tokens:] >= tokens * top_k).all())
+        wanted = which.combine(hidden[:tokens], made[: tokens * top_k], alone.row_of, None)
+        for row_of in (whole.row_of, alone.row_of):
+            got = which.combine(hidden, made, row_of, real)
+            assert torch.equal(got[:tokens], wanted)
+            assert torch.equal(got[tokens:], hidden[tokens:]), "padding stays as it is"
 
 
 def same_routing(got: moe.Routed, wanted: moe.Routed) -> None:

@@ -212,14 +212,18 @@ def sparse_mixer(logits: torch.Tensor, jitter: float) -> tuple[torch.Tensor, tor
 
 
 def group(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Routed:
-    """Sort token rows by expert. hidden [T, D]; chosen [T, K] and weights [T, K] as `route` returns them."""
+    """Sort token rows by expert. hidden [T, D]; chosen [T, K] and weights [T, K] as `route` returns them.
+
+    Rows that chose `num_experts`, which is none, come last, and count for no expert.
+    """
     tokens, top_k = chosen.shape
     flat = chosen.reshape(-1)
     by_expert = flat.argsort(stable=True)  # [T * K] flat (token, k) pairs, expert-major, tokens ascending
     row_of = torch.empty_like(by_expert)
     row_of[by_expert] = torch.arange(tokens * top_k, device=by_expert.device)
     # Not bincount, which waits for the device to know the size of its result.
-    counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=flat.device)
+    counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
     return Routed(hidden[by_expert // top_k], weights.reshape(-1)[by_expert], counts, row_of.view(tokens, top_k))
 
 

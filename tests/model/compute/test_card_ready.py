@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from moe_ray.core import Batch
 from moe_ray.engine.kv_cache import KVCache
 from moe_ray.model import moe
-from moe_ray.model.compute.torch.plan import MOST_GATHERED, StepPlan, plan_step, power_of_two
+from moe_ray.model.compute.torch.plan import MOST_GATHERED, StepPlan, padded_count, plan_step, power_of_two
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.model_config import ModelConfig
 
@@ -95,8 +95,9 @@ def plan(*contexts: int, static: bool = True) -> StepPlan:
 def test_plans_of_similar_batches_have_the_same_shapes() -> None:
     assert plan(20, 20, 20).shapes == plan(17, 31, 32, 19).shapes == ((4,), (4, 32))
     assert plan(3).shapes == plan(16).shapes == ((1,), (1, 16))
-    assert plan(10, 100).shapes == ((2,), (1, 16), (1, 128))
-    assert plan(5, 9, 100, 110, 120).shapes == ((8,), (2, 16), (4, 128))
+    assert plan(10, 100).shapes == ((2,), (2, 128)), "padding at most doubles the work"
+    assert plan(5, 9, 100, 110, 120).shapes == ((8,), (4, 128), (1, 16))
+    assert plan(5, 9, 11, 100).shapes == ((4,), (2, 128), (2, 16))
     assert plan(20, 20, 20, static=False).shapes == ((3,), (3, 20))
 
 
@@ -114,10 +115,18 @@ def test_there_are_few_shapes() -> None:
     """However long the contexts of up to 4 sequences of up to 128 tokens are."""
     lengths = (1, 2, 15, 16, 17, 31, 33, 64, 65, 127, 128)
     shapes = {plan(*each).shapes for n in (1, 2, 3, 4) for each in itertools.combinations(lengths, n)}
-    assert len(shapes) < 60
+    assert len(shapes) < 40
     for tokens, *groups in shapes:
-        assert tokens[0] == power_of_two(tokens[0])
-        assert all(b == power_of_two(b) and s == power_of_two(s) for b, s in groups)
+        assert tokens[0] == padded_count(tokens[0])
+        assert all(b == padded_count(b) and s == power_of_two(s) for b, s in groups)
+
+
+def test_there_are_few_numbers_of_tokens() -> None:
+    numbers = [padded_count(n) for n in range(1, 513)]
+    assert sorted(set(numbers)) == [1, 2, 4, *range(8, 65, 8), *range(80, 513, 16)]
+    assert numbers == sorted(numbers)
+    assert all(n <= padded < 2 * n for n, padded in enumerate(numbers, 1))
+    assert max(padded / n for n, padded in enumerate(numbers, 1) if n > 64) < 1.25
 
 
 def test_padding_is_written_to_a_slot_that_no_block_has() -> None:

@@ -22,8 +22,17 @@ from moe_ray.model import moe
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.base import Pass
 from moe_ray.model.compute.compute import has_cuda
-from moe_ray.model.compute.torch.recorded import AFTER, RecordedPass, Recordings
-from moe_ray.model.compute.torch.recorders import CallRecorder, CudaRecorder, Recorder, Recording, Tensors
+from moe_ray.model.compute.torch.recorded import AFTER, Recordings
+from moe_ray.model.compute.torch.recorded_step import RecordedPass
+from moe_ray.model.compute.torch.recorders import (
+    CallRecorder,
+    CudaRecorder,
+    Recorder,
+    Recording,
+    RecordingPool,
+    Tensors,
+    unowned,
+)
 from moe_ray.model.compute.torch.trunk import TorchPass, TorchTrunk
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.trunk_weights import TrunkWeights
@@ -35,9 +44,12 @@ class CountingRecorder:
     def __init__(self, on: Recorder | None = None) -> None:
         self.count, self._on = 0, on or CallRecorder()
 
-    def record(self, run: Callable[[], Tensors]) -> Recording:
+    def pool(self) -> RecordingPool:
+        return self._on.pool()
+
+    def record(self, run: Callable[[], Tensors], pool: RecordingPool | None = None) -> Recording:
         self.count += 1
-        return self._on.record(run)
+        return self._on.record(run, pool)
 
 
 def decodes(*contexts: int) -> Batch:
@@ -107,7 +119,7 @@ def test_replays_have_every_bit(config: ModelConfig, dtype: torch.dtype) -> None
     recorded = [isinstance(work, RecordedPass) for work in passes]
     assert recorded[:AFTER] == [False] * AFTER
     assert sum(recorded) >= 5
-    assert isinstance(pair.step(decodes(17, 30)), TorchPass), "two sequences are another key"
+    assert isinstance(pair.step(decodes(17, 30)), TorchPass), "two sequences are padded to two, and not to four"
     assert isinstance(pair.step(step_batch([(17, 18), (30, 33)], BLOCK, 40)), TorchPass), "a chunk is launched"
     assert isinstance(pair.step(decodes(16, 30, 45)), RecordedPass)
 
@@ -209,9 +221,9 @@ class RefusingRecorder(CallRecorder):
 
     count = 0
 
-    def record(self, run: Callable[[], Tensors]) -> Recording:
+    def record(self, run: Callable[[], Tensors], pool: RecordingPool | None = None) -> Recording:
         self.count += 1
-        recording = super().record(run)
+        recording = super().record(run, pool)
         if self.count > 2:
             raise RuntimeError("operation not permitted when stream is capturing\nand more of it")
         return recording
@@ -227,35 +239,155 @@ def test_what_cannot_be_recorded_is_launched_and_said(caplog: pytest.LogCaptureF
     assert said.endswith("(operation not permitted when stream is capturing)")
 
 
-@torch.inference_mode()
-def test_few_recordings_are_kept() -> None:
-    """Of one sequence each, whose recordings take as much memory."""
-    trunk = TorchTrunk(RandomWeights(CONFIG, torch.float32), 256, True)  # type: ignore[arg-type]
-    kv = KVCache(CONFIG, 40 * 6, BLOCK, torch.float32, CPU)
-    made: list[int] = []
+class OneTrunk:
+    """Steps of one sequence, and the contexts whose passes were made to be recorded."""
 
-    def begin(held: Recordings, context: int) -> None:
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self._trunk = TorchTrunk(RandomWeights(CONFIG, torch.float32), 256, True)  # type: ignore[arg-type]
+        self._cache = KVCache(CONFIG, 40 * 6, BLOCK, torch.float32, CPU)
+
+    def step(self, held: Recordings, context: int) -> None:
         batch = decodes(context)
-        step = trunk.ops.plan(batch, kv, True)
 
         def make() -> TorchPass:
-            made.append(context)
-            launched = trunk.begin(batch, kv)
+            self.made.append(context)
+            launched = self._trunk.begin(batch, self._cache)
             assert isinstance(launched, TorchPass)
             return launched
 
-        work = held.begin(make, step, kv)
+        work = held.begin(make, self._trunk.ops.plan(batch, self._cache, True), self._cache)
         assert work is not None
         logits_of(work, batch)
 
-    one = Recordings(CallRecorder(), after=0)
-    begin(one, 9)
-    ((only,),) = one._kept.values()
-    made.clear()
-    held = Recordings(CallRecorder(), most_bytes=2 * only.nbytes, after=0)
+
+@torch.inference_mode()
+def test_few_recordings_are_kept() -> None:
+    one = OneTrunk()
+    held = Recordings(CallRecorder(), after=0, most_kept=3)
     for context in (9, 20, 40, 9, 100, 9, 20):
-        begin(held, context)
-    assert made == [9, 20, 40, 100, 20], "room is made when a fourth comes: 20 was used longest ago"
+        one.step(held, context)
+    assert one.made == [9, 20, 40, 100, 20], "room is made when a fourth comes: 20 was used longest ago"
+
+
+@torch.inference_mode()
+def test_recordings_of_all_sizes_have_one_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """What a fourth needs is there already; and where it is too much, they begin anew."""
+    caplog.set_level("INFO")
+    one, held = OneTrunk(), Recordings(CallRecorder(), after=0)
+    one.step(held, 100)
+    first = held.nbytes
+    for context in (9, 20, 40):
+        one.step(held, context)
+    assert held.nbytes == first
+    assert first < 40 * 4 * (64 + 100) * 4, "and not that of four parts"
+    small = Recordings(CallRecorder(), most_bytes=first - 1, after=0)
+    one.made.clear()
+    for context in (9, 9, 20, 9):
+        one.step(small, context)
+    assert one.made == [9, 20, 9]
+    assert small.nbytes == first
+    assert caplog.text.count("they are recorded anew") == 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("lengths", "most"), [(range(33, 57), 6), (range(4, 52, 2), 14)], ids=["alike", "unlike"])
+def test_sequences_that_come_and_go_are_served_by_few_recordings(lengths: range, most: int) -> None:
+    """One comes or goes at each step, between 1 and 24: every bit is that of steps that are launched as they come."""
+    pair = Pair()
+    pair.caches = [KVCache(CONFIG, 40 * 25, BLOCK, torch.float32, CPU) for _ in range(2)]
+    pair.step(step_batch([(0, n) for n in lengths], BLOCK, 40))
+    counts = [*range(1, 25), *range(23, 0, -1), *range(2, 25)]
+    passes = [
+        pair.step(step_batch([(n + turn // 10, n + turn // 10 + 1) for n in lengths[:count]], BLOCK, 40))
+        for turn, count in enumerate(counts)
+    ]
+    recordings = pair.recorded._recordings
+    assert recordings is not None
+    (lane,) = recordings.lanes
+    assert len(lane.kept) <= most
+    assert pair.recorder.count == len(lane.kept) * (CONFIG.num_hidden_layers + 1)
+    recorded = sum(isinstance(work, RecordedPass) for work in passes)
+    assert recorded == len(passes) - AFTER * most if most == 6 else recorded > len(passes) // 3
+
+
+@torch.inference_mode()
+def test_padding_is_nowhere_seen() -> None:
+    """Rows of the tokens alone are sent, and what stands behind them has no effect on any."""
+    pair = Pair()
+    for turn in range(AFTER + 1):
+        pair.step(decodes(20 + turn, 25, 30))
+    for contexts in ((23, 26, 31), (24, 27, 32)):
+        batch = decodes(*contexts)
+        work = pair.recorded.begin(batch, pair.caches[1])
+        assert isinstance(work, RecordedPass)
+        plain = pair.plain.begin(batch, pair.caches[0])
+        for layer in range(3):
+            routed, wanted = work.route(layer), plain.route(layer)
+            assert routed is not None
+            assert wanted is not None
+            for mine, theirs in zip(routed.tensors(), wanted.tensors(), strict=True):
+                assert torch.equal(mine, theirs)
+            assert len(routed.rows) == sum(routed.counts) == 3 * CONFIG.num_experts_per_tok
+            rows = by_experts(routed)
+            answers = work._recording.answers
+            if answers is not None:
+                answers.fill_(torch.nan)  # of another step, whose experts went mad
+            work.combine(routed, rows)
+            plain.combine(wanted, rows)
+        assert torch.equal(work.logits([0, 1, 2]), plain.logits([0, 1, 2]))
+        padding = work._recording.held.state[0][3:]
+        assert padding.isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_recording_that_a_pass_gave_up_is_made_anew() -> None:
+    """The parts behind would be recorded over the memory of those that are there."""
+    pair = Pair()
+    for turn in range(AFTER):
+        pair.step(decodes(20 + turn, 25))
+    work = pair.recorded.begin(decodes(23, 26), pair.caches[1])
+    for layer in (0, 1):
+        routed = work.route(layer)
+        assert routed is not None
+        work.combine(routed, by_experts(routed))
+    del work, routed
+    for turn in range(3):
+        assert isinstance(pair.step(decodes(23 + turn, 26)), RecordedPass)
+    assert pair.recorder.count == 2 + CONFIG.num_hidden_layers + 1
+
+
+def test_a_pool_gives_memory_to_others_that_its_owner_released() -> None:
+    recorder = CallRecorder()
+    pool, source = recorder.pool(), torch.arange(3.0)
+    first = recorder.record(lambda: (source + 1,), pool)
+    kept = first.outputs[0]
+    second = recorder.record(lambda: (source + 2,), pool)
+    assert pool.nbytes == 24, "the first has its memory still"
+    second.replay()
+    first.replay()
+    del kept
+    first.release()
+    assert first.outputs[0].tolist() == [1, 2, 3]
+    third = recorder.record(lambda: (source + 3,), pool)
+    assert pool.nbytes == 24
+    third.replay()
+    assert first.outputs[0].tolist() == [3, 4, 5], "which is another's by now"
+    first.replay()
+    assert first.outputs[0].tolist() == [1, 2, 3]
+    assert third.outputs[0].tolist() == [1, 2, 3], "who replays it later finds it changed"
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (4, 3)])
+def test_what_is_not_owned_is_the_same_memory(shape: tuple[int, ...]) -> None:
+    owner = torch.zeros(shape, dtype=torch.bfloat16)
+    other = unowned(owner)
+    owner.fill_(3)
+    assert other.shape == owner.shape
+    assert torch.equal(other, owner)
+    if len(shape) == 2:
+        part = torch.arange(24.0).view(4, 6)[1:, ::2].T
+        assert torch.equal(unowned(part), part)
 
 
 def test_what_a_call_recorder_gives_is_undefined_before_a_replay() -> None:

@@ -77,8 +77,8 @@ def test_replays_of_decodes_change_no_bit() -> None:
     for turn in range(AFTER + 2):
         decodes = [(n, tokens[n], length + turn, length + turn + 1) for n, length in enumerate(lengths)]
         assert torch.equal(recorded.run(decodes)[0], plain.run(decodes)[0])
-    kept = trunks[1]._recordings._kept  # type: ignore[union-attr]
-    assert [len(each[0]._parts) for each in kept.values()] == [config.num_hidden_layers + 1]
+    (lane,) = trunks[1]._recordings.lanes  # type: ignore[union-attr]
+    assert [len(each._parts) for each in lane.kept.values()] == [config.num_hidden_layers + 1]
 
 
 @torch.inference_mode()

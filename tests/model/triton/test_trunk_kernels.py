@@ -76,6 +76,11 @@ def test_more_tokens_than_are_counted_at_a_time() -> None:
     cases.routing_is_right(8, 2, 1100, "mixtral", "cpu")
 
 
+@pytest.mark.parametrize(("experts", "top_k", "tokens", "padded"), [(8, 2, 5, 8), (6, 3, 1, 4), (5, 1, 4, 4)])
+def test_padding_goes_to_no_expert(experts: int, top_k: int, tokens: int, padded: int) -> None:
+    cases.padding_is_not_routed(experts, top_k, tokens, padded, "cpu")
+
+
 def test_of_equal_scores_the_first_expert_is_chosen() -> None:
     """Which torch.topk leaves open; and what is no number is the largest, as to torch."""
     triton, _ = cases.ops(cases.config(num_local_experts=8, num_experts_per_tok=2), "cpu")
@@ -83,7 +88,7 @@ def test_of_equal_scores_the_first_expert_is_chosen() -> None:
     logits[1, 5] = 1.0
     logits[2, 6] = torch.nan
     logits[3] = torch.tensor([0.0, 2, 1, 2, 2, 1, 0, 2])
-    routed = triton.route(cases.drawn(4, 72), logits, None)
+    routed = triton.route(cases.drawn(4, 72), logits, None, None)
     assert moe.experts_of(routed).tolist() == [[0, 1], [0, 5], [0, 1], [1, 3]]
     assert bool(routed.weights[routed.row_of[2]].isnan().all()), "all of a softmax with it is no number"
 
@@ -92,8 +97,8 @@ def test_of_equal_scores_the_first_expert_is_chosen() -> None:
 def test_what_experts_made_is_added_in_their_order(dtype: torch.dtype) -> None:
     of = cases.config(model_type="granitemoe", num_local_experts=6, num_experts_per_tok=3, residual_multiplier=0.22)
     triton, reference = cases.ops(of, "cpu")
-    routed = reference.route(cases.drawn(5, 72), cases.drawn(5, 6, seed=1), None)
+    routed = reference.route(cases.drawn(5, 72), cases.drawn(5, 6, seed=1), None, None)
     hidden, rows = cases.drawn(7, 72, dtype=dtype), cases.drawn(15, 72, seed=2, dtype=dtype)
-    got = triton.combine(hidden, rows, routed.row_of)
-    assert torch.equal(got[:5], reference.combine(hidden, rows, routed.row_of)[:5])
+    got = triton.combine(hidden, rows, routed.row_of, None)
+    assert torch.equal(got[:5], reference.combine(hidden, rows, routed.row_of, None)[:5])
     assert torch.equal(got[5:], hidden[5:]), "padding stays as it is"

@@ -14,7 +14,7 @@ from moe_ray.model import moe
 from moe_ray.model.compute.base import FFN, HeldMatrix, KVCacheView, LayerCache
 from moe_ray.model.compute.torch.attention import attend
 from moe_ray.model.compute.torch.expert import TorchFFN
-from moe_ray.model.compute.torch.plan import StepPlan, plan_step
+from moe_ray.model.compute.torch.plan import MOST_RECORDED, StepPlan, plan_step
 from moe_ray.model.layers import apply_rope, normalise, rms_norm
 from moe_ray.model.matrix import Matrix
 from moe_ray.model.model_config import ModelConfig
@@ -48,6 +48,11 @@ class StepAttention(Protocol):
     @property
     def positions(self) -> torch.Tensor:
         """[P]"""
+        ...
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[1] int64, T: what is recorded reads it from the device, and fits any T up to P. None: T is P."""
         ...
 
     @property
@@ -106,12 +111,22 @@ class TrunkOps(Protocol):
         """Queries and keys [P, heads + kv_heads, head_dim], normalised head by head; weights [head_dim] each."""
         ...
 
-    def route(self, rows: torch.Tensor, logits: torch.Tensor, correction: torch.Tensor | None) -> moe.Routed:
-        """Rows [T, D] on their way to the experts that their logits [T, E] choose; see `moe.choose` and `moe.group`."""
+    def route(
+        self, rows: torch.Tensor, logits: torch.Tensor, correction: torch.Tensor | None, real: torch.Tensor | None
+    ) -> moe.Routed:
+        """Rows [P, D] on their way to the experts that their logits [P, E] choose; see `moe.choose` and `moe.group`.
+
+        Those from `real` on (see `StepAttention.real`) choose no expert: they are in no count, and come last.
+        """
         ...
 
-    def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
-        """Hidden states [P, D] with what experts made, rows [T * K, D], added to the first T; row_of [T, K]."""
+    def combine(
+        self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Hidden states [P, D] with what experts made of the first `real` added to them, as `route` put them.
+
+        rows [R, D], row_of [N, K], of which R is T * K at least, and N is T or P.
+        """
         ...
 
 
@@ -126,11 +141,12 @@ class TorchStep:
     def __init__(self, plan: StepPlan, config: ModelConfig) -> None:
         self._plan, self._config = plan, config
         self.num_tokens, self.token_ids, self.positions = plan.num_tokens, plan.token_ids, plan.positions
+        self.real = plan.real if plan.padded else None
 
     @property
     def key(self) -> tuple[object, ...] | None:
         plan = self._plan
-        return (plan.num_tokens, plan.shapes) if plan.padded and not plan.chunks else None
+        return plan.shapes if plan.padded and not plan.chunks and len(plan.positions) <= MOST_RECORDED else None
 
     def take(self, other: Self) -> None:
         for mine, theirs in zip(self._plan.tensors(), other._plan.tensors(), strict=True):
@@ -183,12 +199,30 @@ class TorchOps:
         heads, eps = self._config.num_attention_heads, self._config.rms_norm_eps
         return torch.cat([rms_norm(qk[:, :heads], q_norm, eps), rms_norm(qk[:, heads:], k_norm, eps)], 1)
 
-    def route(self, rows: torch.Tensor, logits: torch.Tensor, correction: torch.Tensor | None) -> moe.Routed:
+    def route(
+        self, rows: torch.Tensor, logits: torch.Tensor, correction: torch.Tensor | None, real: torch.Tensor | None
+    ) -> moe.Routed:
         c = self._config
         chosen, weights = moe.choose(logits, c.num_experts_per_tok, c.router, correction)
+        if real is not None:
+            chosen = without_padding(chosen, real, c.num_local_experts)
         return moe.group(rows, chosen, weights, c.num_local_experts)
 
-    def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
         padding = len(hidden) - len(row_of)
-        padded = F.pad(row_of, (0, 0, 0, padding)) if padding else row_of
-        return add(self._config, hidden, moe.combine(rows, padded))
+        made = moe.combine(rows, F.pad(row_of, (0, 0, 0, padding)) if padding else row_of)
+        if real is not None:
+            made = made.masked_fill(is_padding(made, real), 0.0)
+        return add(self._config, hidden, made)
+
+
+def is_padding(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """bool [P, 1]: which of rows [P, ...] come behind the first `real` [1]."""
+    return (torch.arange(len(rows), device=rows.device) >= real)[:, None]
+
+
+def without_padding(chosen: torch.Tensor, real: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The experts of tokens [P, K], for those behind the first `real` [1] a number that no expert has: the next one."""
+    return chosen.masked_fill(is_padding(chosen, real), num_experts)

@@ -18,6 +18,8 @@ from moe_ray.model.compute.base import KVCacheView
 
 MOST_GATHERED: Final = 1 << 17
 """Positions that a group's padded gather holds at most, unless one sequence alone has more."""
+MOST_RECORDED: Final = 512
+"""Tokens of a step of decoding that is recorded: a card computes more for longer than an interpreter launches them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class StepPlan:
     token_ids: torch.Tensor  # [P]
     positions: torch.Tensor  # [P]
     slot_mapping: torch.Tensor  # [P]
+    real: torch.Tensor  # [1] T, for what is recorded for any T up to P
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[PrefillChunk, ...]
 
@@ -62,7 +65,7 @@ class StepPlan:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All of a plan without chunks, in one order."""
-        yield from (self.token_ids, self.positions, self.slot_mapping)
+        yield from (self.token_ids, self.positions, self.slot_mapping, self.real)
         for group in self.decodes:
             yield from (group.rows, group.slots, group.mask, group.full_mask)
 
@@ -79,7 +82,8 @@ def plan_step(
 ) -> StepPlan:
     """Turn a batch into index tensors and masks on `device`, without waiting for it.
 
-    `static_shapes`: pad a batch of decodes alone to powers of two, in tokens, sequences of a group and contexts.
+    `static_shapes`: pad a batch of decodes alone: tokens and sequences of a group as `padded_count` says, contexts to
+    powers of two.
     """
     singles, chunks, block_size = [], [], cache.block_size
     for i, seq in enumerate(batch.sequences):
@@ -89,13 +93,14 @@ def plan_step(
         else:
             chunks.append((start, end, context, seq.block_table))
     static = static_shapes and not chunks
-    padding = power_of_two(batch.num_tokens) - batch.num_tokens if static else 0
-    groups = _groups(singles, block_size, static)
+    padding = padded_count(batch.num_tokens) - batch.num_tokens if static else 0
+    groups = _static_groups(singles, block_size) if static else _groups(singles, block_size)
     lengths = [_length(group, block_size, static) for group in groups]
     host = [
         np.array(values + [filler] * padding, dtype=np.int64)
         for values, filler in ((batch.token_ids, 0), (batch.positions, 0), (batch.slot_mapping, cache.spare_slot))
     ]
+    host.append(np.array([batch.num_tokens], dtype=np.int64))
     for group, length in zip(groups, lengths, strict=True):
         host += [
             np.array([single.row for single in group]),
@@ -104,13 +109,14 @@ def plan_step(
         ]
     host += [_slots([table], context, block_size)[0] for start, end, context, table in chunks if context > end - start]
     arrived = iter(to_device(host, device))
-    token_ids, positions, slot_mapping = (next(arrived) for _ in range(3))
+    token_ids, positions, slot_mapping, real = (next(arrived) for _ in range(4))
     decodes = [_decode_group(next(arrived), next(arrived), next(arrived), sliding_window) for _ in groups]
     prefills = [
         _prefill_chunk(start, end, context, next(arrived) if context > end - start else None, sliding_window, device)
         for start, end, context, _ in chunks
     ]
-    return StepPlan(batch.num_tokens, static, token_ids, positions, slot_mapping, tuple(decodes), tuple(prefills))
+    inputs = (token_ids, positions, slot_mapping, real)
+    return StepPlan(batch.num_tokens, static, *inputs, tuple(decodes), tuple(prefills))
 
 
 def power_of_two(number: int) -> int:
@@ -118,23 +124,44 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _groups(singles: Sequence[_Single], block_size: int, static: bool) -> list[list[_Single]]:
+def padded_count(number: int) -> int:
+    """To how many rows a step of `number` is padded: 1, 2, 4, 8, then multiples of 8, and beyond 64 of 16.
+
+    Few sizes, so that few recordings serve all numbers of sequences: 39 up to 512. Products are computed in tiles of 16
+    rows or more, so up to 64 padding costs a tile in one case of two at most, and beyond it less than a fifth.
+    """
+    if number <= 8:
+        return power_of_two(number)
+    step = 8 if number <= 64 else 16
+    return -(-number // step) * step
+
+
+def _groups(singles: Sequence[_Single], block_size: int) -> list[list[_Single]]:
     # Sequences share a padded gather only with others at most twice as long, so padding at most doubles the work.
     groups: list[list[_Single]] = []
     for single in sorted(singles, key=lambda single: single.context):
-        full = bool(groups) and (len(groups[-1]) + 1) * _length([single], block_size, static) > MOST_GATHERED
-        if full:
-            fits = False
-        elif static:
-            fits = bool(groups) and _length([single], block_size, True) == _length(groups[-1], block_size, True)
-        else:
-            fits = bool(groups) and single.context <= max(2 * groups[-1][0].context, 4 * block_size)
-        if not fits:
+        group = groups[-1] if groups else []
+        fits = single.context <= max(2 * group[0].context, 4 * block_size) if group else False
+        if not fits or (len(group) + 1) * single.context > MOST_GATHERED:
             groups.append([])
         groups[-1].append(single)
-    if static:  # what pads a group computes its first query once more
-        groups = [group + group[:1] * (power_of_two(len(group)) - len(group)) for group in groups]
     return groups
+
+
+def _static_groups(singles: Sequence[_Single], block_size: int) -> list[list[_Single]]:
+    # As few groups as padding at most doubles the work of: shapes of several differ in the sizes of each. What pads a
+    # group computes its first query once more.
+    groups: list[list[_Single]] = []
+    length = useful = 0
+    for single in sorted(singles, key=lambda single: -single.context):
+        own = _length([single], block_size, True)
+        padded = length * padded_count(len(groups[-1]) + 1) if groups else 0
+        if not groups or padded > min(2 * (useful + own), MOST_GATHERED):
+            groups.append([])
+            length, useful = own, 0
+        groups[-1].append(single)
+        useful += own
+    return [group + group[:1] * (padded_count(len(group)) - len(group)) for group in groups]
 
 
 def _length(group: Sequence[_Single], block_size: int, static: bool) -> int:

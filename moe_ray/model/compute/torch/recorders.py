@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 Tensors = tuple[torch.Tensor, ...]
@@ -24,20 +27,50 @@ class Recording(Protocol):
         """Do it again, on what is in its inputs' memory by now. Returns before a card has finished."""
         ...
 
+    def release(self) -> None:
+        """Give the memory of the outputs back to the pool: what is recorded in it from now on may have the same.
 
-class Recorder(Protocol):
-    """Records on one device."""
-
-    def record(self, run: Callable[[], Tensors]) -> Recording:
-        """Record `run`, which has run before and neither waits for the device nor depends on what is computed there.
-
-        Raises `RuntimeError` for what cannot be recorded.
+        The outputs stay where they are, and are undefined again once such a one is replayed.
         """
         ...
 
 
+class RecordingPool(Protocol):
+    """Memory of recordings. A replay leaves undefined what was free in its pool when it was recorded."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it has taken so far."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records on one device."""
+
+    def pool(self) -> RecordingPool:
+        """A new one."""
+        ...
+
+    def record(self, run: Callable[[], Tensors], pool: RecordingPool | None = None) -> Recording:
+        """Record `run`, which has run before and neither waits for the device nor depends on what is computed there.
+
+        `pool`: of `pool()`; None: one of all such recordings, whose outputs have their memory for good. Raises
+        `RuntimeError` for what cannot be recorded.
+        """
+        ...
+
+
+class _CudaPool:
+    """The pool of a CUDA graph, which all others have that are recorded in it."""
+
+    def __init__(self) -> None:
+        self.first: torch.cuda.CUDAGraph | None = None
+        """Kept for as long as the pool is used: torch asks for a graph that is alive."""
+        self.nbytes = 0
+
+
 class CudaRecorder:
-    """CUDA graphs. They share one pool of memory: outputs have theirs for good, what lies between is used again.
+    """CUDA graphs. What lies between a graph's inputs and outputs is used again by all of its pool.
 
     Callable from several threads; what they launch and replay goes to one stream.
     """
@@ -45,18 +78,23 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         """One capture at a time is all that torch allows a process."""
-        self._first: torch.cuda.CUDAGraph | None = None
-        """Whose pool all others use."""
+        self._common = _CudaPool()
         self._stream: torch.cuda.Stream | None = None
 
-    def record(self, run: Callable[[], Tensors]) -> Recording:
+    def pool(self) -> RecordingPool:
+        return _CudaPool()
+
+    def record(self, run: Callable[[], Tensors], pool: RecordingPool | None = None) -> Recording:
+        taken = self._common if pool is None else pool
+        assert isinstance(taken, _CudaPool), "a pool of another recorder"
         with self._lock:
             if self._stream is None:
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            pool = None if self._first is None else self._first.pool()
             graph = torch.cuda.CUDAGraph()
-            outputs = self._captured(graph, pool, self._stream, run)
-            self._first = self._first or graph
+            before = torch.cuda.memory_reserved()
+            outputs = self._captured(graph, taken.first and taken.first.pool(), self._stream, run)
+            taken.nbytes += max(0, torch.cuda.memory_reserved() - before)
+            taken.first = taken.first or graph
         return _CudaGraph(graph, outputs)
 
     @staticmethod
@@ -88,26 +126,93 @@ class _CudaGraph:
     def replay(self) -> None:
         self._graph.replay()
 
+    def release(self) -> None:
+        # Free for torch's allocator, which uses it for later captures of the pool alone: its graphs are alive.
+        self.outputs = tuple(map(unowned, self.outputs))
+
+
+class _Memory:
+    """Bytes of a card, as libraries hand them to each other."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            **{"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3},
+        }
+
+
+def unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements in the same memory, which may be given to others meanwhile."""
+    if not tensor.numel():
+        return tensor
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    address, nbytes = tensor.data_ptr(), elements * tensor.itemsize
+    if tensor.is_cuda:
+        memory = torch.as_tensor(_Memory(address, nbytes), device=tensor.device)
+    else:
+        memory = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+    if memory.data_ptr() != address:
+        raise RuntimeError("torch copies memory that it is to share")
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
 
 class CallRecorder:
     """Where a device has no graphs: a replay calls the function again, and copies into the memory of the first call."""
 
-    def record(self, run: Callable[[], Tensors]) -> Recording:
-        return _Calls(run)
+    def pool(self) -> RecordingPool:
+        return _CallPool()
+
+    def record(self, run: Callable[[], Tensors], pool: RecordingPool | None = None) -> Recording:
+        taken = _CallPool() if pool is None else pool
+        assert isinstance(taken, _CallPool), "a pool of another recorder"
+        return _Calls(run, taken)
+
+
+class _CallPool:
+    """`RecordingPool` of a CPU's memory."""
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+        """uint8 arrays that no tensor has."""
+        self._taken: list[np.ndarray] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self._taken)
+
+    def empty_like(self, like: torch.Tensor) -> torch.Tensor:
+        """In memory that is free again when the tensor, and all views of it, are gone."""
+        if not like.nbytes:
+            return torch.empty_like(like)
+        fits = [at for at, each in enumerate(self.free) if each.nbytes >= like.nbytes]
+        if fits:
+            memory = self.free.pop(min(fits, key=lambda at: self.free[at].nbytes))
+        else:
+            memory = np.empty(like.nbytes, np.uint8)
+            self._taken.append(memory)
+        part = memory[: like.nbytes]
+        weakref.finalize(part, self.free.append, memory)  # the tensor's storage keeps it
+        return torch.from_numpy(part).view(like.dtype).view(like.shape)
 
 
 class _Calls:
     """`Recording` of a function."""
 
-    def __init__(self, run: Callable[[], Tensors]) -> None:
+    def __init__(self, run: Callable[[], Tensors], pool: _CallPool) -> None:
         self._run = run
-        self.outputs = tuple(torch.empty_like(each).fill_(_undefined(each)) for each in run())
+        self.outputs = tuple(pool.empty_like(each) for each in run())
+        self._scratch = list(pool.free)
+        for each in self.outputs:
+            each.view(-1).view(torch.uint8).fill_(UNDEFINED)
 
     def replay(self) -> None:
+        for memory in self._scratch:
+            memory.fill(UNDEFINED)
         for held, made in zip(self.outputs, self._run(), strict=True):
             held.copy_(made)
 
+    def release(self) -> None:
+        self.outputs = tuple(map(unowned, self.outputs))
 
-def _undefined(like: torch.Tensor) -> float | int:
-    """What nothing may go on computing with, as what a graph has not filled yet."""
-    return float("nan") if like.is_floating_point() else -1
+
+UNDEFINED = 0xFF
+"""Bytes of what nothing may go on computing with: of floats that are no numbers, and of -1."""

@@ -16,6 +16,7 @@ from moe_ray.model.compute.torch.latent import LatentTensors
 from moe_ray.model.compute.torch.low_rank import Joins, TorchAdapter, TorchStepAdapters
 from moe_ray.model.compute.torch.ops import Attending, StepAttention, TorchOps, TrunkOps, add
 from moe_ray.model.compute.torch.recorded import Recordings
+from moe_ray.model.compute.torch.recorded_step import of_tokens
 from moe_ray.model.compute.torch.recorders import Recorder
 from moe_ray.model.families import TrunkRole
 from moe_ray.model.layers import rms_norm, rope_table
@@ -80,12 +81,13 @@ class TorchTrunk:
     ) -> None:
         """Read the weights. Raises `CheckpointError`.
 
-        `static_shapes`: pad decodes (see `plan`); default: on a card. `ops`: what computes; default: plain torch.
-        `recorder`: records steps of decoding; None: each is launched as it comes.
+        `static_shapes`: pad decodes (see `plan`); default: on a card, and where they are recorded. `ops`: what
+        computes; default: plain torch. `recorder`: records steps of decoding; None: each is launched as it comes.
         """
         self.config, self.device = weights.config, weights.device
         self.ops = TorchOps(self.config, self.device) if ops is None else ops
-        self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
+        padded = self.device.type == "cuda" or recorder is not None
+        self.static_shapes = padded if static_shapes is None else static_shapes
         self.adapters: dict[int, TorchAdapter] = {}
         self.joins = Joins()
         self._recordings = None if recorder is None else Recordings(recorder)
@@ -157,15 +159,17 @@ class TorchPass:
         self._rows = self._hidden
         """What the layer's router saw, and its shared expert sees."""
         self._cos_sin = trunk.cos_sin[self._step.positions]
+        self._row_of = ids.new_empty(0)
+        """Of what was routed last, [P, K]."""
 
     @property
     def state(self) -> tuple[torch.Tensor, ...]:
         """All that the next method goes on from."""
-        return self._hidden, self._rows, self._cos_sin
+        return self._hidden, self._rows, self._cos_sin, self._row_of
 
     @state.setter
     def state(self, state: tuple[torch.Tensor, ...]) -> None:
-        self._hidden, self._rows, self._cos_sin = state
+        self._hidden, self._rows, self._cos_sin, self._row_of = state
 
     def has_shared(self, layer: int) -> bool:
         """Whether `add_shared` adds anything."""
@@ -173,6 +177,14 @@ class TorchPass:
 
     def route(self, layer: int) -> moe.Routed | None:
         """Add the layer's self-attention to the hidden states; normalise and route them; None: it has no experts."""
+        routed = self.route_all(layer)
+        if routed is None:
+            return None
+        tensors = of_tokens(routed.tensors(), self._step.num_tokens)
+        return moe.Routed(*tensors, self._adapters.token_adapters(layer))
+
+    def route_all(self, layer: int) -> moe.Routed | None:
+        """The same with what pads the batch behind its rows, [P * K, D]."""
         ops, w = self._trunk.ops, self._trunk.layers[layer]
         added = self._adapters.layer(layer)
         attended = self._attend(layer)
@@ -184,9 +196,8 @@ class TorchPass:
             return None
         router = ops.linear(rows.to(w.gate.dtype), w.gate, w.vectors.get("router_bias"))
         logits = self._adapters.add(router, rows, [each.gate for each in added])
-        tokens = self._step.num_tokens
-        routed = ops.route(rows[:tokens], logits[:tokens], w.vectors.get("router_correction"))
-        routed.token_adapters = self._adapters.token_adapters(layer)
+        routed = ops.route(rows, logits, w.vectors.get("router_correction"), self._step.real)
+        self._row_of = routed.row_of
         return routed
 
     def _attend(self, layer: int) -> torch.Tensor:
@@ -222,16 +233,26 @@ class TorchPass:
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
         here = rows.to(self._hidden.device, non_blocking=True)
-        self._hidden = self._trunk.ops.combine(self._hidden, here, routed.row_of)
+        self._hidden = self._trunk.ops.combine(self._hidden, here, routed.row_of, self._step.real)
+
+    def combine_all(self, rows: torch.Tensor) -> None:
+        """Add what they made of what `route_all` returned last: rows [P * K, D], of which the first T * K count."""
+        self._hidden = self._trunk.ops.combine(self._hidden, rows, self._row_of, self._step.real)
 
     def logits(self, rows: list[int]) -> torch.Tensor:
-        """Logits float32 [len(rows), V] of these flat positions of the batch."""
+        """Logits float32 [len(rows), V] of these flat positions of the batch.
+
+        A step that may be recorded has them computed for all positions, as its recording has: by a library they need
+        not be the same bits for fewer.
+        """
         which = torch.tensor(rows, dtype=torch.long).to(self._trunk.device, non_blocking=True)
+        if self._step.key is not None and not self._adapters.runs:
+            return self.all_logits()[which]
         return self._logits(rows, self._hidden[which])
 
     def all_logits(self) -> torch.Tensor:
-        """Logits float32 [T, V] of all positions."""
-        return self._logits(range(self._step.num_tokens), self._hidden[: self._step.num_tokens])
+        """Logits float32 [P, V] of all positions."""
+        return self._logits(range(len(self._hidden)), self._hidden)
 
     def _logits(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         trunk = self._trunk

@@ -12,7 +12,7 @@ import torch
 from moe_ray.core import Batch
 from moe_ray.model.compute.base import KVCacheView, LayerCache
 from moe_ray.model.compute.torch.ops import Attending
-from moe_ray.model.compute.torch.plan import power_of_two, to_device
+from moe_ray.model.compute.torch.plan import MOST_RECORDED, padded_count, power_of_two, to_device
 from moe_ray.model.compute.triton.attention_kernels import attend_kernel, merge_kernel
 from moe_ray.model.compute.triton.launch import INTERPRETED, Constant, Launch
 from moe_ray.model.compute.triton.rope_kernels import rope_kernel
@@ -33,8 +33,8 @@ KINDS: Final = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
 class TritonStep:
     """`StepAttention` by Triton. Everything is brought to the device in one copy that nothing waits for.
 
-    `static_shapes`: a batch of decodes alone has powers of two for its tokens, blocks and partitions; what pads it are
-    first tokens of the first sequence, which are kept in a slot that no block has.
+    `static_shapes`: a batch of decodes alone has one of few numbers of tokens (`padded_count`), and powers of two for
+    its partitions; what pads it are first tokens of the first sequence, which are kept in a slot that no block has.
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class TritonStep:
         padding = 0
         self._is_static = static_shapes and batch.num_tokens == len(batch.sequences)
         if self._is_static:
-            blocks, longest = power_of_two(blocks), power_of_two(longest)
-            padding = power_of_two(batch.num_tokens) - batch.num_tokens
+            longest = max(power_of_two(longest), PARTITION)
+            blocks = -(-longest // cache.block_size)
+            padding = padded_count(batch.num_tokens) - batch.num_tokens
             short += [(0, at, at + 1, at) for at in range(batch.num_tokens, batch.num_tokens + padding)]
         self._partitions = -(-longest // PARTITION)
         tokens = [token for _, start, end, _ in short for token in range(start, end)]
@@ -70,21 +71,23 @@ class TritonStep:
             for values, filler in ((batch.token_ids, 0), (batch.positions, 0), (batch.slot_mapping, cache.spare_slot))
         ]
         tiles = [np.array(part, dtype=np.int64).reshape(-1, 4) for part in (short, chunks)]
-        arrived = to_device([*given, table, np.array(tokens, dtype=np.int64), *tiles], device)
-        self.token_ids, self.positions, self._slots, self._tables, self._tokens, self._short, self._chunks = arrived
+        numbers = [np.array(each, dtype=np.int64) for each in ([batch.num_tokens], tokens)]
+        arrived = to_device([*given, table, *numbers, *tiles], device)
+        self.token_ids, self.positions, self._slots, self._tables, self.real, *more = arrived
+        self._tokens, self._short, self._chunks = more
 
     @property
     def key(self) -> tuple[object, ...] | None:
-        if not self._is_static:
+        if not self._is_static or len(self.positions) > MOST_RECORDED:
             return None
-        return (self.num_tokens, self._partitions, *(tuple(each.shape) for each in self._tensors()))
+        return (self._partitions, *(tuple(each.shape) for each in self._tensors()))
 
     def take(self, other: Self) -> None:
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
             mine.copy_(theirs)
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.token_ids, self.positions, self._slots, self._tables, self._tokens, self._short
+        return self.token_ids, self.positions, self._slots, self._tables, self.real, self._tokens, self._short
 
     def attend(
         self, qk: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor, cache: LayerCache, how: Attending

@@ -11,7 +11,7 @@ from moe_ray.core import Batch
 from moe_ray.model import moe
 from moe_ray.model.compute.base import FFN, HeldMatrix, KVCacheView
 from moe_ray.model.compute.native.held_form import HeldForm, form_of
-from moe_ray.model.compute.torch.ops import StepAttention, TorchOps
+from moe_ray.model.compute.torch.ops import StepAttention, TorchOps, without_padding
 from moe_ray.model.compute.torch.plan import power_of_two
 from moe_ray.model.compute.triton import products
 from moe_ray.model.compute.triton.attention import TritonStep
@@ -147,18 +147,21 @@ class TritonOps:
         )
         return normed
 
-    def route(self, rows: torch.Tensor, logits: torch.Tensor, correction: torch.Tensor | None) -> moe.Routed:
+    def route(
+        self, rows: torch.Tensor, logits: torch.Tensor, correction: torch.Tensor | None, real: torch.Tensor | None
+    ) -> moe.Routed:
         c, (tokens, experts) = self._config, logits.shape
         top_k, router = c.num_experts_per_tok, c.router
         if "router" in self._by_torch:
             chosen, weights = moe.choose(logits, top_k, router, correction)
+            chosen = chosen if real is None else without_padding(chosen, real, experts)
         else:
             chosen = logits.new_empty(tokens, top_k, dtype=torch.int64)
             weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
             self._launch(
                 choose_kernel,
                 (tokens,),
-                {"logits": logits, "correction": correction, "chosen": chosen, "weights": weights},
+                {"logits": logits, "correction": correction, "real": real, "chosen": chosen, "weights": weights},
                 {},
                 {"EXPERTS": experts, "TOP_K": top_k, "SIGMOID": router.sigmoid, "RENORMALISE": router.renormalise}
                 | {"LEAST_SUM": moe.LEAST_SUM, "SCALE": router.scale, "BLOCK": power_of_two(experts)},
@@ -185,16 +188,18 @@ class TritonOps:
             {"hidden": hidden, "chosen": chosen, "weights": weights, "ranks": ranks, "counts": counts}
             | {"rows": rows, "row_weights": row_weights, "row_of": row_of},
             {},
-            {"TOP_K": top_k, "WIDTH": width, "BLOCK_E": power_of_two(experts), "BLOCK": WIDE},
+            {"EXPERTS": experts, "TOP_K": top_k, "WIDTH": width, "BLOCK_E": power_of_two(experts), "BLOCK": WIDE},
         )
         return moe.Routed(rows, row_weights, counts, row_of)
 
-    def combine(self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, hidden: torch.Tensor, rows: torch.Tensor, row_of: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
         sums, (tokens, top_k), width = torch.empty_like(hidden), row_of.shape, hidden.shape[1]
         self._launch(
             combine_kernel,
             (len(hidden), -(-width // WIDE)),
-            {"hidden": hidden, "rows": rows, "row_of": row_of, "sums": sums},
+            {"hidden": hidden, "rows": rows, "row_of": row_of, "real": real, "sums": sums},
             {"tokens": tokens},
             {"TOP_K": top_k, "WIDTH": width, "MULTIPLIER": self._config.residual_multiplier}
             | {"BLOCK": WIDE, "EMULATED": INTERPRETED},

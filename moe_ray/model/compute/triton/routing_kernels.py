@@ -10,6 +10,7 @@ from moe_ray.model.compute.triton.numerics import narrowed, stepped
 def choose_kernel(
     logits: tl.tensor,
     correction: tl.tensor,
+    real: tl.tensor,
     chosen: tl.tensor,
     weights: tl.tensor,
     EXPERTS: tl.constexpr,
@@ -23,7 +24,7 @@ def choose_kernel(
     """A token a program: the experts of its TOP_K best scores, ascending, and their weights, as `moe.choose`.
 
     logits [T, EXPERTS], correction [EXPERTS]; chosen [T, TOP_K] int64, weights [T, TOP_K] float32. Of equal scores the
-    expert with the lower number is chosen.
+    expert with the lower number is chosen. Tokens from `real` [1] on are padding, and choose EXPERTS, which is none.
     """
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
@@ -48,7 +49,10 @@ def choose_kernel(
         scores = tl.div_rn(scores, tl.zeros([BLOCK], tl.float32) + total)
     scores *= SCALE
     place = token * TOP_K + tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-    tl.store(chosen + place, expert.to(tl.int64), mask=is_chosen)
+    number = expert.to(tl.int64)
+    if real is not None:
+        number = tl.where(token < tl.load(real), number, EXPERTS)
+    tl.store(chosen + place, number, mask=is_chosen)
     tl.store(weights + place, scores, mask=is_chosen)
 
 
@@ -91,17 +95,23 @@ def place_kernel(
     rows: tl.tensor,
     row_weights: tl.tensor,
     row_of: tl.tensor,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A (token, k) a program: copy the token's row of hidden [T, WIDTH] to its place among rows [T * K, WIDTH]."""
+    """A (token, k) a program: copy the token's row of hidden [T, WIDTH] to its place among rows [T * K, WIDTH].
+
+    Padding, whose expert is EXPERTS, comes behind all tokens here and there: its rows stay where they are.
+    """
     pair = tl.program_id(0).to(tl.int64)
     mine = tl.load(chosen + pair)
     expert = tl.arange(0, BLOCK_E)
-    before = tl.sum(tl.load(counts + expert, mask=expert < mine, other=0), 0)
-    place = before + tl.load(ranks + pair)
+    before = tl.sum(tl.load(counts + expert, mask=(expert < mine) & (expert < EXPERTS), other=0), 0)
+    place = pair
+    if mine < EXPERTS:
+        place = before + tl.load(ranks + pair)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < WIDTH
     tl.store(rows + place * WIDTH + at, tl.load(hidden + pair // TOP_K * WIDTH + at, mask=here), mask=here)
@@ -115,6 +125,7 @@ def combine_kernel(
     hidden: tl.tensor,
     rows: tl.tensor,
     row_of: tl.tensor,
+    real: tl.tensor,
     sums: tl.tensor,
     tokens: tl.tensor,
     TOP_K: tl.constexpr,
@@ -125,14 +136,18 @@ def combine_kernel(
 ) -> None:
     """sums [P, WIDTH] = hidden + MULTIPLIER * the rows [T * K, WIDTH] of each token by row_of [T, K], in its order.
 
-    Rounds after each operation, as `moe.combine` does. Tokens from T on, which are padding, stay as they are.
+    Rounds after each operation, as `moe.combine` does. Tokens from T on, or from `real` [1] on, which are padding, stay
+    as they are.
     """
     DTYPE: tl.constexpr = sums.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < WIDTH
     x = tl.load(hidden + token * WIDTH + at, mask=here, other=0.0).to(tl.float32)
-    if token < tokens:
+    last = tokens
+    if real is not None:
+        last = tl.minimum(tokens, tl.load(real).to(tl.int32))
+    if token < last:
         made = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(TOP_K):
             row = tl.load(row_of + token * TOP_K + k)
