@@ -35,6 +35,15 @@ class WeightsHeld:
     spares: tuple[HeldAs, ...] = ()
     """What each spare holds its experts as; those that are not here: as the experts' own actors."""
 
+    @staticmethod
+    def kept(found: Mapping[Weight, StoredWeight], by_triton: bool) -> dict[Weight, StoredWeight]:
+        """Those of a checkpoint's weights that kernels compute on in their own bits; of float8 Triton's alone do."""
+        return {
+            weight: each
+            for weight, each in found.items()
+            if each.grouping is not None and (by_triton or each.grouping.float8 is None)
+        }
+
     def in_spare(self, number: int) -> WeightsHeld:
         """The same for one spare."""
         if number >= len(self.spares):
@@ -48,8 +57,16 @@ class WeightsHeld:
 
     def held_as(self, weight: Weight) -> str:
         """What a weight is held as: a float dtype, a quantisation, or the format of a quantised checkpoint."""
-        stored = self.stored.get(weight)
+        stored = self.as_stored(weight)
         return stored.format if stored is not None else self._of(weight).of(weight.role)
+
+    def as_stored(self, weight: Weight) -> StoredWeight | None:
+        """How a weight that keeps its own bits is stored; None: it does not, or is to be quantised to fewer bits."""
+        stored = self.stored.get(weight)
+        if stored is None or stored.grouping is None:
+            return stored
+        wanted = grouping(self._of(weight).of(weight.role), weight.shape[-1])
+        return None if wanted is not None and wanted.bits < stored.grouping.bits else stored
 
     def nbytes(self, weight: Weight) -> int:
         """Bytes in memory of a weight, scales with it."""
@@ -62,7 +79,7 @@ class WeightsHeld:
         return 0 if how is None else how.nbytes(_matrix(weight)) - weight.numel * how.bits // 8
 
     def _grouping(self, weight: Weight) -> Grouping | None:
-        stored = self.stored.get(weight)
+        stored = self.as_stored(weight)
         return stored.grouping if stored is not None else grouping(self.held_as(weight), weight.shape[-1])
 
     def _of(self, weight: Weight) -> HeldAs:

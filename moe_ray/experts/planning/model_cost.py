@@ -111,7 +111,7 @@ def _together(weights: Iterable[Weight], held: WeightsHeld) -> Matrices:
 
 def _form(weight: Weight, held: WeightsHeld) -> str:
     """What kernels compute on: a float dtype, int8, int4 or nf4; of a quantised checkpoint, by its bits."""
-    stored = held.stored.get(weight)
+    stored = held.as_stored(weight)
     if stored is None or stored.grouping is None:
         return held.held_as(weight)
     return "int8" if stored.grouping.bits == 8 else "nf4" if stored.grouping.levels else "int4"
