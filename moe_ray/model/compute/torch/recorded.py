@@ -158,7 +158,7 @@ class RecordedPass:
         recording = self._recording
         if recording.answers is None:
             recording.answers = torch.empty(rows.shape, dtype=rows.dtype, device=routed.rows.device)
-        recording.answers.copy_(rows, non_blocking=True)
+        routed.brought(rows, into=recording.answers)
         self._answered = routed
 
     def logits(self, rows: list[int]) -> torch.Tensor:

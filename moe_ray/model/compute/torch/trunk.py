@@ -221,8 +221,7 @@ class TorchPass:
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
-        here = rows.to(self._hidden.device, non_blocking=True)
-        self._hidden = self._trunk.ops.combine(self._hidden, here, routed.row_of)
+        self._hidden = self._trunk.ops.combine(self._hidden, routed.brought(rows), routed.row_of)
 
     def logits(self, rows: list[int]) -> torch.Tensor:
         """Logits float32 [len(rows), V] of these flat positions of the batch."""
