@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from moe_ray.model.compute.torch.recorders import Recorder
+    from moe_ray.model.compute.torch.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Compute:
     """Compute threads of the process."""
     recorder: Recorder | None = None
     """Records what is launched again and again; None: nothing is recorded."""
+    staging: Staging | None = None
+    """What rows go through between a card and the host's memory; None: they are computed where they are."""
 
     @property
     def dtype(self) -> str:
@@ -86,7 +89,7 @@ def open_compute(model: ModelConfig, wanted: Wanted, cache_dir: Path, threads: i
     for note in (*backend.notes, backend.slower_because):
         if note:
             logger.warning(note)
-    return Compute(backend, kernels, threads, _recorder(backend))
+    return Compute(backend, kernels, threads, _recorder(backend), _staging(backend))
 
 
 def _recorder(backend: Backend) -> Recorder | None:
@@ -95,6 +98,16 @@ def _recorder(backend: Backend) -> Recorder | None:
     from moe_ray.model.compute.torch.recorders import CudaRecorder
 
     return CudaRecorder()
+
+
+def _staging(backend: Backend) -> Staging | None:
+    if backend.device != "cuda":
+        return None
+    import torch
+
+    from moe_ray.model.compute.torch.staging import CudaTransfers, Staging
+
+    return Staging(CudaTransfers(torch.device(backend.device)))
 
 
 def this_machine(wanted: Wanted) -> Machine:
