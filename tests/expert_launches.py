@@ -32,8 +32,8 @@ HELD: Final[dict[str, Grouping | None]] = {
 
 
 def launches(name: str) -> Iterator[Launch]:
-    """`name`: of `HELD`, and a dtype; with "adapter" behind, what an adapter has launched as well."""
-    held, dtype, *more = name.split()
+    """`name`: of `HELD`, a dtype, and a number of rows; with "adapter" behind, what an adapter has launched as well."""
+    held, dtype, count, *more = name.split()
     how = HELD[held]
     forms = []
     for inputs in (HIDDEN, INNER):
@@ -41,12 +41,12 @@ def launches(name: str) -> Iterator[Launch]:
         forms.append(HeldForm(dtype, replace(how, group=inputs) if how is not None and of_rows else how))
     clamped = ClampedSwiGLU(7.0, 1.702) if held == "gpt-oss" else None
     ffn = TritonFFN(blank_expert((forms[0], forms[1]), (INNER, HIDDEN), clamped is not None, "meta"), clamped)
-    rows = torch.empty(64, HIDDEN, dtype=getattr(torch, dtype), device="meta")
+    rows = torch.empty(int(count), HIDDEN, dtype=getattr(torch, dtype), device="meta")
     runs: tuple[AdapterRows, ...] = ()
     if more:
         ffn.add_adapter(1, _part())
-        runs = (AdapterRows(1, 64),)
-    weights = torch.empty(64, device="meta")
+        runs = (AdapterRows(1, int(count)),)
+    weights = torch.empty(int(count), device="meta")
     return ffn.launches(rows, weights, torch.empty_like(rows), runs)
 
 

@@ -182,13 +182,15 @@ class ExpertReader:
         return Blank([bytes_of(each) for each in (w13, w2, *biases)], filled)
 
     def _by_triton(self, key: ExpertKey, weights: ExpertWeights) -> FFN:
-        """The network; the first of its form computes a row, so that its kernels are compiled before calls come."""
+        """The network; the first of its form computes rows, so that its kernels are compiled before calls come."""
         from moe_ray.model.compute.triton.expert import TritonFFN
+        from moe_ray.model.compute.triton.products import ROWS
 
         ffn = TritonFFN(weights, self._config.clamped_swiglu)
         if self._forms(key) not in self._compiled:
-            row = weights.w2.codes.new_zeros((1, self._config.hidden_size), dtype=self._compute.torch_dtype)
-            ffn.forward(row, row.float()[:, 0])
+            for count in (1, ROWS + 1):  # programs for few rows, and for many
+                rows = weights.w2.codes.new_zeros((count, self._config.hidden_size), dtype=self._compute.torch_dtype)
+                ffn.forward(rows, rows.float()[:, 0])
             self._compiled.add(self._forms(key))
         return ffn
 

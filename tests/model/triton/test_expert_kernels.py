@@ -6,6 +6,7 @@ import pytest
 import torch
 from triton_experts import CASES, ROWS, TOLERANCE, Case, CaseExpert
 
+from moe_ray.model.compute.triton import products
 from moe_ray.model.compute.triton.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card is here: test_expert_on_card.py computes on it")
@@ -36,6 +37,32 @@ def test_a_row_is_the_same_alone_and_in_company(case: Case) -> None:
 def test_a_row_is_the_same_in_every_dtype(case: Case) -> None:
     for dtype in TOLERANCE:
         CaseExpert(case, dtype).check_alone_and_in_company(65)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_is_the_same_in_programs_of_any_number_of_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expert = CaseExpert(case, "bfloat16")
+    rows, weights = expert.rows(65)
+    asked = []
+
+    def of(blocks: int) -> torch.Tensor:
+        monkeypatch.setattr(products, "row_blocks_of", lambda weight, count: asked.append(count) or blocks)
+        return expert.ffn.forward(rows, weights)
+
+    one = of(1)
+    assert torch.equal(of(2), one)
+    assert torch.equal(of(4), one)
+    assert asked == [65] * 6
+
+
+def test_many_rows_share_a_program() -> None:
+    wide, small = CaseExpert(CASES[0], "bfloat16"), CaseExpert(CASES[0], "float32")
+    asymmetric = CaseExpert(
+        next(case for case in CASES if case.grouping is not None and case.grouping.offsets), "float16"
+    )
+    of_13 = [each.weights.w13 for each in (wide, asymmetric, small)]
+    assert [products.row_blocks_of(weight, 16) for weight in of_13] == [1, 1, 1]
+    assert [products.row_blocks_of(weight, 17) for weight in of_13] == [4, 2, 1]
 
 
 def test_no_rows() -> None:

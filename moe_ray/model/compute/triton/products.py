@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 import torch
@@ -13,7 +14,13 @@ from moe_ray.model.compute.triton.tiles import MANTISSA, TiledWeight
 from moe_ray.model.families import ClampedSwiGLU
 
 ROWS: Final = 16
-"""Of a program. It is one number for every count of rows, so that instructions and sums are the same."""
+"""Of a product in a program: one number for every count of rows, so that instructions and sums are the same."""
+ROW_BLOCKS: Final = 4
+"""Products that a program takes of each tile of weights, for many rows: it is read and widened once for them all."""
+FEWER_BLOCKS: Final = 2
+"""With offsets, levels or an order, which take registers: a thread has 255."""
+TENSOR_CORES: Final = (8, 0)
+"""The first compute capability whose tensor cores Triton uses."""
 PROGRAMS: Final = 512
 """So many at least share the work of a product at one row, where its inputs are long enough: about four for each
 multiprocessor of a large card."""
@@ -26,6 +33,22 @@ AHEAD: Final = 16 * 1024
 (3.35 TB/s times 700 ns, by 132), and at one row has about two such programs."""
 WIDTH: Final = 512
 """Outputs of a program that adds parts."""
+
+
+def row_blocks_of(weight: TiledWeight, count: int) -> int:
+    """How many blocks of `ROWS` rows a program computes: bits are the same for all.
+
+    Without tensor cores one fills a program's registers.
+    """
+    if count <= ROWS or weight.how.dtype == torch.float32 or not _tensor_cores(weight.codes.device):
+        return 1
+    needy = (weight.offsets, weight.levels, weight.order)
+    return ROW_BLOCKS if all(each is None for each in needy) else FEWER_BLOCKS
+
+
+@cache
+def _tensor_cores(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TENSOR_CORES
 
 
 def parts_of(weight: TiledWeight) -> int:
@@ -47,29 +70,33 @@ def gate_up(
     clamped: ClampedSwiGLU | None = None,
 ) -> Launch:
     """Gate and up of an expert and their activation; `weight` holds both in turns."""
+    row_blocks = row_blocks_of(weight, len(x))
     gating: dict[str, Constant] = {"LIMIT": None, "ALPHA": None}
     if clamped is not None:
         gating = {"LIMIT": clamped.limit, "ALPHA": clamped.alpha}
     return Launch(
         gate_up_kernel,
-        (-(-len(x) // ROWS), weight.how.row_tiles, 1),
+        (-(-len(x) // (ROWS * row_blocks)), weight.how.row_tiles, 1),
         {"x": x, **_tensors(weight), "bias": bias, "extra": extra, "out": out},
         {"count": len(x)},
-        {**_constants(weight), **gating},
+        {**_constants(weight, row_blocks), **gating},
         stages=_stages(weight),
+        contracted=False,
     )
 
 
 def product(weight: TiledWeight, x: torch.Tensor, out: torch.Tensor) -> Launch:
     """x [T, K] W^T into `out` [P, T, N]: in `parts_of(weight)` parts, to be added by `finish`, or in one."""
+    row_blocks = row_blocks_of(weight, len(x))
     per_part = -(-weight.how.blocks // len(out))
     return Launch(
         product_kernel,
-        (-(-len(x) // ROWS), weight.how.row_tiles, len(out)),
+        (-(-len(x) // (ROWS * row_blocks)), weight.how.row_tiles, len(out)),
         {"x": x, **_tensors(weight), "out": out},
         {"count": len(x)},
-        {**_constants(weight), "PER_PART": per_part},
+        {**_constants(weight, row_blocks), "PER_PART": per_part},
         stages=_stages(weight),
+        contracted=False,
     )
 
 
@@ -116,7 +143,7 @@ def _tensors(weight: TiledWeight) -> dict[str, torch.Tensor | None]:
     }
 
 
-def _constants(weight: TiledWeight) -> dict[str, Constant]:
+def _constants(weight: TiledWeight, row_blocks: int) -> dict[str, Constant]:
     how = weight.how
     return {
         "N": how.n,
@@ -130,6 +157,7 @@ def _constants(weight: TiledWeight) -> dict[str, Constant]:
         "TILE": how.tile,
         "STEP": how.step,
         "ROWS": ROWS,
+        "ROW_BLOCKS": row_blocks,
         # Triton's interpreter multiplies bfloat16 as if its bits were whole numbers; products in float32 are the same.
         "WIDEN": INTERPRETED and how.dtype == torch.bfloat16,
     }
