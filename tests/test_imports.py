@@ -171,6 +171,7 @@ FILE_NEVER = {  # files that work without a package their room may have
             "card_placement",
             "card_table",
             "expert_calls",
+            "held_bytes",
             "machines",
             "model_cost",
             "rates",

@@ -50,7 +50,8 @@ def print_advice(console: Console, advised: Advised) -> None:
 def _print_parts(console: Console, best: Proposed) -> None:
     console.print("\nof the first placement, a step in ms; parts overlap where there are micro-batches", style="dim")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    names = ("sequences", "step", "trunk", "experts", "carrier", "network", "network's share", "micro-batches")
+    copied = ("copies",) if best.host_bytes else ()
+    names = ("sequences", "step", "trunk", "experts", "carrier", "network", *copied, "network's share", "micro-batches")
     for name in names:
         table.add_column(name, justify="right")
     for streams, step in best.steps.items():
@@ -93,6 +94,7 @@ def _placement(advised: Advised, each: Proposed) -> dict[str, object]:
         "experts_per_actor": spread.per_actor,
         "trunk_bytes": each.cost.trunk_bytes,
         "expert_bytes": each.cost.expert_bytes,
+        **({"host_bytes": sum(each.host_bytes.values())} if each.host_bytes else {}),
         "kv_tokens": each.kv_tokens,
         "most_sequences": each.most_streams(asked.context),
         "first_token_ms": 1e3 * each.first_token_s,

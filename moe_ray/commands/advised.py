@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from moe_ray.commands.fleet_file import read_fleet
@@ -14,7 +15,7 @@ from moe_ray.experts.planning.footprint import WeightsHeld
 from moe_ray.experts.planning.machines import Device, Machines
 from moe_ray.experts.planning.model_cost import ModelCost
 from moe_ray.experts.planning.network_step import Network
-from moe_ray.experts.planning.search import DoesNotFit, PlanFor, search
+from moe_ray.experts.planning.search import DoesNotFit, PlanFor, WithOffload, search, with_offload
 from moe_ray.model.formats.held import QUANTIZATIONS, HeldAs
 
 HERE = "here"
@@ -65,6 +66,10 @@ def advised(planned: Planned, config: Config, machines: Machines, asked: PlanFor
         dtype = "float16"
     wanted = formats_asked(formats, planned, config)
 
+    offloads = {expert: nbytes for expert, nbytes in planned.held.offloaded.items() if nbytes}
+    if offloads and all(device.is_cpu for device in machines.devices):
+        raise ConfigError("experts.cpu_offload_gib is of experts on cards, and --fleet has none: allowed is 0")
+
     def costs(of: Sequence[str | None]) -> dict[str, ModelCost]:
         found = {}
         for quantization in of:
@@ -76,14 +81,41 @@ def advised(planned: Planned, config: Config, machines: Machines, asked: PlanFor
     if asked.context > planned.plan.context:
         raise ConfigError(f"--context: this model's is at most {planned.plan.context}, got {asked.context}")
     per_actor = sorted({1, planned.experts_per_actor}) if model.num_local_experts <= 16 else [planned.experts_per_actor]
+    every = costs(wanted)
+
+    def offloaded(forms: Sequence[str]) -> WithOffload | None:
+        """The first of the formats that is held with an offload, where none is configured."""
+        tried = () if offloads else forms
+        made = (with_offload(form, every[form], machines, asked, planned.experts_per_actor) for form in tried)
+        return next((each for each in made if each is not None), None)
+
     try:
-        found = search(costs(wanted), machines, asked, per_actor)
+        found = search(every, machines, asked, per_actor)
     except DoesNotFit as error:
         others = [name for name in QUANTIZATIONS if name not in wanted]
         smaller = [name for name in others if _fits(costs([name]), machines, asked, per_actor)]
-        raise ConfigError(f"{error}; it would fit in {', '.join(smaller) or 'no other format'}") from None
-    situation = Situation(found, machines, asked)
+        said = f"{error}; it would fit in {', '.join(smaller) or 'no other format'}"
+        raise ConfigError(said + _would_hold(offloaded(list(every)))) from None
+    held = {each.form for each in found}
+    otherwise = offloaded([form for form in every if form not in held][:1])
+    situation = Situation(found, machines, asked, otherwise)
+    if offloads:
+        plain = {found[0].form: replace(every[found[0].form], offload=())}
+        with suppress(DoesNotFit):
+            situation = replace(situation, unoffloaded=search(plain, machines, asked, per_actor)[0])
     return Advised(situation, advise(situation))
+
+
+def _would_hold(other: WithOffload | None) -> str:
+    """What an offload would do where nothing fits without."""
+    if other is None:
+        return ""
+    streams = max(other.found.steps)
+    rate = other.found.steps[streams].tokens_per_s
+    return (
+        f"; so would {other.gib:g} GiB of each expert actor in the host's memory (--cpu-offload-gib {other.gib:g}), "
+        f"with {other.found.form} at {rate:.1f} tokens/s of {streams} sequences"
+    )
 
 
 def _fits(costs: Mapping[str, ModelCost], machines: Machines, asked: PlanFor, per_actor: Sequence[int]) -> bool:
@@ -100,4 +132,5 @@ def _held(planned: Planned, dtype: str, quantization: str | None) -> WeightsHeld
         experts = {expert: replace(how, dtype=dtype) for expert, how in held.experts.items()}
         return replace(held, trunk=replace(held.trunk, dtype=dtype), experts=experts)
     quantised = HeldAs(dtype, quantization)
-    return WeightsHeld(quantised, dict.fromkeys(range(planned.model.num_local_experts), quantised), held.stored)
+    experts = dict.fromkeys(range(planned.model.num_local_experts), quantised)
+    return WeightsHeld(quantised, experts, held.stored, held.offloaded)

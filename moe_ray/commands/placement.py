@@ -16,12 +16,11 @@ from moe_ray.deploy.recorded_load import recorded_rows
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.card_placement import place, with_hot_experts
 from moe_ray.experts.planning.cards import GIB, Card, need_of
+from moe_ray.experts.planning.offload import OFFLOADS
 from moe_ray.experts.planning.placement import experts_in
 
 FORMATS: Final = ("int8", "int4")
-"""What is tried for the experts where the cards do not hold them as they are, in this order..."""
-OFFLOADS: Final = (0.25, 0.5, 0.75, 0.9)
-"""...and which shares of their weights are tried in the host's memory."""
+"""What is tried for the experts where the cards do not hold them as they are, in this order."""
 
 
 def on_cluster_cards(config: Config, directory: Path, plan: Planned, console: Console) -> tuple[Config, Planned]:

@@ -153,11 +153,6 @@ def plan(
     settings = with_usable_cache(load_config(flags, config), error_console())
     if fleet is not None and settings.variants:
         raise ConfigError("--fleet predicts what one model does: leave the variants out")
-    experts = settings.experts
-    if fleet is not None and (
-        experts.cpu_offload_gib or any("cpu_offload_gib" in o for o in experts.overrides.values())
-    ):
-        raise ConfigError("--fleet places all weights on its devices: leave experts.cpu_offload_gib out")
     with loading_bars(error_console()) as progress:
         # Experts of variants are compared by their bytes, so the weights have to be here.
         directory = (resolve_model if settings.variants else resolve_config)(settings, progress)

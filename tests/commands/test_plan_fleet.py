@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,34 @@ def test_recorded_load_is_used(tmp_path: Path) -> None:
     assert rates[1] < rates[0], "the others wait for the device of the hot expert"
 
 
+def test_what_an_offload_costs() -> None:
+    model = ["--model", str(EXAMPLE), "--formats", "float", "--streams", "1,32"]
+    plain, offloaded = (told(*model, "--fleet", "9x T4", *more) for more in ((), ("--cpu-offload-gib", "5")))
+    slow, fast = offloaded["placements"][0], plain["placements"][0]
+    assert slow["host_bytes"] == 8 * 16 * 3 * 4096 * 14336 * 2, "16 of 32 layers of each"
+    assert "host_bytes" not in fast
+    assert "copies_ms" not in fast["steps"][0]
+    step = slow["steps"][-1]
+    assert step["copies_ms"] == pytest.approx(447.4, abs=0.1), "as plan says of a step that calls all layers"
+    assert step["step_ms"] >= step["copies_ms"]
+    rates = [f"{each['steps'][-1]['tokens_per_s']:,.0f}" for each in (fast, slow)]
+    (said,) = (each for each in offloaded["advice"] if "stay in the memory of hosts" in each)
+    assert said.startswith(
+        "42.0 GiB of the experts stay in the memory of hosts (at most 5.2 GiB of one): copies are 447 "
+    )
+    assert f"without an offload float16 makes {rates[0]} tokens/s here instead of {rates[1]}" in said
+
+
+def test_an_offload_that_would_do_is_named() -> None:
+    advice = told("--model", str(EXAMPLE), "--fleet", "6x T4", "--streams", "32")["advice"]
+    (said,) = (each for each in advice if "--cpu-offload-gib" in each)
+    assert said.startswith("With 5.25 GiB of each expert actor in the host's memory (--cpu-offload-gib 5.25) ")
+    assert "T4-16GB would hold this model in float16: " in said
+    found = told("--model", str(EXAMPLE), "--fleet", "6x T4", "--streams", "32", "--formats", "float",
+                 "--cpu-offload-gib", "5.25")["placements"][0]  # fmt: skip
+    assert f": {found['steps'][0]['tokens_per_s']:,.0f} tokens/s at 32 sequences at once, against " in said
+
+
 def test_flags_that_do_not_go_together() -> None:
     assert "go with --fleet" in refused("--objective", "cost")
     assert "--probe-again goes with --fleet here" in refused("--fleet", "H200", "--probe-again")
@@ -149,9 +178,13 @@ def test_flags_that_do_not_go_together() -> None:
     assert "--context: this model's is at most 32768" in refused("--fleet", "H200", "--context", "100000")
     assert "--step-ms does not go with --fleet" in refused("--fleet", "H200", "--step-ms", "3")
     assert "leave the variants out" in refused("--fleet", "H200", "--variant", f"tuned={EXAMPLE.parent}")
-    assert "leave experts.cpu_offload_gib out" in refused("--fleet", "H200", "--cpu-offload-gib", "8")
+    assert "--fleet has none: allowed is 0" in refused("--fleet", "4x cpu:16", "--cpu-offload-gib", "8")
+    assert "allowed are 0, or more than 0.656" in refused("--fleet", "9x L4", "--cpu-offload-gib", "0.5")
     assert "every machine needs a price" in refused("--fleet", "H200", "--objective", "cost")
     said = refused("--fleet", "L4", "--formats", "float")
     assert "bfloat16 needs 93.4 GB of weights" in said
-    assert said.endswith("it would fit in no other format")
-    assert refused("--fleet", "2x L4", "--formats", "float").endswith("it would fit in int4, nf4")
+    with_offload = r"it would fit in no other format; so would 9\.45 GiB of each expert actor in the host's memory "
+    assert re.search(rf"{with_offload}\(--cpu-offload-gib 9\.45\), with bfloat16 at \d\.\d tokens/s of 32 seq", said)
+    assert "it would fit in int4, nf4; so would " in refused("--fleet", "2x L4", "--formats", "float")
+    assert refused("--fleet", "P100", "--formats", "float").endswith("it would fit in no other format")
+    assert refused("--fleet", "2x cpu:4", "--formats", "float").endswith("it would fit in no other format")

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from moe_ray.experts.planning.cards import GIB
 from moe_ray.experts.planning.machines import Machines, Spread
+from moe_ray.experts.planning.offload import PCIE_GB_S, PCIE_SHARE
 from moe_ray.experts.planning.rates import COMPUTE_SHARE, READ_SHARE
-from moe_ray.experts.planning.search import PlanFor, Proposed
+from moe_ray.experts.planning.search import PlanFor, Proposed, WithOffload
 from moe_ray.experts.planning.step_time import StepTime
 
 MUCH_NETWORK: Final = 0.2
@@ -18,6 +20,8 @@ HOT: Final = 1.5
 """Times the mean load from which on an expert is named."""
 IDLE: Final = 0.5
 """Share of a step that experts compute, below which the trunk is named."""
+MOSTLY: Final = 0.5
+"""Share of a step that the busiest link copies, from which on it is what counts."""
 MAX_NUM_SEQS: Final = 64
 """`engine.max_num_seqs`, unless it is set."""
 
@@ -30,6 +34,10 @@ class Situation:
     """As `search` returns them, the best first."""
     machines: Machines
     asked: PlanFor
+    otherwise: WithOffload | None = None
+    """What the machines hold only with an offload, in a format that they do not hold without."""
+    unoffloaded: Proposed | None = None
+    """The best without the offload that is asked for, in the same format; None: there is none, or none is asked for."""
 
     @property
     def best(self) -> Proposed:
@@ -99,6 +107,8 @@ def bottleneck(situation: Situation) -> str | None:
         return None
     streams = max(best.steps)
     step = best.steps[streams]
+    if step.copies_s > MOSTLY * step.seconds:
+        return None  # said with the offload
     if step.trunk_s > step.experts_s and step.expert_busy < IDLE:
         return (
             f"The trunk is the bottleneck at {_said(streams)}: the experts' devices wait {1 - step.expert_busy:.0%} of "
@@ -151,6 +161,43 @@ def dtype(situation: Situation) -> str | None:
     return f"{', '.join(without)} has no bfloat16: float16 is planned; start with --dtype float16."
 
 
+def offloaded(situation: Situation) -> str | None:
+    """What an offload that is asked for costs."""
+    best = situation.best
+    if not best.host_bytes:
+        return None
+    streams = max(best.steps)
+    step, held = best.steps[streams], sum(best.host_bytes.values()) / GIB
+    said = (
+        f"{held:.1f} GiB of the experts stay in the memory of hosts (at most {max(best.host_bytes.values()) / GIB:.1f} "
+        f"GiB of one): copies are {1e3 * step.copies_s:,.0f} ms beside the {1e3 * step.seconds:,.0f} ms of a step at "
+        f"{_said(streams)}, at {PCIE_SHARE:.0%} (assumed) of PCIe 3.0 x16's {PCIE_GB_S:g} GB/s"
+    )
+    other = situation.unoffloaded
+    if other is None or streams not in other.steps:
+        return f"{said}; without an offload these machines do not hold it in {best.form}."
+    rate = other.steps[streams].tokens_per_s
+    return (
+        f"{said}; without an offload {best.form} makes {_rate(rate)} tokens/s here instead of "
+        f"{_rate(step.tokens_per_s)}: leave experts.cpu_offload_gib out."
+    )
+
+
+def would_hold(situation: Situation) -> str | None:
+    """A format that these machines would hold with an offload, and at what cost."""
+    other, best = situation.otherwise, situation.best
+    if other is None:
+        return None
+    streams = max(set(other.found.steps) & set(best.steps))
+    rates = (_rate(each.steps[streams].tokens_per_s) for each in (other.found, best))
+    slower, faster = rates
+    return (
+        f"With {other.gib:g} GiB of each expert actor in the host's memory (--cpu-offload-gib {other.gib:g}) "
+        f"{devices_said(situation.machines, other.found.spread.used)} would hold this model in {other.found.form}: "
+        f"{slower} tokens/s at {_said(streams)}, against {faster} in {best.form}."
+    )
+
+
 def sequences(situation: Situation) -> str | None:
     """How many sequences there is room for, where the engine would not use it."""
     best = situation.best
@@ -198,6 +245,8 @@ def assumed(situation: Situation) -> str | None:
 Rule = Callable[[Situation], str | None]
 RULES: Final[tuple[Rule, ...]] = (
     whole_or_apart,
+    offloaded,
+    would_hold,
     network,
     bottleneck,
     calls,
@@ -227,7 +276,12 @@ def parts_ms(step: StepTime) -> dict[str, float]:
         "experts_ms": 1e3 * step.experts_s,
         "carrier_ms": 1e3 * step.carrier_s,
         "network_ms": 1e3 * step.network_s,
+        **({"copies_ms": 1e3 * step.copies_s} if step.copies_s else {}),
     }
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.1f}"
 
 
 def _said(streams: int) -> str:

@@ -65,6 +65,11 @@ class Spread:
     actors_on: tuple[tuple[int, int], ...] = ()
     """(device, processes on it)."""
 
+    def actors(self) -> tuple[range, ...]:
+        """The experts of each actor; in one process: all together."""
+        count = len(self.homes)
+        return tuple(range(first, min(first + self.per_actor, count)) for first in range(0, count, self.per_actor))
+
     @property
     def used(self) -> tuple[int, ...]:
         """The devices that something is on, ascending."""
@@ -87,17 +92,3 @@ def kv_tokens(machines: Machines, spread: Spread, held_bytes: dict[int, int], by
             left = min(left // CPU_CACHE_SHARE, CPU_CACHE_BYTES)
         tokens += max(0, left) // bytes_per_token
     return tokens
-
-
-def held_on(spread: Spread, trunk_bytes: int, expert_bytes: int) -> dict[int, int]:
-    """Bytes of weights on each device."""
-    held: dict[int, int] = {}
-    for device in spread.trunks:
-        copy = len(spread.homes) * expert_bytes if spread.in_process else 0
-        held[device] = held.get(device, 0) + trunk_bytes + copy
-    if spread.in_process:
-        return held
-    for homes in spread.homes:
-        for device in homes:
-            held[device] = held.get(device, 0) + expert_bytes
-    return held

@@ -58,6 +58,8 @@ class ModelCost:
     """How many have no experts (DeepSeek's first): all of such a layer is the trunk's, and no call leaves it."""
     dense: Matrices = NOTHING
     """Of one of these: attention, and the network that every token goes through."""
+    offload: tuple[int, ...] = ()
+    """By expert, the first of an actor: bytes of that actor that stay in the host's memory at least; (): none."""
 
     @property
     def mixture_layers(self) -> int:
@@ -67,6 +69,7 @@ class ModelCost:
     @staticmethod
     def of(model: ModelConfig, dtype: str, held: WeightsHeld, kv_cache_dtype: str = "auto") -> ModelCost:
         """Count `model` with rows in `dtype`, its weights as `held` says."""
+        offload = tuple(held.offloaded.get(expert, 0) for expert in range(model.num_local_experts))
         trunk = list(weights_of_trunk(model))
         some = model.mixture_layers[0]
         matrices = [weight for weight in trunk if len(weight.shape) > 1]
@@ -94,6 +97,7 @@ class ModelCost:
             len(model.full_layers),
             len(model.dense_layers),
             _together(dense, held),
+            offload if any(offload) else (),
         )
 
     def seen(self, context: float) -> float:

@@ -19,6 +19,8 @@ PCIE_GB_S: Final = 15.75
 """PCIe 3.0 x16 in one direction, as of T4 and V100: 8 GT/s, 16 lanes, 128 of 130 bits (PCI-SIG's specification)."""
 PCIE_SHARE: Final = 0.8
 """Assumed: the share of that which copies from pinned memory reach. Not measured."""
+OFFLOADS: Final = (0.25, 0.5, 0.75, 0.9)
+"""Shares of an expert actor's weights that are tried in the host's memory, in order, where cards do not hold them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from moe_ray.errors import ConfigError
+from moe_ray.experts.planning.cards import GIB
 from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS
-from moe_ray.experts.planning.machines import Machines, Spread, held_on, kv_tokens
+from moe_ray.experts.planning.held_bytes import held_on, host_bytes
+from moe_ray.experts.planning.machines import Machines, Spread, kv_tokens
 from moe_ray.experts.planning.model_cost import ModelCost
+from moe_ray.experts.planning.offload import OFFLOADS
 from moe_ray.experts.planning.spreads import apart, whole
 from moe_ray.experts.planning.step_time import StepTime, decode_step, prefill_s
 
@@ -54,6 +57,8 @@ class Proposed:
     """By sequences at once; those are left out for which the KV cache has no room."""
     first_token_s: float
     price_per_hour: float | None
+    host_bytes: Mapping[int, int] = field(default_factory=dict)
+    """By host: what of the experts stays in its memory."""
 
     def most_streams(self, context: int) -> int:
         """Sequences of so many tokens for which the KV cache has room."""
@@ -108,6 +113,32 @@ def ordered(found: Sequence[Proposed], asked: PlanFor) -> list[Proposed]:
     return sorted(found, key=lambda each: (-each.figure(asked), len(each.spread.used)))
 
 
+@dataclass(frozen=True, slots=True)
+class WithOffload:
+    """The best placement of a format that only fits with an offload."""
+
+    gib: float
+    """Of each expert actor, in its host's memory: `experts.cpu_offload_gib`."""
+    found: Proposed
+
+
+def with_offload(form: str, cost: ModelCost, machines: Machines, asked: PlanFor, per_actor: int) -> WithOffload | None:
+    """The least of the `OFFLOADS` with which the machines hold a format; None: none of them does.
+
+    For latency or tokens/s, whichever is asked for: the less is copied, the better are both.
+    """
+    if all(device.is_cpu for device in machines.devices):
+        return None
+    for share in OFFLOADS:
+        gib = round(share * per_actor * cost.expert_bytes / GIB, 2)
+        offloaded = replace(cost, offload=(int(gib * GIB),) * cost.num_experts)
+        try:
+            return WithOffload(gib, search({form: offloaded}, machines, asked, (per_actor,))[0])
+        except ConfigError:  # they do not fit, or so little is in the host's memory that buffers take as much
+            continue
+    return None
+
+
 def best(found: Sequence[Proposed], asked: PlanFor) -> Proposed:
     """The one with the best figure; of those within `EQUAL` of it, the one on the fewest devices."""
     top = max(each.figure(asked) for each in found)
@@ -117,7 +148,7 @@ def best(found: Sequence[Proposed], asked: PlanFor) -> Proposed:
 
 def candidate(form: str, cost: ModelCost, machines: Machines, spread: Spread, asked: PlanFor) -> Proposed:
     """Time one placement."""
-    held = held_on(spread, cost.trunk_bytes, cost.expert_bytes)
+    held = held_on(cost, spread)
     tokens = kv_tokens(machines, spread, held, cost.kv_bytes_per_token)
     steps = {
         streams: decode_step(cost, machines, spread, streams, asked.context, asked.shares)
@@ -128,7 +159,7 @@ def candidate(form: str, cost: ModelCost, machines: Machines, spread: Spread, as
     known = [price for price in prices if price is not None]
     first = prefill_s(cost, machines, spread, asked.prompt, shares=asked.shares)
     price = sum(known) if len(known) == len(prices) else None
-    return Proposed(form, cost, spread, tokens, steps, first, price)
+    return Proposed(form, cost, spread, tokens, steps, first, price, host_bytes(cost, machines, spread))
 
 
 def _nothing_fits(costs: Mapping[str, ModelCost], machines: Machines, asked: PlanFor) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moe_ray.experts.planning.cards import PROCESS_BYTES
+from moe_ray.experts.planning.held_bytes import card_bytes, whole_card_bytes
 from moe_ray.experts.planning.machines import Machines, Spread
 from moe_ray.experts.planning.model_cost import ModelCost
 from moe_ray.experts.planning.rates import DeviceRates
@@ -35,9 +36,9 @@ class _Room:
 
 def whole(cost: ModelCost, machines: Machines, cache_bytes: int) -> Iterator[Spread]:
     """The model in one process: on one device of each kind that holds it, and a copy on each of its kind."""
-    need = cost.trunk_bytes + cost.num_experts * cost.expert_bytes + cache_bytes + PROCESS_BYTES
+    need = whole_card_bytes(cost) + cache_bytes + PROCESS_BYTES
     for devices in machines.kinds().values():
-        if machines.devices[devices[0]].usable_bytes < need:
+        if machines.devices[devices[0]].usable_bytes < need or not _may_hold(cost, machines, devices[0]):
             continue
         for copies in {1, len(devices)}:
             used = tuple(devices[:copies])
@@ -55,10 +56,11 @@ def apart(
     """Trunk and experts in processes of their own: by the trunk's device, the experts' devices, what else is done."""
     for devices in machines.kinds().values():
         trunk = devices[0]
-        others = [device for device in range(len(machines.devices)) if device != trunk]
+        able = [device for device in range(len(machines.devices)) if _may_hold(cost, machines, device)]
+        others = [device for device in able if device != trunk]
         others.sort(key=lambda device: _expert_s(cost, machines.devices[device].rates))
         for count in _counts(len(others)):
-            for beside_trunk in (False, True):
+            for beside_trunk in (False, True) if trunk in able else (False,):
                 homes = [trunk, *others[:count]] if beside_trunk else others[:count]
                 for size in per_actor if homes else ():
                     for left in LEFT if count < len(others) else LEFT[:1]:
@@ -124,11 +126,16 @@ def _put(
         return load[device] + heat[group] * _expert_s(cost, rates) / rates.lanes
 
     for device in sorted(load, key=after):
-        if device not in where[group] and room.takes(device, len(groups[group]) * cost.expert_bytes):
+        if device not in where[group] and room.takes(device, card_bytes(cost, groups[group])):
             load[device] = after(device)
             where[group].append(device)
             return True
     return False
+
+
+def _may_hold(cost: ModelCost, machines: Machines, device: int) -> bool:
+    """Whether experts may be there: those that are partly in the host's memory are copied to cards."""
+    return not cost.offload or not machines.devices[device].is_cpu
 
 
 def _expert_s(cost: ModelCost, rates: DeviceRates) -> float:

@@ -3,7 +3,7 @@
 A layer of one micro-batch takes t = trunk + carrier + network + experts, one after the other. With m micro-batches in
 n trunks, each device is busy with all of them, so that a layer takes
 
-    max(t, m * trunk's busy time, n * m * the busiest expert device's)
+    max(t, m * trunk's busy time, n * m * the busiest expert device's, n * what the busiest card's link copies)
 
 (ping-pong: MegaScale-Infer, arXiv:2504.02263, section 4.1). Devices that share cores, or are one, do not overlap. A
 carrier's calls and rows keep the trunk busy, its round trip does not; rows are written while those of earlier calls are
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moe_ray.experts.planning.expert_calls import called
+from moe_ray.experts.planning.expert_calls import Copies, called
 from moe_ray.experts.planning.machines import Machines, Spread
 from moe_ray.experts.planning.model_cost import ModelCost
 from moe_ray.experts.planning.network_step import CALL_BYTES, WEIGHT_BYTES
@@ -45,6 +45,9 @@ class StepTime:
     micro_batches: int
     expert_busy: float
     """Share of the step that the mean expert device computes."""
+    copies_s: float = 0.0
+    """Of the busiest card's link: layers that are in the host's memory. They pass beside all other parts, but for what
+    of them is in `experts_s`."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -76,6 +79,8 @@ class _Layer:
     """Of the carrier's time: a round trip, in which the trunk has nothing to do for this micro-batch."""
     hidden: float
     """Of the carrier's time: it passes while earlier rows are on their way through the network."""
+    copying: float
+    """Of the busiest card's link, for all micro-batches."""
 
 
 def decode_step(
@@ -131,10 +136,10 @@ def _step(
     """`work`: tokens, context of each, and sequences that get logits, of one trunk."""
     tokens, context, logits = work
     part = max(1, round(tokens / micro_batches))
-    layer = _layer(cost, machines, spread, part, context, shares)
+    layer = _layer(cost, machines, spread, (part, tokens), context, shares)
     latency = layer.trunk + layer.carrier + layer.network + layer.experts - layer.hidden
     busy_trunk = micro_batches * (layer.trunk + layer.carrier - layer.waiting + trunks * layer.beside_trunk)
-    cycle = max(latency, busy_trunk, trunks * micro_batches * layer.busiest)
+    cycle = max(latency, busy_trunk, trunks * micro_batches * layer.busiest, trunks * layer.copying)
     if spread.in_process:
         cycle = latency  # each trunk has its own experts, and nothing to wait for
     trunk = machines.devices[spread.trunks[0]].rates
@@ -152,13 +157,20 @@ def _step(
         many * layer.network,
         micro_batches,
         min(1.0, trunks * many * layer.mean_busy / seconds),
+        cost.mixture_layers * (1 if spread.in_process else trunks) * layer.copying,
     )
 
 
 def _layer(
-    cost: ModelCost, machines: Machines, spread: Spread, tokens: int, context: float, shares: Sequence[float] | None
+    cost: ModelCost,
+    machines: Machines,
+    spread: Spread,
+    counts: tuple[int, int],
+    context: float,
+    shares: Sequence[float] | None,
 ) -> _Layer:
-    where = spread.trunks[0]
+    """`counts`: tokens of a micro-batch, and of all of them."""
+    (tokens, all_tokens), where = counts, spread.trunks[0]
     trunk = machines.devices[where].rates
     a, r, d = cost.attention, cost.router, cost.dense
     seen = cost.seen(context)
@@ -169,7 +181,12 @@ def _layer(
         computing += trunk.trunk_s(r.form, r.weights, r.nbytes, tokens)
     drawn = rows_of_layers(cost.num_experts, cost.top_k, tokens, shares)
     local, spread_out = trunk.layer_overhead(False), trunk.layer_overhead(True)
-    found = [called(cost, machines, spread, rows) for rows in drawn]
+    copies = Copies.of(cost, spread, drawn)
+    found = [called(cost, machines, spread, rows, copies) for rows in drawn]
+    copying = sum(each.copying for each in found) / len(found)
+    if not spread.in_process:  # what one micro-batch has had copied, the next finds
+        every = Copies.of(cost, spread, rows_of_layers(cost.num_experts, cost.top_k, all_tokens, shares))
+        copying = every.busiest_link_s(spread) if every else 0.0
     n = len(found)
     busy = {device: sum(each.busy.get(device, 0.0) for each in found) / n for device in spread.used}
     calls, total_rows = sum(each.calls for each in found) / n, float(tokens * cost.top_k)
@@ -193,6 +210,7 @@ def _layer(
         on_trunk,
         min(carrier, once),
         min(carrier, _hidden_s(cost, machines, writing, sum(each.remote_rows for each in found) / n, calls)),
+        copying,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,12 @@ from moe_ray.deploy.cards import parts_of
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.card_placement import place
 from moe_ray.experts.planning.cards import Card
+from moe_ray.experts.planning.held_bytes import held_on, host_bytes, layer_copy_s
+from moe_ray.experts.planning.machines import Device, Machines, Spread
+from moe_ray.experts.planning.model_cost import ModelCost
 from moe_ray.experts.planning.offload import BUFFERS, HostShare, host_share, streamed
+from moe_ray.experts.planning.rates import DataSheet
+from moe_ray.experts.planning.spreads import apart, whole
 
 KEYS = [(layer, 5) for layer in range(32)]
 GIB = 2**30
@@ -88,6 +94,40 @@ def test_experts_of_one_process_share_their_buffers(mixtral_plan: Path) -> None:
     print_plan(Console(file=out, width=200), alike, None)
     assert "Expert0 to Expert7 each keep 336.0 MiB in the host's memory, 82.03 GiB of all of them on" in out.getvalue()
     assert "copies them in 224 ms" in " ".join(out.getvalue().split())
+
+
+@pytest.mark.parametrize("overrides", [{}, {2: {"cpu_offload_gib": 9}, 5: {"cpu_offload_gib": 0}}])
+def test_the_search_counts_the_bytes_of_the_plan(mixtral_plan: Path, overrides: dict[int, dict[str, float]]) -> None:
+    """On cards and in hosts' memory: each expert in an actor of its own, two in one, all in one process."""
+    experts = {"cpu_offload_gib": 8.2, "overrides": overrides}
+    machines = Machines(tuple(Device("a", host, 80 * GIB, DataSheet(1, {"float16": 1})) for host in range(9)))
+    for size, transport in ((1, "auto"), (2, "auto"), (1, "local")):
+        if size == 2 and overrides:
+            continue  # experts of one actor have one offload
+        flags = {"model": {"path": str(mixtral_plan), "dtype": "float16"}, "transport": transport}
+        config = load_config({**flags, "experts": {**experts, "experts_per_actor": size}})
+        made = planned(config, mixtral_plan, without_weights=True, cards=True)
+        cost = ModelCost.of(made.model, "float16", made.held)
+        local, parts = transport == "local", parts_of(config, made.plan)
+        homes = tuple((0,) if local else (1 + expert // size,) for expert in range(8))
+        spread = Spread((0,), homes, local, 8 if local else size)
+        assert list(held_on(cost, spread).values()) == [part.weight_bytes for part in parts]
+        hosts = host_bytes(cost, machines, spread)
+        assert sum(hosts.values()) == sum(actor.host.host_bytes for actor in made.plan.actors)
+        assert hosts.keys() <= {0} if local else 0 not in hosts
+        copies = [actor.host.copy_s for actor in made.plan.actors[1:] for _ in range(size)]
+        assert [32 * size * each for each in layer_copy_s(cost, spread)] == pytest.approx(copies)
+
+
+def test_experts_with_an_offload_are_on_cards(mixtral_plan: Path) -> None:
+    made = planned(load_config({"model": {"path": str(mixtral_plan)}}), mixtral_plan, without_weights=True, cards=True)
+    cost = replace(ModelCost.of(made.model, "bfloat16", made.held), offload=(5 * GIB,) * 8)
+    host = Device("cpu:16", 0, 200 * GIB, DataSheet(150, {"bfloat16": 3}, 16, is_cpu=True), is_cpu=True)
+    cards = [Device("L4", number, 24 * GIB, DataSheet(300, {"bfloat16": 121})) for number in range(1, 9)]
+    machines = Machines((host, *cards))
+    found = [*whole(cost, machines, GIB), *apart(cost, machines, GIB, (1,))]
+    assert {spread.trunks[0] for spread in found} == {0, 1}
+    assert all(0 not in homes for spread in found for homes in spread.homes)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from moe_ray.experts.planning.footprint import WeightsHeld, make_plan
 from moe_ray.experts.planning.machines import Device, Machines, Spread
 from moe_ray.experts.planning.model_cost import NOTHING, Matrices, ModelCost
 from moe_ray.experts.planning.network_step import Network, network_step
+from moe_ray.experts.planning.offload import PCIE_GB_S, PCIE_SHARE, host_share
 from moe_ray.experts.planning.rates import COMPUTE_SHARE, READ_SHARE, Curve, DataSheet, Measured, Overhead, ToldRates
 from moe_ray.experts.planning.routing import rows_of_layers
 from moe_ray.experts.planning.step_time import StepTime, decode_step, prefill_s
@@ -83,6 +84,52 @@ def test_a_model_whose_first_layers_have_no_experts(name: str, layers: int, dens
     of_layers = cost.mixture_layers * (cost.attention.nbytes + cost.router.nbytes)
     of_layers += cost.dense_layers * cost.dense.nbytes
     assert cost.trunk_bytes == pytest.approx(of_layers + 2 * cost.head.nbytes, rel=1e-3), "norms are the rest"
+
+
+COPY_MS = PCIE_GB_S * PCIE_SHARE * 1e6
+"""Bytes that are copied to a card in a millisecond."""
+
+
+def offloading(experts: int, top_k: int, layers: int) -> ModelCost:
+    """Of four layers so many are in the host's memory; each takes a millisecond to copy."""
+    nbytes = round(COPY_MS)
+    expert = Matrices("float32", 1, nbytes)
+    return replace(told(experts, top_k), expert=expert, expert_bytes=4 * nbytes, offload=(layers * nbytes,) * experts)
+
+
+def test_copies_pass_beside_what_is_computed() -> None:
+    """All experts are called: the next layer is always the one that was copied, and a link is busy without a pause."""
+    cost = offloading(8, 8, 3)
+    for service_us, layer_ms in ((200, 0.75), (900, 0.9)):
+        machines = fleet(ToldRates(0, 0), ToldRates(service_us, 0), 8)
+        step = decode_step(cost, machines, each_its_own(8), 4, 1, micro_batches=1)
+        assert step.seconds == pytest.approx(4e-3 * layer_ms, rel=1e-6)
+        assert step.copies_s == pytest.approx(3e-3, rel=1e-6)
+        assert step.copies_s == pytest.approx(host_share(cost.expert.nbytes, 4, cost.offload[0]).copy_s)
+    machines = fleet(ToldRates(0, 0), ToldRates(200, 0), 4)
+    two_a_card = Spread((0,), tuple((1 + expert // 2,) for expert in range(8)))
+    assert decode_step(cost, machines, two_a_card, 4, 1).copies_s == pytest.approx(6e-3, rel=1e-6), "over one link"
+    halves = decode_step(cost, fleet(ToldRates(0, 0), ToldRates(200, 0), 8), each_its_own(8), 4, 1, micro_batches=2)
+    assert halves.copies_s == pytest.approx(3e-3, rel=1e-6), "the second micro-batch finds what the first had copied"
+
+
+def test_a_call_waits_for_its_copy_where_another_layer_was_copied() -> None:
+    cost, machines = offloading(8, 1, 3), fleet(ToldRates(0, 0), ToldRates(200, 0), 8)
+    drawn = rows_of_layers(8, 1, 1)
+    often = [sum(rows[expert] for rows in drawn) / len(drawn) for expert in range(8)]
+    waits = sum(0.75e-3 * (1 - often[rows.index(1.0)]) for rows in drawn) / len(drawn)
+    step = decode_step(cost, machines, each_its_own(8), 1, 1)
+    assert step.experts_s == pytest.approx(4 * (0.2e-3 + waits), rel=1e-6)
+    assert step.copies_s == pytest.approx(4 * max(0.75e-3 * p * (2 - p) for p in often), rel=1e-6)
+    assert decode_step(told(8, 1), machines, each_its_own(8), 1, 1).copies_s == 0
+
+
+def test_one_process_copies_what_is_called() -> None:
+    """Two of eight experts a layer, each copied beside the product of the one before."""
+    cost, machines = offloading(8, 2, 3), fleet(ToldRates(200, 0), ToldRates(0, 0), 0)
+    step = decode_step(cost, machines, Spread((0,), ((0,),) * 8, True, 8), 1, 1)
+    assert step.copies_s == pytest.approx(4 * 2 * 0.75e-3, rel=1e-6)
+    assert step.seconds == pytest.approx(4 * (2 * 0.75e-3 + 0.2e-3), rel=1e-6)
 
 
 def test_a_trunk_waits_for_a_round_trip_and_writes_the_calls_itself() -> None:
