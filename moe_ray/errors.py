@@ -27,6 +27,10 @@ class KernelsUnavailable(MoeRayError):
     """The native kernels cannot be built or run on this machine; says what is lacking."""
 
 
+class CardDriverUnavailable(MoeRayError):
+    """NVIDIA's driver, or its nvidia-smi, does not answer on this machine; says why."""
+
+
 class InvalidRequest(MoeRayError):
     """A request breaks a rule of the API (HTTP 400); `param` is the request's field, where one is to blame.
 

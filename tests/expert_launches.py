@@ -25,6 +25,8 @@ HELD: Final[dict[str, Grouping | None]] = {
     "gptq": Grouping(4, 128, offsets=True, reordered=True),
     "awq": Grouping(4, 64, offsets=True),
     "rows": Grouping(8, 0),
+    "fp8": Grouping(8, 128, float8="e4m3"),
+    "fp8-rows": Grouping(8, 0, float8="e5m2"),
     "gpt-oss": Grouping(4, 32, levels=tuple(float(x) for x in range(16))),
 }
 

@@ -180,6 +180,7 @@ FILE_NEVER = {  # files that work without a package their room may have
     **{f"experts/planning/{name}.py": {"torch", "numpy"} for name in ("search", "spreads", "step_time")},
     "experts/server/weight_loader.py": {"torch"},
     "experts/server/load_counters.py": {"torch", "numpy"},
+    "model/compute/card_driver.py": {"torch", "numpy"},
     "model/checkpoint_facts.py": {"torch", "transformers", "numpy"},
     "model/end_tokens.py": {"torch", "transformers", "numpy"},
     "model/json_files.py": {"torch", "transformers", "numpy"},

@@ -14,7 +14,7 @@ from moe_ray.model.compute.triton.expert import ExpertWeights, TritonFFN
 from moe_ray.model.compute.triton.reading import read_expert
 from moe_ray.model.families import ClampedSwiGLU
 from moe_ray.model.formats import GroupedCodes
-from moe_ray.model.formats.grouped import Grouping
+from moe_ray.model.formats.grouped import Grouping, float8_values
 from moe_ray.model.formats.rounding import NF4
 from moe_ray.model.matrix import Matrix
 
@@ -104,6 +104,9 @@ CASES: Final = (
     codes_in("int4 in groups of 64 with offsets and an order", 4, 64, offsets=True, reordered=True),
     codes_in("int4 in groups of 128 with an order", 4, 128, reordered=True),
     codes_in("int4 by rows with offsets", 4, WHOLE, 80, 112, offsets=True),
+    codes_in("fp8 in blocks", 8, 64, float8="e4m3"),
+    codes_in("fp8 by rows, sizes that are no multiples of anything", 8, WHOLE, 37, 75, float8="e4m3"),
+    codes_in("fp8 e5m2 in groups of 32", 8, 32, 96, 160, float8="e5m2"),
     codes_in("nf4", 4, 64, levels=NF4),
     codes_in("4-bit floats in groups of 32", 4, 32, 96, 160, levels=tuple(float(x) for x in range(-6, 10))),
     replace(codes_in("int4, clamped, with biases", 4, 32, 96, 160), biases=True, clamped=ClampedSwiGLU(1.5, 1.702)),
@@ -139,6 +142,8 @@ class CaseExpert:
             how = replace(how, group=k)
         groups = k // how.group
         codes = random.integers(0, 2**how.bits, (n, k), dtype=np.uint8)
+        if how.float8 is not None:
+            return Codes(self._float8(random, how, codes, scale))
         # Scales that have 11 bits, as those of checkpoints do: then weights are exactly what their codes say.
         scales = (random.uniform(0.5, 1.5, (n, groups)) * scale / 2 ** (how.bits - 2)).astype(np.float16)
         offsets = (random.standard_normal((n, groups)) * scale).astype(np.float16) if how.offsets else None
@@ -146,6 +151,16 @@ class CaseExpert:
         if offsets is not None:
             offsets = offsets.astype(np.float32)
         return Codes(GroupedCodes(how, codes, scales.astype(np.float32), offsets, order))
+
+    @staticmethod
+    def _float8(random: np.random.Generator, how: Grouping, codes: np.ndarray, scale: np.float32) -> GroupedCodes:
+        """Of all finite codes, subnormal ones and both zeros among them."""
+        assert how.float8 is not None
+        levels = float8_values(how.float8)
+        codes = np.where(np.isfinite(levels)[codes], codes, 0).astype(np.uint8)
+        n, k = codes.shape
+        scale = scale / np.float32(levels[codes].std())
+        return GroupedCodes(how, codes, random.uniform(0.5, 1.5, (n, k // how.group)).astype(np.float32) * scale)
 
     def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [T, D] and their weights [T]."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Final
 
 import psutil
 import torch
+
+from moe_ray.errors import CardDriverUnavailable
+from moe_ray.model.compute.card_driver import driver_version
 
 SWEEPS: Final = 5
 READ_BYTES: Final = {"cuda": 4 << 30, "cpu": 256 << 20}
@@ -64,9 +66,7 @@ def card_of_this_process(device: torch.device) -> dict[str, object]:
 
 
 def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        return driver_version()
+    except CardDriverUnavailable:
         return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None

@@ -30,7 +30,7 @@ def print_advice(console: Console, advised: Advised) -> None:
         rates = (each.steps.get(streams) for streams in asked.streams)
         row = [
             placement_said(machines, each.spread),
-            each.form if each.served else f"{each.form} (not served)",
+            each.form,
             " / ".join("-" if step is None else f"{step.tokens_per_s:,.0f}" for step in rates),
             f"{1e3 * each.first_token_s:,.0f}",
             f"{each.kv_tokens:,}",
@@ -87,7 +87,6 @@ def _placement(advised: Advised, each: Proposed) -> dict[str, object]:
     return {
         "what": placement_said(advised.situation.machines, spread),
         "format": each.form,
-        "served": each.served,
         "in_process": spread.in_process,
         "trunk_devices": list(spread.trunks),
         "expert_devices": [list(homes) for homes in spread.homes],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -99,10 +97,15 @@ def run(config: Config, options: LaunchOptions, console: Console) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with console.status("starting Ray" if options.address is None else f"joining Ray at {options.address}"):
-            with _native_code(config):
-                dashboard = _start_ray(options, config)
+        starting = "starting Ray" if options.address is None else f"joining Ray at {options.address}"
+        with console.status(starting) as status:
+            building = _build_native_code(config)
+            dashboard = _start_ray(options, config)
             timeline.mark("Ray")
+            if building.is_alive():
+                status.update("compiling the kernels for this machine's CPU, once")
+                building.join()
+                timeline.mark("kernels")
         # Ray takes SIGTERM for itself while it starts.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         config, plan = on_cluster_cards(config, directory, plan, console)
@@ -140,15 +143,12 @@ def _print_backend(config: Config, model: ModelConfig, console: Console) -> None
             return
 
 
-@contextlib.contextmanager
-def _native_code(config: Config) -> Iterator[None]:
+def _build_native_code(config: Config) -> threading.Thread:
     """Build what is native meanwhile, if this machine has not yet: so that no actor has to. None is needed to run."""
     thread = threading.Thread(target=prepare, args=(config.cache_dir,), name="native-build", daemon=True)
     if config.model.kernels != "torch":
         thread.start()
-    yield
-    if thread.ident is not None:
-        thread.join()
+    return thread
 
 
 def _start_ray(options: LaunchOptions, config: Config) -> str:

@@ -74,13 +74,18 @@ def print_plan(console: Console, planned: Planned, gpu_gib: float | None, for_ca
 
 
 def _print_offloaded(console: Console, actors: Sequence[ActorPlan]) -> None:
-    """What stays in the host's memory, and what copying it takes."""
-    host, most = actors[0].host, max(actors, key=lambda actor: actor.host.host_bytes)
-    same = all(actor.host == host for actor in actors)
+    """What stays in the host's memory, and what copying it takes: each actor's over a link of its own, or, of experts
+    that share their buffers, all of it over the one link of their process's card."""
+    most = max(actors, key=lambda actor: actor.host.host_bytes)
+    same = all(actor.host.host_bytes == most.host.host_bytes for actor in actors)
     whose = f"{actors[0].name} to {actors[-1].name} each keep" if same and len(actors) > 1 else f"{most.name} keeps"
+    held, copy_s = f"{size(most.card_bytes)} on the card", most.host.copy_s
+    if any(not actor.host.buffer_bytes for actor in actors):
+        held = f"{size(sum(actor.card_bytes for actor in actors))} of all of them on the card"
+        copy_s = sum(actor.host.copy_s for actor in actors)
     console.print(
-        f"{whose} {size(most.host.host_bytes)} in the host's memory, {size(most.card_bytes)} on the card: a step that "
-        f"calls all those layers copies them in {1e3 * most.host.copy_s:,.0f} ms, at {PCIE_SHARE:.0%} (assumed) of "
+        f"{whose} {size(most.host.host_bytes)} in the host's memory, {held}: a step that "
+        f"calls all those layers copies them in {1e3 * copy_s:,.0f} ms, at {PCIE_SHARE:.0%} (assumed) of "
         f"PCIe 3.0 x16's {PCIE_GB_S:g} GB/s; that is slower than all on the card",
         soft_wrap=True,
     )

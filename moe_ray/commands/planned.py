@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from moe_ray.commands.planned_variants import VariantParts, variant_parts
@@ -107,7 +108,9 @@ def planned(
         checkpoint.close()
     device = "cuda" if cards or "cuda" in (config.model.device, config.trunk.device, config.experts.device) else "cpu"
     dtype = choose_dtype(config.model.dtype, model.dtype, device, build.cpu_flags(), build.kernels_here())
-    held = weights_held(config, dtype, experts, found.quantised, 1 + len(parts.trunks))
+    by_triton = config.model.kernels == "triton" or (device == "cuda" and config.model.kernels == "auto")
+    kept = partial(WeightsHeld.kept, by_triton=by_triton)
+    held = weights_held(config, dtype, experts, kept(found.quantised), 1 + len(parts.trunks))
     draft = _draft(
         config,
         directory,
@@ -115,8 +118,9 @@ def planned(
         without_weights,
         lambda own: choose_dtype(config.model.dtype, own, device, build.cpu_flags(), build.kernels_here()),
     )
-    trunks = {one.name: (one.model, replace(held, stored=one.quantised)) for one in parts.trunks}
-    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft, trunks)
+    trunks = {one.name: (one.model, replace(held, stored=kept(one.quantised))) for one in parts.trunks}
+    local = config.transport == "local"
+    plan = make_plan(model, dtype, placed, held, config.engine.kv_cache_dtype, draft, trunks, one_process=local)
     shared = None
     if trunks:
         by_itself = [

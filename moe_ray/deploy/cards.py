@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_ray.config import Config
 from moe_ray.config.actors import ActorOptions
 from moe_ray.config.experts import ExpertsSection
+from moe_ray.errors import CardDriverUnavailable
 from moe_ray.experts.planning.card_placement import CardPlacement, PlacedPart
 from moe_ray.experts.planning.card_table import has_bfloat16, sheet_of
 from moe_ray.experts.planning.cards import GIB, MEMORY_LABEL, Card, Part, memory_of
 from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS, Plan
 from moe_ray.experts.planning.placement import experts_in
+from moe_ray.model.compute.card_driver import memory_of_cards
 
 KIND_LABEL: Final = "ray.io/accelerator-type"
 """Label by which Ray names the kind of a node's cards."""
@@ -188,12 +189,6 @@ def hide_cards_of_others(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def parse_memory(text: str) -> int | None:
-    """The smallest card's memory in bytes, from nvidia-smi's list in MiB, a line a card; None where it names none."""
-    sizes = [int(line) for line in map(str.strip, text.splitlines()) if line.isdigit()]
-    return min(sizes) * 2**20 if sizes else None
-
-
 def _read_gb_s(kind: str | None, memory: int | None, label: str | None) -> float | None:
     """What a card reads: as its node's label says, else its data sheet; None where neither tells."""
     try:
@@ -226,12 +221,10 @@ def _measured(node_ids: Sequence[str]) -> dict[str, int]:
 
 
 def _smallest_card() -> int | None:
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return min(memory_of_cards())
+    except CardDriverUnavailable:
         return None
-    return parse_memory(done.stdout)
 
 
 def _selector(kinds: Sequence[str]) -> str:

@@ -9,11 +9,12 @@ import re
 import secrets
 import socket
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, Final
 
 import grpc
+import psutil
 
 from moe_ray.deploy.places import FALLBACK, can_write, own_directory, ray_directory, serves_python
 from moe_ray.deploy.ray_internals import (
@@ -35,6 +36,9 @@ from moe_ray.errors import ConfigError, NotReady
 CONNECT_TIMEOUT_S: Final = 5.0
 RAY_ADDRESS: Final = "RAY_ADDRESS"
 SHARED_MEMORY: Final = Path("/dev/shm")
+_LATE: Final = "timed out during startup"
+"""What Ray says where its processes were not up within half a minute: the machine was kept from starting them."""
+logger = logging.getLogger(__name__)
 _FAULT: Final = re.compile(r"(\w+\.)*\w*(Error|Exception): .")
 _CLIENT_SCHEME: Final = "ray://"
 
@@ -60,13 +64,54 @@ def prepare_local_ray(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def start(**options: Any) -> Any:
-    """Start Ray on this machine and return its context. Raises `NotReady` with Ray's reason in one line."""
+    """Start Ray on this machine and return its context; once more if it was late.
+
+    Raises `NotReady` with Ray's reason in one line.
+    """
     if not (SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK | os.X_OK)):
         options.update(plasma_directory(str(ray_directory(os.environ))))
     try:
-        return start_on_loopback(**options)
+        try:
+            return _start(options)
+        except Exception as error:
+            if _LATE not in str(error):
+                raise
+            logger.warning("Ray was not up in time: this machine is busy. It is started once more")
+            return _start(options)
     except Exception as error:
         raise NotReady(f"Ray does not start: {reason(error)}") from error
+
+
+def _start(options: dict[str, Any]) -> Any:
+    """Start Ray; where it fails, what it had started is ended, which Ray itself leaves until this process ends."""
+    earlier = _ray_children()
+    try:
+        return start_on_loopback(**options)
+    except Exception:
+        _end(_ray_children() - earlier)
+        raise
+
+
+def _ray_children() -> set[psutil.Process]:
+    """The processes of Ray that this one has started."""
+    import ray
+
+    home = str(Path(ray.__file__).parent)
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(home in argument for argument in child.cmdline()):
+                found.add(child)
+    return found
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Kill processes that Ray gave up, with their own children."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            for each in (*process.children(recursive=True), process):
+                each.kill()
+            process.wait(timeout=5)
 
 
 def join(address: str, **options: Any) -> Any:
@@ -164,7 +209,7 @@ def _find_own_token(environ: MutableMapping[str, str]) -> None:
     try:
         path = own_directory() / "ray_auth_token"
     except ConfigError as error:
-        logging.getLogger(__name__).debug("no token of this user: %s", error)
+        logger.debug("no token of this user: %s", error)
         return
     if path.exists():
         environ[AUTH_TOKEN_PATH] = str(path)

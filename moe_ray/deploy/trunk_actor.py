@@ -151,8 +151,8 @@ def _keep_to_budget(config: Config, checkpoint: Checkpoint, compute: Compute, de
     budget = int(config.trunk.gpu_memory_gib * 2**30)
     limit_card_memory(budget, compute.device)
     stored = {weight: checkpoint.find(weight) for weight in weights_of_trunk(checkpoint.config)}
-    grouped = {weight: each for weight, each in stored.items() if each.grouping is not None}
-    held = WeightsHeld(HeldAs(compute.dtype, config.trunk.quantize), stored=grouped)
+    kept = WeightsHeld.kept(stored, compute.backend.trunk == "triton")
+    held = WeightsHeld(HeldAs(compute.dtype, config.trunk.quantize), stored=kept)
     check_budget(deployment, sum(map(held.nbytes, stored)), budget)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import importlib.util
-import re
 import shutil
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -15,12 +13,13 @@ from pathlib import Path
 from typing import Final
 
 from moe_ray.doctor.finding import Finding, Subject, error, ok, warning
+from moe_ray.errors import CardDriverUnavailable
+from moe_ray.model.compute import card_driver
 
 MPS_PIPES: Final = "/tmp/nvidia-mps"
 """Where CUDA MPS has its pipes unless CUDA_MPS_PIPE_DIRECTORY says otherwise (NVIDIA's guide to MPS)."""
 MPS_CONTROL: Final = "control"
 """The pipe of its daemon, `nvidia-cuda-mps-control -d`, which removes it when it ends."""
-DRIVER: Final = Path("/proc/driver/nvidia/version")
 _CHECK: Final = "cards"
 
 
@@ -48,13 +47,11 @@ class CardFacts:
     """Whether CUDA MPS runs, so that processes which share a card compute on it at once."""
 
 
-def card_facts(subject: Subject, devices: Path = Path("/dev")) -> CardFacts:
+def card_facts(subject: Subject, devices: Path = card_driver.DEVICES) -> CardFacts:
     """Look at device files, driver and torch's build; loads no torch."""
-    found = [path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    driver = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
     return CardFacts(
-        devices=len(found),
-        driver=driver[1] if driver else None,
+        devices=card_driver.device_files(devices),
+        driver=card_driver.module_version(),
         driver_cuda=_driver_cuda(),
         torch=_torch_version(),
         torch_cuda=_torch_cuda(),
@@ -88,7 +85,7 @@ def check_cards(facts: CardFacts) -> list[Finding]:
     cards = f"{facts.devices} card(s)"
     if facts.driver_cuda is None:
         mend = "install NVIDIA's driver; in a container, start it with the NVIDIA runtime (--gpus all)"
-        return [complain(_CHECK, f"{cards}, but the driver's library libcuda.so.1 is not there", mend)]
+        return [complain(_CHECK, f"{cards}, but the driver's library {card_driver.LIBRARY} is not there", mend)]
     if facts.torch_cuda is None:
         mend = f"install torch {(facts.torch or '').split('+')[0]} built for CUDA {facts.driver_cuda[0]}"
         return [complain(_CHECK, f"{cards}, but torch {facts.torch} is built for CPUs only", mend)]
@@ -111,13 +108,10 @@ def examine_cards(subject: Subject) -> Sequence[Finding]:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    number = ctypes.c_int()
     try:
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)):
-            return None
-    except (OSError, AttributeError):
+        return card_driver.latest_cuda()
+    except CardDriverUnavailable:
         return None
-    return number.value // 1000, number.value % 1000 // 10
 
 
 def _torch_version() -> str | None:

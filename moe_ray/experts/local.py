@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from moe_ray.core import ReplicaInfo
+from moe_ray.core import ExpertCall, ReplicaInfo
 from moe_ray.errors import AdapterError
 from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.server.expert_memory import ExpertMemory
-from moe_ray.experts.server.offload import Offload
+from moe_ray.experts.server.offload import CardBuffers, Offload
 from moe_ray.experts.server.worker import ExpertWorker
 from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import Compute
@@ -21,7 +21,8 @@ from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.expert_reader import ExpertReader
 from moe_ray.model.lora.adapter_file import read_adapter
 from moe_ray.model.model_config import ModelConfig
-from moe_ray.transport.local import LocalLink
+from moe_ray.transport.base import ExpertHandler
+from moe_ray.transport.local import LocalLink, LocalPending
 
 
 def local_experts(
@@ -36,9 +37,12 @@ def local_experts(
 
     `progress(expert)` gives the progress callback of one expert, `quantize(expert)` what its weights are quantised to,
     `locate_adapter(source)` the directory of an adapter, `offload_bytes(expert)` how much of it stays in the host's
-    memory at least. Raises `ConfigError` where an offload is asked for and cannot be had.
+    memory at least; all experts share the buffers on the card. Raises `ConfigError` where an offload is asked for and
+    cannot be had.
     """
     config = checkpoint.config
+    offloaded = [expert for expert in range(config.num_local_experts) if offload_bytes(expert)]
+    buffers = CardBuffers(compute, len(offloaded))
     workers: dict[str, ExpertWorker] = {}
     infos: list[ReplicaInfo] = []
     for expert in range(config.num_local_experts):
@@ -46,7 +50,7 @@ def local_experts(
         bar = progress(expert) if progress else None
         reader = ExpertReader(checkpoint, keys, compute, bar, quantize(expert))
         memory = ExpertMemory(offload_bytes=offload_bytes(expert))
-        offload = Offload(f"Expert{expert}", reader.keys, memory, compute)
+        offload = Offload(f"Expert{expert}", reader.keys, memory, compute, buffers)
         ffn = ExpertFFN({key: offload.settle(key, reader.read(key)) for key in reader.keys})
         replica_id = f"Expert{expert}#local"
         workers[replica_id] = ExpertWorker(ffn, config.hidden_size, compute)
@@ -64,11 +68,24 @@ def local_experts(
     adapters = _LocalAdapters(config, workers.values(), locate_adapter)
     table = ReplicaTable(
         lambda: [adapters.known_to(info) for info in infos],
-        lambda info: LocalLink(info, workers[info.replica_id].forward),
+        lambda info: _TellingLink(info, workers[info.replica_id].forward, buffers),
         config.expert_keys,
     )
     table.refresh()  # nothing here changes by itself, so no thread is started
     return ExpertDispatcher(table, DispatchOptions(in_process=True), adapters)
+
+
+class _TellingLink(LocalLink):
+    """Tells which layers will be called: all calls of a layer are sent before the first is computed."""
+
+    def __init__(self, info: ReplicaInfo, handler: ExpertHandler, buffers: CardBuffers) -> None:
+        super().__init__(info, handler)
+        self._buffers = buffers
+
+    def send(self, call: ExpertCall) -> LocalPending:
+        pending = super().send(call)
+        self._buffers.expect((call.layer, call.expert))
+        return pending
 
 
 class _LocalAdapters:

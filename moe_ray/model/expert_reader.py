@@ -13,9 +13,11 @@ from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.native.expert import NativeFFN
 from moe_ray.model.compute.native.held_form import HeldForm, form_of, hold
+from moe_ray.model.compute.triton.limits import codes_lack
 from moe_ray.model.expert import ExpertFFN
 from moe_ray.model.families import Weight
 from moe_ray.model.weights import biases_of_expert, matrices_of_expert
+from moe_ray.native.codes import lacks
 from moe_ray.native.gating import Gating
 
 if TYPE_CHECKING:
@@ -193,8 +195,11 @@ class ExpertReader:
     def _forms(self, key: ExpertKey) -> tuple[HeldForm, HeldForm]:
         """Of gate and up, which are one block, and of down."""
         gate, up, down = self._matrices[key]
-        dtype = self._compute.dtype
-        return form_of([gate, up], dtype, self._quantize), form_of([down], dtype, self._quantize, wide_inputs=True)
+        dtype, lacking = self._compute.dtype, codes_lack if self._tiled else lacks
+        return (
+            form_of([gate, up], dtype, self._quantize, lacking=lacking),
+            form_of([down], dtype, self._quantize, wide_inputs=True, lacking=lacking),
+        )
 
     def fingerprint(self, key: ExpertKey) -> bytes:
         """Names the weights of one key in this checkpoint by samples of their values. Raises `CheckpointError`."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_ray.core import AdapterRows
+from moe_ray.model.compute.torch.staging import CudaTransfers, Staging, view_of
 from moe_ray.model.families import Router
 
 LEAST_SUM: Final = 1e-20
@@ -20,7 +21,10 @@ LEAST_SUM: Final = 1e-20
 class Routed:
     """Token rows in the order of their experts, and where each token's rows are."""
 
-    __slots__ = ("_adapters", "_counts", "_on_host", "row_of", "rows", "token_adapters", "weights")
+    __slots__ = (
+        *("_adapters", "_counts", "_held", "_is_copy", "_on_host"),
+        *("row_of", "rows", "staging", "token_adapters", "weights"),
+    )
 
     def __init__(
         self,
@@ -36,9 +40,14 @@ class Routed:
         self.row_of = row_of  # [T, K] where each token's k-th row is, experts ascending
         self.token_adapters = token_adapters
         """uint64 [T] the adapter that is added to the layer's experts for each token, ascending; None: for no token."""
+        self.staging: Staging | None = None
+        """What copies between the device and the host's memory; None: the rows are in the host's memory."""
         self._counts = counts
         self._adapters: list[tuple[AdapterRows, ...]] | None = None
         self._on_host: Routed | None = None
+        self._is_copy = False
+        self._held: list[torch.Tensor] = []
+        """Of a copy in the host's memory: the buffers that it lies in."""
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows, weights, counts and where each token's rows are: the arguments of another one."""
@@ -64,16 +73,46 @@ class Routed:
     def on_host(self) -> Routed:
         """The same in host memory, for experts elsewhere: everything is copied at once and waited for once.
 
-        On a CPU it is this very object.
+        On a CPU it is this very object. It lasts until `brought`.
         """
-        if self.rows.device.type == "cpu":
+        if self._is_copy or (self.staging is None and self.rows.device.type == "cpu"):
             return self
         if self._on_host is None:
-            counts = torch.as_tensor(self._counts)
-            rows, weights, row_of, counts = map(_copy_to_host, (self.rows, self.weights, self.row_of, counts))
-            torch.cuda.current_stream(self.rows.device).synchronize()
-            self._on_host = Routed(rows, weights, counts, row_of, self.token_adapters)
+            self.staging = self.staging or Staging(CudaTransfers(self.rows.device))
+            buffer, (rows, weights, row_of, counts) = self.staging.fetch(
+                (self.rows, self.weights, self.row_of, torch.as_tensor(self._counts))
+            )
+            self._on_host = Routed(rows, weights, counts.tolist(), row_of, self.token_adapters)
+            self._on_host.staging, self._on_host._is_copy = self.staging, True
+            self._on_host._held.append(buffer)
         return self._on_host
+
+    def reply_rows(self) -> torch.Tensor | None:
+        """Memory [T * K, D] to receive the experts' rows in, from which a device copies beside computing.
+
+        Once a layer, of what `on_host` returned; None: any memory will do.
+        """
+        if not self._is_copy or self.staging is None:
+            return None
+        buffer = self.staging.take(self.rows.nbytes)
+        self._held.append(buffer)
+        return view_of(buffer, 0, self.rows.shape, self.rows.dtype)
+
+    def brought(self, rows: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """What was gathered, rows [T * K, D], on this one's device; `into`: in this memory. Ends the use of `on_host`.
+
+        A device copies it beside computing, and what the layer had in pinned memory is used again after that.
+        """
+        copy, self._on_host = self._on_host, None
+        if copy is None or self.staging is None:
+            here = rows.to(self.rows.device, non_blocking=True)
+            return here if into is None else into.copy_(here, non_blocking=True)
+        if into is None:
+            into = torch.empty(rows.shape, dtype=rows.dtype, device=self.rows.device)
+        end = self.staging.copy(into, rows)
+        while copy._held:
+            self.staging.give(copy._held.pop(), after=end)
+        return into
 
 
 def adapter_runs(
@@ -111,11 +150,6 @@ def cut_runs(runs: tuple[AdapterRows, ...], start: int, count: int) -> tuple[Ada
             cut.append(AdapterRows(run.adapter_id, common))
         start -= run.count
     return tuple(cut) if any(run.adapter_id for run in cut) else ()
-
-
-def _copy_to_host(source: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, complete once the stream has been waited for."""
-    return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -51,6 +51,7 @@ class Trunk:
         self.held: tuple[str, ...] = (compute.dtype,)
         """What the matrices are held as, in words."""
         self._compute: TrunkCompute
+        self._staging = compute.staging
         self._compiles = compute.backend.trunk == "triton" and compute.device == "cuda"
         self._max_model_len = max_model_len
         if compute.backend.trunk == "native":
@@ -135,6 +136,7 @@ class Trunk:
                 if batch.routed is not None:
                     batch.routed[:, layer] = 0
                 continue
+            routed.staging = self._staging
             begun = time.perf_counter()
             pending = self._experts.submit(layer, routed)
             sent = time.perf_counter()

@@ -9,20 +9,19 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from moe_ray.errors import KernelsUnavailable
+from moe_ray.native.compilers import find_compiler, first_error, run_compiler
 
-COMPILERS: Final = ("c++", "g++", "clang++")
 COMMON: Final = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra")
 AVX2: Final = (
     *("-mavx2", "-mfma", "-mf16c"),
@@ -30,7 +29,6 @@ AVX2: Final = (
 )
 AVX512: Final = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 HERE: Final = Path(__file__).parent
-TIMEOUT_S: Final = 300
 TRIAL_TIMEOUT_S: Final = 30
 OBJECTS: Final = "objects"
 """Folder of the cache's libraries that keeps what they are linked of."""
@@ -83,9 +81,8 @@ KERNELS: Final = {
 HOST: Final = Library("host", HERE, ("host.cpp",))
 LINKS: Final = Library("links", HERE, ("links.cpp",))
 _INCLUDED: Final = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-_CPUS: Final = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-_COMPILERS: Final = threading.BoundedSemaphore(_CPUS)
-"""As many of this process run at a time."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def best_kernels(flags: frozenset[str], architecture: str) -> str | None:
@@ -138,9 +135,7 @@ def prepare(cache_dir: Path) -> None:
         with contextlib.suppress(KernelsUnavailable):
             shared_library(library, cache_dir)
 
-    wanted = libraries()
-    with ThreadPoolExecutor(len(wanted)) as builders:
-        list(builders.map(build, wanted))
+    _side_by_side(build, libraries())
 
 
 @cache
@@ -191,15 +186,6 @@ def is_built(library: Library, cache_dir: Path) -> bool:
     return _path(library, cache_dir).exists()
 
 
-def find_compiler() -> str:
-    """The path of the C++ compiler. Raises `KernelsUnavailable` where there is none."""
-    wanted = os.environ.get("CXX")
-    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise KernelsUnavailable(f"no C++ compiler found (looked for {wanted or ', '.join(COMPILERS)})")
-    return compiler
-
-
 def try_compiler(library: Library) -> str:
     """Compile a line that needs the standard library with a library's flags; returns the compiler's path.
 
@@ -214,12 +200,8 @@ def try_compiler(library: Library) -> str:
     except subprocess.TimeoutExpired:
         raise KernelsUnavailable(f"{compiler} took more than {TRIAL_TIMEOUT_S} s for one line") from None
     if done.returncode:
-        raise KernelsUnavailable(f"{compiler} cannot compile: {_first_error(done)}")
+        raise KernelsUnavailable(f"{compiler} cannot compile: {first_error(done.stderr, done.returncode)}")
     return compiler
-
-
-def _first_error(done: subprocess.CompletedProcess[str]) -> str:
-    return next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
 
 
 def _path(library: Library, cache_dir: Path) -> Path:
@@ -235,26 +217,27 @@ def _compile(path: Path, library: Library) -> None:
     def compiled(unit: str) -> Path:
         made = objects / f"{library.name}-{Path(unit).stem}-{_fingerprint(library, (unit,), compiler)}.o"
         if not made.exists():
-            _run(made, [compiler, *COMMON, *library.flags, "-c", str(library.directory / unit)])
+            run_compiler(made, [compiler, *COMMON, *library.flags, "-c", str(library.directory / unit)])
         return made
 
-    with ThreadPoolExecutor(len(library.units)) as builders:
-        made = list(builders.map(compiled, library.units))
-    _run(path, [compiler, *COMMON, *library.flags, "-shared", *map(str, made)])
+    made = _side_by_side(compiled, library.units)
+    run_compiler(path, [compiler, *COMMON, *library.flags, "-shared", *map(str, made)])
 
 
-def _run(target: Path, command: list[str]) -> None:
-    """Run a compiler that writes `target`, which is there whole or not at all. Raises `KernelsUnavailable`."""
-    made = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with _COMPILERS:
-            done = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-            )
-        if done.returncode:
-            raise KernelsUnavailable(f"{command[0]} could not build them: {_first_error(done)}")
-        made.rename(target)
-    except subprocess.TimeoutExpired:
-        raise KernelsUnavailable(f"{command[0]} took more than {TIMEOUT_S} s") from None
-    finally:
-        made.unlink(missing_ok=True)
+def _side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What `work` makes of each item, each on a thread of its own that keeps no process from ending.
+
+    Raises what the first item raised that failed, when all are done.
+    """
+    made: list[Future[R]] = [Future() for _ in items]
+
+    def run(item: T, result: Future[R]) -> None:
+        try:
+            result.set_result(work(item))
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that asked
+            result.set_exception(error)
+
+    for item, result in zip(items, made, strict=True):
+        threading.Thread(target=run, args=(item, result), name="native-build", daemon=True).start()
+    wait(made)
+    return [result.result() for result in made]

@@ -31,6 +31,8 @@ class Grouped(Protocol):
     def levels(self) -> tuple[float, ...] | None: ...
     @property
     def reordered(self) -> bool: ...
+    @property
+    def float8(self) -> str | None: ...
 
 
 class Codes(Protocol):
@@ -52,6 +54,8 @@ def lacks(grouping: Grouped) -> str:
     """Why kernels cannot compute on codes that are grouped so; empty where they can."""
     if grouping.bits not in (4, 8):
         return f"codes of {grouping.bits} bits"
+    if grouping.float8 is not None:
+        return "codes that are floats"
     if grouping.group % GROUPS[0]:
         return f"groups of {grouping.group} inputs, which is not a multiple of {GROUPS[0]}"
     if grouping.levels is not None and grouping.bits != 4:

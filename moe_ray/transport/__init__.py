@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from moe_ray.errors import ConfigError
-from moe_ray.transport.base import LinkOptions, check_carrier
+from moe_ray.transport.base import LinkOptions
+from moe_ray.transport.checks import check_carrier
 
 if TYPE_CHECKING:
     from moe_ray.core import ReplicaInfo

@@ -13,7 +13,6 @@ hides a fault: that is the dispatcher's work.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from moe_ray.core import AdapterRows, ExpertCall, ExpertReply, ReplicaInfo, ReplicaLoad
-from moe_ray.errors import ConfigError, LinkBroken, LinkTimeout, TransportError, WrongAnswer
+from moe_ray.errors import LinkBroken, LinkTimeout, TransportError
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +87,8 @@ class CallBatch:
     weights: torch.Tensor  # [R] float32
     adapters: Sequence[tuple[AdapterRows, ...]] = ()
     """Of each call, as `ExpertCall.adapters`. Empty: no call has any."""
+    out: torch.Tensor | None = None  # [R, D]
+    """Memory of the host for the replies' rows, theirs alone while one may come; None: that of the carrier."""
 
 
 Outcome = ReplicaLoad | TransportError | None
@@ -195,7 +196,7 @@ class OneByOne:
 
     def scatter(self, links: Sequence[Link], batch: CallBatch) -> OneByOneReplies:
         """Send call i on links[i]. Raises `InvalidCall`, and then cancels the calls that were sent."""
-        replies = OneByOneReplies()
+        replies = OneByOneReplies(batch.out)
         start = 0
         try:
             adapters = batch.adapters or [()] * len(links)
@@ -216,7 +217,9 @@ ONE_BY_ONE: Final = OneByOne()
 class OneByOneReplies:
     """`Replies` over a `PendingReply` for each call."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: torch.Tensor | None = None) -> None:
+        """`out`: where the rows of all calls are put together."""
+        self._out = out
         self._pending: list[PendingReply | None] = []
         """None: the outcome is known, or the call is not waited for."""
         self._outcomes: list[Outcome] = []
@@ -255,6 +258,8 @@ class OneByOneReplies:
         import torch
 
         rows = [self.rows_of(index) for index in range(len(self._rows))]
+        if self._out is not None:
+            return torch.cat(rows, out=self._out)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def rows_of(self, index: int) -> torch.Tensor:
@@ -271,30 +276,3 @@ class OneByOneReplies:
         self._pending[index] = None
         if pending is not None:
             pending.cancel()
-
-
-def check_reply(call: ExpertCall, reply: ExpertReply) -> ExpertReply:
-    """Return `reply` if it fits `call` in shape, dtype and finiteness; else raise `WrongAnswer`."""
-    if reply.rows.shape != call.rows.shape or reply.rows.dtype != call.rows.dtype:
-        raise WrongAnswer(
-            f"reply to layer {call.layer} expert {call.expert} is {reply.rows.dtype} {list(reply.rows.shape)}, "
-            f"expected {call.rows.dtype} {list(call.rows.shape)}"
-        )
-    # One reduction instead of isfinite().all(): a sum is NaN or infinite if any element is. Summing in
-    # float32 cannot overflow for values a float16 or bfloat16 network can produce.
-    if not math.isfinite(float(reply.rows.detach().sum(dtype=_sum_dtype(call)))):
-        raise WrongAnswer(f"reply to layer {call.layer} expert {call.expert} is not finite (NaN or Inf)")
-    return reply
-
-
-def _sum_dtype(call: ExpertCall):  # type: ignore[no-untyped-def]
-    import torch
-
-    return torch.float64 if call.rows.dtype == torch.float32 else torch.float32
-
-
-def check_carrier(name: str, allowed: tuple[str, ...]) -> str:
-    """Return `name` if it is a known carrier; else raise `ConfigError` naming the allowed ones."""
-    if name not in allowed:
-        raise ConfigError(f"transport {name!r} is not one of {', '.join(allowed)}")
-    return name

@@ -14,7 +14,8 @@ import weakref
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import LinkBroken, TransportError
 from moe_ray.transport import wire
-from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, check_reply
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler
+from moe_ray.transport.checks import check_reply
 from moe_ray.transport.pending import address_of
 from moe_ray.transport.serving import answer
 

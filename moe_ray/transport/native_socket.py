@@ -140,7 +140,7 @@ class NativeGroup:
         rows = wire.sendable(batch.rows)
         weights = wire.sendable(batch.weights)
         ids = [next(link.ids) for link in native]
-        target = torch.empty_like(rows)
+        target = torch.empty_like(rows) if batch.out is None else batch.out
         replies = NativeReplies(self._library, native, ids, batch, target)
         self._library.scatter(
             *([link.handle for link in native], ids, batch.layer, batch.experts, batch.counts),

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
 from moe_ray.errors import ConfigError, LinkBroken, LinkTimeout, ProtocolError, TransportError, WrongAnswer
-from moe_ray.transport.base import check_reply
+from moe_ray.transport.checks import check_reply
 
 M = TypeVar("M")
 """What the carrier delivers for a call, before it is decoded."""

@@ -32,7 +32,8 @@ from moe_ray.errors import (
 )
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
-from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions
+from moe_ray.transport.checks import check_reply
 from moe_ray.transport.pending import address_of, peer_name
 from moe_ray.transport.serving import ANSWERED_ERRORS, answer
 from moe_ray.transport.version import WIRE_VERSION, other_version

@@ -27,7 +27,8 @@ from moe_ray.native.host import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
 from moe_ray.transport.adapter_runs import runs_of
-from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions, check_reply
+from moe_ray.transport.base import ONE_BY_ONE, ExpertHandler, LinkOptions
+from moe_ray.transport.checks import check_reply
 from moe_ray.transport.frames import STALL_S, FrameStream, Quiet
 from moe_ray.transport.handshake import OVER, connect, is_over, is_silent
 from moe_ray.transport.listener import Listener

@@ -24,7 +24,6 @@ from moe_ray.deploy.cards import (
     cards_of,
     hide_cards_of_others,
     on_cards,
-    parse_memory,
     parts_of,
 )
 from moe_ray.errors import ConfigError
@@ -59,11 +58,6 @@ def test_cards_that_ray_reports() -> None:
     assert cards_of([node(1, labels={KIND_LABEL: "T4", SPEED_LABEL: "250"})]) == [Card("n", "T4", 16 * GIB, 250)]
     assert cards_of([node(1)]) == [Card("n", None, None)]
     assert cards_of([node(2, alive=False), node(0), {"NodeID": "n", "Alive": True}]) == []
-
-
-def test_what_nvidia_smi_lists() -> None:
-    assert parse_memory("15360\n24576\n") == 15360 * 2**20
-    assert parse_memory("") is parse_memory("[N/A]\n") is None
 
 
 @pytest.mark.parametrize(

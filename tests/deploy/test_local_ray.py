@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -106,3 +108,32 @@ def test_errors_are_one_line() -> None:
     assert reason(AssertionError()) == "AssertionError"
     traceback = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: it is so\n'
     assert reason(RuntimeError(traceback)) == "ValueError: it is so"
+
+
+LATE = """
+import psutil, ray
+from moe_ray.deploy.local_ray import prepare_local_ray, start
+prepare_local_ray()
+import ray._private.services as services
+
+asked, get_node = [], services.get_node
+
+def late_once(*arguments):
+    asked.append(arguments)
+    if len(asked) == 1:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+    return get_node(*arguments)
+
+services.get_node = late_once
+start(include_dashboard=False, num_cpus=1)
+assert ray.get(ray.remote(lambda: 42).remote()) == 42
+print(sum("gcs_server" in each.name() for each in psutil.Process().children()))
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_late_is_started_once_more() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "It is started once more" in done.stderr
+    assert done.stdout.split() == ["1"], "nothing is left of the first"

@@ -22,7 +22,7 @@ from moe_ray.doctor import accelerators, environment, machine, network, ports
 from moe_ray.doctor.accelerators import CardFacts
 from moe_ray.doctor.environment import EnvironmentFacts, PackageState
 from moe_ray.doctor.finding import Finding, Subject
-from moe_ray.native import build
+from moe_ray.native import build, compilers
 
 RUN = "from moe_ray.commands.main import main; main()"
 
@@ -85,7 +85,7 @@ def test_no_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_compiler_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    assert build.try_compiler(build.HOST) == build.find_compiler()
+    assert build.try_compiler(build.HOST) == compilers.find_compiler()
 
 
 def test_a_cpu_without_kernels() -> None:

@@ -26,14 +26,13 @@ from moe_ray.console import Report as Progress
 from moe_ray.errors import NotReady
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.planning.machines import Device, Machines, Spread
-from moe_ray.experts.planning.model_cost import Matrices, ModelCost
+from moe_ray.experts.planning.model_cost import NOTHING, Matrices, ModelCost
 from moe_ray.experts.planning.network_step import Network
 from moe_ray.experts.planning.rates import Overhead, ToldRates
 from moe_ray.experts.planning.step_time import StepTime, decode_step
 
 LAYERS: Final = 4
 FLOAT_BYTES: Final = 4
-NOTHING: Final = Matrices("float32", 0, 0)
 WARM_S: Final = 1.0
 LINK_S: Final = 30.0
 CALIBRATED: Final = ((8, 1), (8, 32), (32, 32))

@@ -24,7 +24,7 @@ def batch_of(
     counts = [call.count for call in calls]
     adapters = () if routed.token_adapters is None else [call.adapters for call in calls]
     if whole:
-        return CallBatch(layer, experts, counts, routed.rows, routed.weights, adapters)
+        return CallBatch(layer, experts, counts, routed.rows, routed.weights, adapters, routed.reply_rows())
     rows = [routed.rows[call.row_range] for call in calls]
     weights = [routed.weights[call.row_range] for call in calls]
     if len(calls) == 1:

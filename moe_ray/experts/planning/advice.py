@@ -66,11 +66,6 @@ def whole_or_apart(situation: Situation) -> str | None:
             f"{situation.asked.context:,} tokens; {devices_said(machines, best.spread.used)} do, in {best.form}."
         )
     name = machines.devices[single.spread.trunks[0]].name
-    if not single.served:
-        return (
-            f"One {name} would hold this model in {single.form}, which this version serves on CPUs alone: in "
-            f"{best.form} it has to be pulled apart, over {devices_said(machines, best.spread.used)}."
-        )
     ratio = best.figure(situation.asked) / single.figure(situation.asked) if situation.asked.objective != "cost" else 0
     faster = f", {ratio:.1f} times as fast as that" if ratio else ", for less than that"
     return (
@@ -86,7 +81,7 @@ def network(situation: Situation) -> str | None:
     step = best.steps[streams]
     if step.network_share < MUCH_NETWORK:
         return None
-    waits = best.cost.layers * step.micro_batches * 2 * net.latency_ms / 1e3
+    waits = best.cost.mixture_layers * step.micro_batches * 2 * net.latency_ms / 1e3
     by_latency = waits >= step.network_s / 2
     what = "latency" if by_latency else "bandwidth"
     helps = (
@@ -156,30 +151,6 @@ def dtype(situation: Situation) -> str | None:
     return f"{', '.join(without)} has no bfloat16: float16 is planned; start with --dtype float16."
 
 
-def unserved(situation: Situation) -> str | None:
-    """A format that would do better, but is not served there."""
-    best, asked = situation.best, situation.asked
-    if not best.served:
-        return (
-            f"Of what was asked for, only {best.form} fits, and this version serves quantised weights on CPUs alone: "
-            f"this is a plan, not yet a start."
-        )
-    better = [each for each in situation.found if not each.served and each.figure(asked) > best.figure(asked)]
-    if not better or whole_says(situation):
-        return None
-    top = max(better, key=lambda each: each.figure(asked))
-    return (
-        f"{top.form} would do better on {devices_said(situation.machines, top.spread.used)}; this version serves "
-        f"quantised weights on CPUs alone."
-    )
-
-
-def whole_says(situation: Situation) -> bool:
-    """Whether `whole_or_apart` has said already that a format is not served."""
-    single = next((each for each in situation.found if each.spread.in_process), None)
-    return not situation.best.spread.in_process and single is not None and not single.served
-
-
 def sequences(situation: Situation) -> str | None:
     """How many sequences there is room for, where the engine would not use it."""
     best = situation.best
@@ -227,7 +198,6 @@ def assumed(situation: Situation) -> str | None:
 Rule = Callable[[Situation], str | None]
 RULES: Final[tuple[Rule, ...]] = (
     whole_or_apart,
-    unserved,
     network,
     bottleneck,
     calls,

@@ -55,9 +55,6 @@ CARD_SHEETS: Final[dict[str, CardSheet]] = {
     "B200-180GB": CardSheet(180, 8000, 80, 2250, 2250, 4500),
 }
 
-SERVED_ON_CARDS: Final = frozenset({"bfloat16", "float16", "float32", "int8", "int4", "nf4"})
-"""What a model's weights, trunk and experts, may be held as on a card in this version: by Triton's kernels."""
-
 CORE_READ_GB_S: Final = 10.0
 """Assumed of a CPU that nobody has measured: what each core reads..."""
 HOST_READ_GB_S: Final = 150.0

@@ -35,6 +35,15 @@ class WeightsHeld:
     spares: tuple[HeldAs, ...] = ()
     """What each spare holds its experts as; those that are not here: as the experts' own actors."""
 
+    @staticmethod
+    def kept(found: Mapping[Weight, StoredWeight], by_triton: bool) -> dict[Weight, StoredWeight]:
+        """Those of a checkpoint's weights that kernels compute on in their own bits; of float8 Triton's alone do."""
+        return {
+            weight: each
+            for weight, each in found.items()
+            if each.grouping is not None and (by_triton or each.grouping.float8 is None)
+        }
+
     def in_spare(self, number: int) -> WeightsHeld:
         """The same for one spare."""
         if number >= len(self.spares):
@@ -48,8 +57,16 @@ class WeightsHeld:
 
     def held_as(self, weight: Weight) -> str:
         """What a weight is held as: a float dtype, a quantisation, or the format of a quantised checkpoint."""
-        stored = self.stored.get(weight)
+        stored = self.as_stored(weight)
         return stored.format if stored is not None else self._of(weight).of(weight.role)
+
+    def as_stored(self, weight: Weight) -> StoredWeight | None:
+        """How a weight that keeps its own bits is stored; None: it does not, or is to be quantised to fewer bits."""
+        stored = self.stored.get(weight)
+        if stored is None or stored.grouping is None:
+            return stored
+        wanted = grouping(self._of(weight).of(weight.role), weight.shape[-1])
+        return None if wanted is not None and wanted.bits < stored.grouping.bits else stored
 
     def nbytes(self, weight: Weight) -> int:
         """Bytes in memory of a weight, scales with it."""
@@ -62,7 +79,7 @@ class WeightsHeld:
         return 0 if how is None else how.nbytes(_matrix(weight)) - weight.numel * how.bits // 8
 
     def _grouping(self, weight: Weight) -> Grouping | None:
-        stored = self.stored.get(weight)
+        stored = self.as_stored(weight)
         return stored.grouping if stored is not None else grouping(self.held_as(weight), weight.shape[-1])
 
     def _of(self, weight: Weight) -> HeldAs:
@@ -185,11 +202,14 @@ def make_plan(
     kv_cache_dtype: str = "auto",
     draft: DraftPlan | None = None,
     variants: Mapping[str, tuple[ModelConfig, WeightsHeld]] | None = None,
+    one_process: bool = False,
 ) -> Plan:
     """Plan `model`: one trunk, and the actors of `placed`; default: one per expert over all layers.
 
     Rows are in `dtype`, weights as `held` says (default: in `dtype`), and the KV cache as `engine.kv_cache_dtype` says.
-    `variants`: name of a further model's trunk → its shape, and what that trunk's weights are held as.
+    `variants`: name of a further model's trunk → its shape, and what that trunk's weights are held as. `one_process`:
+    all of it is in one, so that experts whose layers are of one size share the buffers of an offload: they are counted
+    with the first.
     """
     held = held or WeightsHeld.all_in(dtype)
     if placed is None:
@@ -200,18 +220,24 @@ def make_plan(
         token_bytes = kv_bytes_per_token(own, cache) + (0 if draft is None else draft.kv_bytes_per_token)
         trunk = _actor(name, tuple(weights_of_trunk(own)), trunk_held)
         actors.append(replace(trunk, kv_bytes_per_token=token_bytes))
+    sharers = sum(1 for nbytes in held.offloaded.values() if nbytes) if one_process else 1
+    counted = set[int]()
     for one in placed:
         here = held if one.spare is None else held.in_spare(one.spare)
         actor = _actor(one.name, weights_of_keys(model, one.all_keys), here, one.spare is not None)
-        actors.append(replace(actor, host=_host_share(model, one, actor.weight_bytes, here)))
+        host = _host_share(model, one, actor.weight_bytes, here, max(1, sharers))
+        if one_process and host.buffer_bytes in counted:
+            host = replace(host, buffer_bytes=0)
+        counted.add(host.buffer_bytes)
+        actors.append(replace(actor, host=host))
     return Plan(dtype, tuple(actors), actors[0].kv_bytes_per_token, model.max_position_embeddings, cache, draft)
 
 
-def _host_share(model: ModelConfig, one: Holding, weight_bytes: int, held: WeightsHeld) -> HostShare:
+def _host_share(model: ModelConfig, one: Holding, weight_bytes: int, held: WeightsHeld, sharers: int) -> HostShare:
     """What of an actor stays in the host's memory, all its layers being alike."""
     offload = 0 if one.spare is not None else held.offloaded.get(one.experts[0], 0)
     layers = sum(layer not in model.dense_layers for layer, _ in one.all_keys)
-    return host_share(weight_bytes // layers, layers, offload) if offload else ON_CARD
+    return host_share(weight_bytes // layers, layers, offload, sharers) if offload else ON_CARD
 
 
 def _is_trunk(actor: ActorPlan) -> bool:

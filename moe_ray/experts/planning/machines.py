@@ -101,12 +101,3 @@ def held_on(spread: Spread, trunk_bytes: int, expert_bytes: int) -> dict[int, in
         for device in homes:
             held[device] = held.get(device, 0) + expert_bytes
     return held
-
-
-def fits(machines: Machines, spread: Spread, held_bytes: dict[int, int]) -> bool:
-    """Whether every device has room for the weights and processes on it."""
-    processes = dict(spread.actors_on)
-    return all(
-        held + PROCESS_BYTES * processes.get(device, 1) <= machines.devices[device].usable_bytes
-        for device, held in held_bytes.items()
-    )

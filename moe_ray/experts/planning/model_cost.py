@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from moe_ray.experts.planning.footprint import WeightsHeld
 from moe_ray.model.families import Weight
@@ -22,15 +23,19 @@ class Matrices:
     nbytes: int
 
 
+NOTHING: Final = Matrices("float32", 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCost:
     """One layer of a model, its head, and what an actor holds of it."""
 
     layers: int
+    """All of them, `dense_layers` with them."""
     num_experts: int
     top_k: int
     attention: Matrices
-    """Of one layer: q, k, v, out; and of a shared expert, which every token goes to."""
+    """Of one layer with experts: q, k, v, out; and of a shared expert, which every token goes to."""
     router: Matrices
     expert: Matrices
     """One expert of one layer."""
@@ -44,18 +49,30 @@ class ModelCost:
     trunk_bytes: int
     """All that a trunk holds."""
     expert_bytes: int
-    """One expert over all layers."""
+    """One expert over all layers that have experts."""
     window: int | None = None
     """Tokens that one attends to at most, in all layers but `full_layers`."""
     full_layers: int = 0
     """How many layers have no such window."""
+    dense_layers: int = 0
+    """How many have no experts (DeepSeek's first): all of such a layer is the trunk's, and no call leaves it."""
+    dense: Matrices = NOTHING
+    """Of one of these: attention, and the network that every token goes through."""
+
+    @property
+    def mixture_layers(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.dense_layers
 
     @staticmethod
     def of(model: ModelConfig, dtype: str, held: WeightsHeld, kv_cache_dtype: str = "auto") -> ModelCost:
         """Count `model` with rows in `dtype`, its weights as `held` says."""
         trunk = list(weights_of_trunk(model))
         some = model.mixture_layers[0]
-        layer = [weight for weight in trunk if weight.layer == some and len(weight.shape) > 1]
+        matrices = [weight for weight in trunk if len(weight.shape) > 1]
+        layer = [weight for weight in matrices if weight.layer == some]
+        without = min(model.dense_layers, default=None)
+        dense = [] if without is None else [weight for weight in matrices if weight.layer == without]
         routers = [weight for weight in layer if weight.role == "router"]
         expert = weights_of_expert(model, some, 0)
         cache = held_in(kv_cache_dtype, dtype)
@@ -75,6 +92,8 @@ class ModelCost:
             len(model.mixture_layers) * sum(map(held.nbytes, expert)),
             model.sliding_window,
             len(model.full_layers),
+            len(model.dense_layers),
+            _together(dense, held),
         )
 
     def seen(self, context: float) -> float:
@@ -92,7 +111,7 @@ def _together(weights: Iterable[Weight], held: WeightsHeld) -> Matrices:
 
 def _form(weight: Weight, held: WeightsHeld) -> str:
     """What kernels compute on: a float dtype, int8, int4 or nf4; of a quantised checkpoint, by its bits."""
-    stored = held.stored.get(weight)
+    stored = held.as_stored(weight)
     if stored is None or stored.grouping is None:
         return held.held_as(weight)
     return "int8" if stored.grouping.bits == 8 else "nf4" if stored.grouping.levels else "int4"

@@ -43,9 +43,9 @@ ON_CARD: Final = HostShare()
 """Nothing is in the host's memory."""
 
 
-def host_share(layer_bytes: int, layers: int, offload_bytes: int) -> HostShare:
+def host_share(layer_bytes: int, layers: int, offload_bytes: int, sharers: int = 1) -> HostShare:
     """What stays in the host's memory if that is to be `offload_bytes` at least. Raises `ConfigError` as `streamed`."""
-    count = _count(layer_bytes, layers, offload_bytes)
+    count = _count(layer_bytes, layers, offload_bytes, sharers)
     return HostShare(count * layer_bytes, BUFFERS * layer_bytes if count else 0)
 
 
@@ -54,28 +54,29 @@ def streamed(
     layer_bytes: int,
     offload_bytes: int,
     loads: Mapping[ExpertKey, float] | None = None,
+    sharers: int = 1,
 ) -> tuple[ExpertKey, ...]:
     """The keys of `keys`, of so many bytes each, that stay in the host's memory, ascending; () for no offload.
 
     Those with the least of a recorded load, rows by key; without one they are spread evenly, so that the layers between
-    two of them are computed while the second is copied. Raises `ConfigError` where nothing is saved, because the
-    buffers on the card take as much.
+    two of them are computed while the second is copied. `sharers`: so many experts of one process have as much there,
+    and share the buffers. Raises `ConfigError` where nothing is saved, because the buffers on the card take as much.
 
     >>> streamed([(layer, 0) for layer in range(8)], 10, 35)
     ((1, 0), (3, 0), (5, 0), (7, 0))
     """
     ordered = sorted(keys)
-    count = _count(layer_bytes, len(ordered), offload_bytes)
+    count = _count(layer_bytes, len(ordered), offload_bytes, sharers)
     if loads is not None:
         return tuple(sorted(sorted(ordered, key=lambda key: (loads.get(key, 0.0), -key[0], key[1]))[:count]))
     return tuple(ordered[(number + 1) * len(ordered) // count - 1] for number in range(count))
 
 
-def _count(layer_bytes: int, layers: int, offload_bytes: int) -> int:
-    """How many layers stay in the host's memory."""
+def _count(layer_bytes: int, layers: int, offload_bytes: int, sharers: int) -> int:
+    """How many layers of each expert stay in the host's memory."""
     count = min(layers, ceil(offload_bytes / layer_bytes))
-    if 0 < count <= BUFFERS:
-        least = BUFFERS * layer_bytes / 2**30
+    if 0 < count * sharers <= BUFFERS:
+        least = BUFFERS // sharers * layer_bytes / 2**30
         raise ConfigError(
             f"experts.cpu_offload_gib is {offload_bytes / 2**30:g}: {count} of {layers} layers of "
             f"{layer_bytes / 2**30:.3f} GiB would be in the host's memory, and {BUFFERS} buffers on the card take as "

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moe_ray.errors import ConfigError
-from moe_ray.experts.planning.card_table import SERVED_ON_CARDS
 from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS
 from moe_ray.experts.planning.machines import Machines, Spread, held_on, kv_tokens
 from moe_ray.experts.planning.model_cost import ModelCost
@@ -47,8 +46,6 @@ class Proposed:
 
     form: str
     """What the matrices are held as."""
-    served: bool
-    """Whether this version serves this format on these devices."""
     cost: ModelCost
     spread: Spread
     kv_tokens: int
@@ -107,8 +104,8 @@ def search(
 
 
 def ordered(found: Sequence[Proposed], asked: PlanFor) -> list[Proposed]:
-    """The best first; formats that this version does not serve there come after those that it does."""
-    return sorted(found, key=lambda each: (not each.served, -each.figure(asked), len(each.spread.used)))
+    """The best first; of equal ones that on fewer devices."""
+    return sorted(found, key=lambda each: (-each.figure(asked), len(each.spread.used)))
 
 
 def best(found: Sequence[Proposed], asked: PlanFor) -> Proposed:
@@ -129,10 +126,9 @@ def candidate(form: str, cost: ModelCost, machines: Machines, spread: Spread, as
     }
     prices = [machines.devices[device].price_per_hour for device in spread.used]
     known = [price for price in prices if price is not None]
-    served = form in SERVED_ON_CARDS or all(machines.devices[device].is_cpu for device in spread.used)
     first = prefill_s(cost, machines, spread, asked.prompt, shares=asked.shares)
     price = sum(known) if len(known) == len(prices) else None
-    return Proposed(form, served, cost, spread, tokens, steps, first, price)
+    return Proposed(form, cost, spread, tokens, steps, first, price)
 
 
 def _nothing_fits(costs: Mapping[str, ModelCost], machines: Machines, asked: PlanFor) -> str:

@@ -7,7 +7,8 @@ n trunks, each device is busy with all of them, so that a layer takes
 
 (ping-pong: MegaScale-Infer, arXiv:2504.02263, section 4.1). Devices that share cores, or are one, do not overlap. A
 carrier's calls and rows keep the trunk busy, its round trip does not; rows are written while those of earlier calls are
-being sent. Parts are told as they are before anything overlaps.
+being sent. A layer without experts takes what the trunk does, m times. Parts are told as they are before anything
+overlaps.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Mean seconds of one layer of one micro-batch of one trunk."""
+    """Mean seconds of one layer (with experts) of one micro-batch of one trunk."""
 
     trunk: float
+    dense: float
+    """Of the trunk, for one without experts."""
     experts: float
     carrier: float
     network: float
@@ -136,9 +139,10 @@ def _step(
         cycle = latency  # each trunk has its own experts, and nothing to wait for
     trunk = machines.devices[spread.trunks[0]].rates
     head = trunk.trunk_s(cost.head.form, cost.head.weights, cost.head.nbytes, logits) if logits else 0.0
-    own = head + trunk.step_overhead().seconds(0, logits)
-    seconds = cost.layers * cycle + own
-    many = cost.layers * micro_batches
+    dense = cost.dense_layers * micro_batches * layer.dense
+    own = head + trunk.step_overhead().seconds(0, logits) + dense
+    seconds = cost.mixture_layers * cycle + own
+    many = cost.mixture_layers * micro_batches
     return StepTime(
         tokens * trunks,
         seconds,
@@ -156,12 +160,11 @@ def _layer(
 ) -> _Layer:
     where = spread.trunks[0]
     trunk = machines.devices[where].rates
-    a, r = cost.attention, cost.router
+    a, r, d = cost.attention, cost.router, cost.dense
     seen = cost.seen(context)
     kv = tokens * seen * cost.kv_bytes_per_token / cost.layers
-    computing = trunk.trunk_s(a.form, a.weights, a.nbytes, tokens) + trunk.attention_s(
-        tokens * seen, cost.query_width, cost.head_dim, kv
-    )
+    attending = trunk.attention_s(tokens * seen, cost.query_width, cost.head_dim, kv)
+    computing = trunk.trunk_s(a.form, a.weights, a.nbytes, tokens) + attending
     if r.weights:
         computing += trunk.trunk_s(r.form, r.weights, r.nbytes, tokens)
     drawn = rows_of_layers(cost.num_experts, cost.top_k, tokens, shares)
@@ -178,8 +181,10 @@ def _layer(
     makespan, on_trunk = sum(each.makespan for each in found) / n, sum(each.on_trunk for each in found) / n
     once = max(0.0, spread_out.seconds(0, 0) - local.seconds(0, 0))
     writing = max(0.0, spread_out.seconds(0, total_rows) - spread_out.seconds(0, 0))
+    dense = trunk.trunk_s(d.form, d.weights, d.nbytes, tokens) + attending + local.seconds(0, 0)
     return _Layer(
         computing + overhead,
+        dense,
         makespan,
         carrier,
         network,

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moe_ray.core import AdapterRows, ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
+from moe_ray.core import ExpertCall, ExpertKey, ExpertReply, ReplicaLoad
 from moe_ray.errors import (
     AdapterNotHeld,
     CallCancelled,
@@ -20,6 +20,7 @@ from moe_ray.errors import (
     KernelsUnavailable,
     ReplicaBusy,
 )
+from moe_ray.experts.server.device_turns import DeviceTurns
 from moe_ray.experts.server.load_counters import KeyLoad
 from moe_ray.experts.server.worker_stats import WorkerStats
 from moe_ray.model.compute.base import FFN
@@ -30,7 +31,6 @@ from moe_ray.native.host import Host, HostEntry
 if TYPE_CHECKING:
     import torch
 
-    from moe_ray.model.compute.torch.device_calls import DeviceCalls
     from moe_ray.model.lora.adapter_file import Adapter
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,7 @@ class ExpertWorker:
         self._ffn, self._hidden_size = ffn, hidden_size
         self.compute, self._max_batched_rows, self._max_queued_rows = compute, max_batched_rows, max_queued_rows
         self._state = threading.Lock()
-        self._device = threading.Lock()
-        """Held while torch computes, for a call of whichever carrier."""
-        self._calls: DeviceCalls | None = None
+        self._device = DeviceTurns(compute, hidden_size)
         self._computing = False
         self._waiting: list[_Waiting] = []
         self._queued_rows = self._batches = self._cancelled = 0
@@ -147,17 +145,7 @@ class ExpertWorker:
             return entry
         from moe_ray.model.compute.torch.hosted import tensor_entry
 
-        return tensor_entry(partial(self._computed, ffn), self.compute.torch_dtype)
-
-    def _computed(
-        self, ffn: FFN, rows: torch.Tensor, weights: torch.Tensor, adapters: tuple[AdapterRows, ...] = ()
-    ) -> torch.Tensor:
-        """What a network makes of rows and weights in the host's memory, on its device."""
-        from moe_ray.model.compute.torch.device_calls import DeviceCalls
-
-        with self._device:
-            self._calls = self._calls or DeviceCalls(self.compute, self._hidden_size)
-            return self._calls.forward(ffn, rows, weights, adapters)
+        return tensor_entry(partial(self._device.fill, ffn), self.compute.torch_dtype)
 
     def forward(self, call: ExpertCall) -> ExpertReply:
         """Compute one call.
@@ -235,7 +223,8 @@ class ExpertWorker:
             rows = call.rows if len(calls) == 1 else torch.cat([c.rows for c in calls])
             weights = call.weights if len(calls) == 1 else torch.cat([c.weights for c in calls])
             adapters = joined_runs([(c.adapters, c.rows.shape[0]) for c in calls])
-            out = self._computed(self._ffn[call.layer, call.expert], rows, weights, adapters).to(call.rows.device)
+            out = self._device.forward(self._ffn[call.layer, call.expert], rows, weights, adapters)
+            out = out.to(call.rows.device)
             outputs = (out,) if len(calls) == 1 else torch.split(out, [c.rows.shape[0] for c in calls])
         except RuntimeError as failure:  # torch: out of memory, a lost device
             error = failure

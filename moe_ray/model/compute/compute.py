@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import platform
@@ -13,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_ray.errors import ConfigError, KernelsUnavailable
+from moe_ray.errors import CardDriverUnavailable, ConfigError, KernelsUnavailable
+from moe_ray.model.compute.card_driver import driver_library
 from moe_ray.model.compute.resolve import Backend, Machine, TritonHere, Wanted, resolve
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.native import build
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from moe_ray.model.compute.torch.recorders import Recorder
+    from moe_ray.model.compute.torch.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Compute:
     """Compute threads of the process."""
     recorder: Recorder | None = None
     """Records what is launched again and again; None: nothing is recorded."""
+    staging: Staging | None = None
+    """What rows go through between a card and the host's memory; None: they are computed where they are."""
 
     @property
     def dtype(self) -> str:
@@ -86,7 +89,7 @@ def open_compute(model: ModelConfig, wanted: Wanted, cache_dir: Path, threads: i
     for note in (*backend.notes, backend.slower_because):
         if note:
             logger.warning(note)
-    return Compute(backend, kernels, threads, _recorder(backend))
+    return Compute(backend, kernels, threads, _recorder(backend), _staging(backend))
 
 
 def _recorder(backend: Backend) -> Recorder | None:
@@ -95,6 +98,16 @@ def _recorder(backend: Backend) -> Recorder | None:
     from moe_ray.model.compute.torch.recorders import CudaRecorder
 
     return CudaRecorder()
+
+
+def _staging(backend: Backend) -> Staging | None:
+    if backend.device != "cuda":
+        return None
+    import torch
+
+    from moe_ray.model.compute.torch.staging import CudaTransfers, Staging
+
+    return Staging(CudaTransfers(torch.device(backend.device)))
 
 
 def this_machine(wanted: Wanted) -> Machine:
@@ -125,8 +138,8 @@ def has_cuda() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     try:
-        ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll")  # without the driver, torch finds none
-    except OSError:
+        driver_library()  # without it, torch finds none
+    except CardDriverUnavailable:
         return False
     import torch
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from moe_ray.model.formats.grouped import Float8, GroupedCodes, Grouping, float8_values
 from moe_ray.model.formats.weight_format import (
     BadTensor,
     Place,
@@ -23,7 +24,7 @@ from moe_ray.model.formats.weight_format import (
 if TYPE_CHECKING:
     import numpy as np
 
-STORED: Final = ("F8_E4M3", "F8_E5M2")
+STORED: Final[dict[str, Float8]] = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0")
 SCALE_NAMES: Final = ("weight_scale_inv", "weight_scale")
 STACKED_SCALE_NAMES: Final = ("scale_inv", "scale", "weight_scale")
@@ -33,7 +34,7 @@ ACTIVATIONS: Final = ("input_scale", "activation_scale", "input_scale_ub")
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """`WeightFormat` of float8 weights. It has no codes: a code's value is no multiple of a scale."""
+    """`WeightFormat` of float8 weights. They have codes where blocks divide the inputs."""
 
     name: str
 
@@ -56,14 +57,15 @@ class Fp8:
         scale_part, block = _scale_part(place, (shape[0], shape[1]), scale_name, scale, block)
         nbytes = shape[0] * shape[1]
         weight_part = TensorPart(name, weight.dtype, shape, nbytes, offset=place.index * nbytes)
-        return StoredWeight(self.name, shape, (weight_part, scale_part), block=block)
+        group, kind = min(block[1], shape[1]), STORED[weight.dtype]
+        grouping = Grouping(8, group, float8=kind) if shape[1] % group == 0 else None
+        return StoredWeight(self.name, shape, (weight_part, scale_part), grouping, block)
 
     def decode(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> np.ndarray:
         import numpy as np
 
         weight, scale = arrays
-        table = np.arange(256, dtype=np.uint8).view(weight.dtype).astype(np.float32)
-        values = table[weight.view(np.uint8)]
+        values = float8_values(STORED[stored.parts[0].dtype])[weight.view(np.uint8)]
         assert stored.block is not None
         high, wide = stored.block
         # The last blocks may be smaller.
@@ -71,8 +73,20 @@ class Fp8:
             values[row * high : (row + 1) * high] *= scales.repeat(wide)[: stored.shape[1]]
         return values
 
-    def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> None:
-        return
+    def codes(self, stored: StoredWeight, arrays: Sequence[np.ndarray]) -> GroupedCodes | None:
+        """Its bits, a scale for each group of each row. Raises `BadTensor` for what is no finite number."""
+        import numpy as np
+
+        how, (weight, scale) = stored.grouping, arrays
+        if how is None:
+            return None
+        assert how.float8 is not None
+        assert stored.block is not None
+        codes = weight.view(np.uint8)
+        if not np.isfinite(float8_values(how.float8))[codes].all():
+            raise BadTensor(stored.parts[0].name, "not all of its weights are finite numbers")
+        of_rows = scale.astype(np.float32)[np.arange(stored.shape[0]) // stored.block[0]]
+        return GroupedCodes(how, codes, of_rows)
 
     def _scale_names(self, place: Place) -> tuple[str, ...]:
         return SCALE_NAMES if place.experts is None else STACKED_SCALE_NAMES

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import gcd
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +17,8 @@ LONGEST: Final = 128
 """Inputs that share a scale in memory, at most."""
 MIDDLE: Final = {4: 8, 8: 128}
 """Bits → the code that stands for 0 where a weight has neither levels nor offsets."""
+Float8 = Literal["e4m3", "e5m2"]
+"""8-bit floats by their bits of exponent and mantissa (OCP 8-bit Floating Point Specification, section 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,17 @@ class Grouping:
     """The 16 values of a 4-bit code in a format with a table (NF4, FP4); None: a code stands for itself."""
     reordered: bool = False
     """Whether the columns lie in another order than the inputs (GPTQ's act-order)."""
+    float8: Float8 | None = None
+    """What floats the codes of 8 bits are; None: they are integers."""
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a weight in memory: codes, and 2 for each scale and each offset.
+        """Bytes of a weight in memory: codes, and 2 for each scale and each offset, 4 for each scale of float8.
 
-        Kernels repeat what more inputs share than `LONGEST`.
+        Kernels repeat what more inputs share than `LONGEST`, but not the scales of float8.
         """
         n, k = shape
+        if self.float8 is not None:
+            return n * k + 4 * n * (k // self.group)
         per_group = 2 * (1 + self.offsets)
         return n * k * self.bits // 8 + n * (k // gcd(self.group, LONGEST)) * per_group
 
@@ -49,7 +55,7 @@ class GroupedCodes:
     """A weight [N, K], G = K / group.
 
     value[n, order[j]] = scale[n, j // group] * level(code[n, j]) + offset[n, j // group], where level(c) is levels[c],
-    or c - MIDDLE[bits]. Without an order, order[j] = j; without offsets they are 0.
+    the float of the bits c, or c - MIDDLE[bits]. Without an order, order[j] = j; without offsets they are 0.
 
     >>> codes.values()  # float32 [N, K]
     """
@@ -81,6 +87,8 @@ class GroupedCodes:
         how = self.grouping
         if how.levels is not None:
             levels = np.asarray(how.levels, dtype=np.float32)[self.codes]
+        elif how.float8 is not None:
+            levels = float8_values(how.float8)[self.codes]
         else:
             levels = self.codes.astype(np.float32) - np.float32(MIDDLE[how.bits])
         n, k = self.shape
@@ -93,3 +101,13 @@ class GroupedCodes:
         ordered = np.empty_like(values)
         ordered[:, self.order] = values
         return ordered
+
+
+def float8_values(kind: Float8) -> np.ndarray:
+    """The number of each of the 256 codes, float32 [256]; some are infinite or no number."""
+    import ml_dtypes
+    import numpy as np
+
+    dtype = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[kind]
+    values: np.ndarray = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    return values

@@ -107,7 +107,7 @@ def test_rows_of_two_models_that_wait_are_computed_in_one_batch(shared: Shared) 
     calls = [ExpertCall(3, 1, random(n, WIDTH, seed=n).float(), torch.ones(n)) for n in (5, 3, 2)]
     alone = [worker.forward(call).rows for call in calls]
     before = worker.stats()
-    with ThreadPoolExecutor(3) as threads, worker._device:
+    with ThreadPoolExecutor(3) as threads, worker._device.turn:
         replies, queued = [], 0
         for call in calls:
             replies.append(threads.submit(worker.forward, call))

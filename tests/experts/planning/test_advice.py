@@ -11,7 +11,7 @@ import pytest
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning import advice
 from moe_ray.experts.planning.advice import Situation, advise
-from moe_ray.experts.planning.card_table import CARD_SHEETS, SERVED_ON_CARDS, card_named
+from moe_ray.experts.planning.card_table import CARD_SHEETS, card_named
 from moe_ray.experts.planning.cards import MEMORY_GIB
 from moe_ray.experts.planning.footprint import WeightsHeld
 from moe_ray.experts.planning.machines import Device, Machines, Spread
@@ -20,6 +20,7 @@ from moe_ray.experts.planning.network_step import Network
 from moe_ray.experts.planning.rates import DataSheet
 from moe_ray.experts.planning.search import PlanFor, candidate, search
 from moe_ray.model.compute.resolve import Machine, Wanted, resolve
+from moe_ray.model.formats import FLOATS
 from moe_ray.model.formats.held import QUANTIZATIONS, HeldAs
 from moe_ray.model.model_config import ModelConfig
 
@@ -69,20 +70,10 @@ def test_small_cards_hold_it_apart() -> None:
     assert "no single device here holds it" in advise(found)[0]
 
 
-def test_a_single_card_in_another_format_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where cards do not compute it, as those of an earlier version did not."""
-    monkeypatch.setattr("moe_ray.experts.planning.search.SERVED_ON_CARDS", frozenset({"bfloat16"}))
-    found = situation(cards(("A100-80G", 2)), "bfloat16", "int8")
-    assert (found.best.form, found.best.spread.in_process) == ("bfloat16", False), "what is served comes first"
-    assert "One A100-80GB would hold this model in int8, which this version serves on CPUs alone" in advise(found)[0]
-    assert advice.unserved(found) is None, "said once"
-    alone = situation(cards(("A100-80G", 1)), "int8")
-    assert "this is a plan, not yet a start" in (advice.unserved(alone) or "")
-
-
-def test_the_table_says_what_is_served_on_cards() -> None:
+def test_every_format_that_is_planned_is_computed_on_cards() -> None:
+    """So a placement in any of them is one that `moe-ray serve` starts."""
     card = Machine(frozenset(), cuda=True, capability=(8, 0), triton="compiles")
-    for form in SERVED_ON_CARDS:
+    for form in (*FLOATS, *QUANTIZATIONS):
         wanted = Wanted(quantize=form) if form in QUANTIZATIONS else Wanted(dtype=form)
         backend = resolve(MIXTRAL, wanted, card)
         assert (backend.trunk, backend.experts, backend.missing) == ("triton", "triton", ())

@@ -71,9 +71,28 @@ def test_a_plan_counts_what_is_on_the_card_and_names_the_price(mixtral_plan: Pat
     assert trunk.host == HostShare()
 
 
+def test_experts_of_one_process_share_their_buffers(mixtral_plan: Path) -> None:
+    flags = {"model": {"path": str(mixtral_plan), "dtype": "float16"}, "transport": "local"}
+    experts = {"cpu_offload_gib": 8.2, "overrides": {3: {"cpu_offload_gib": 0}, 4: {"quantize": "int8"}}}
+    made = planned(load_config({**flags, "experts": experts}), mixtral_plan, without_weights=True, cards=True)
+    trunk, *rest = made.plan.actors
+    layer, coded = rest[0].weight_bytes // 32, rest[4].weight_bytes // 32
+    shares = [each.host for each in rest]
+    assert [share.host_bytes for share in shares] == [25 * layer] * 3 + [0, 32 * coded] + [25 * layer] * 3
+    assert [share.buffer_bytes for share in shares] == [2 * layer, 0, 0, 0, 2 * coded, 0, 0, 0]
+    (part,) = parts_of(load_config({**flags, "experts": experts}), made.plan)
+    assert part.weight_bytes == trunk.weight_bytes + (6 * 7 + 32 + 2) * layer + 2 * coded
+    alike = planned(load_config({**flags, "experts": {"cpu_offload_gib": 0.3}}), mixtral_plan, True, cards=True)
+    assert [each.host.host_bytes for each in alike.plan.actors[1:]] == [layer] * 8, "too few for buffers of its own"
+    out = io.StringIO()
+    print_plan(Console(file=out, width=200), alike, None)
+    assert "Expert0 to Expert7 each keep 336.0 MiB in the host's memory, 82.03 GiB of all of them on" in out.getvalue()
+    assert "copies them in 224 ms" in " ".join(out.getvalue().split())
+
+
 @pytest.mark.parametrize(
     ("quantize", "offload", "gib", "cards"),
-    [(None, 5, 8, 9), (None, 7.2, 6, 9), ("int4", 0.92, 24, 1), (None, 9, 24, 1)],
+    [(None, 5, 8, 9), (None, 7.2, 6, 9), ("int4", 0.75, 24, 1), (None, 8.3, 24, 1), (None, 9.2, 16, 1)],
 )
 def test_the_rows_of_the_guide(mixtral_plan: Path, quantize: str | None, offload: float, gib: int, cards: int) -> None:
     experts = {"cpu_offload_gib": offload, "quantize": quantize}

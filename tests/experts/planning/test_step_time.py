@@ -8,11 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from published_configs import CONFIGS
 
 from moe_ray.bench.lab.emulate import popularity
-from moe_ray.experts.planning.footprint import WeightsHeld
+from moe_ray.experts.planning.footprint import WeightsHeld, make_plan
 from moe_ray.experts.planning.machines import Device, Machines, Spread
-from moe_ray.experts.planning.model_cost import Matrices, ModelCost
+from moe_ray.experts.planning.model_cost import NOTHING, Matrices, ModelCost
 from moe_ray.experts.planning.network_step import Network, network_step
 from moe_ray.experts.planning.rates import COMPUTE_SHARE, READ_SHARE, Curve, DataSheet, Measured, Overhead, ToldRates
 from moe_ray.experts.planning.routing import rows_of_layers
@@ -22,7 +23,6 @@ from moe_ray.model.model_config import ModelConfig
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "mixtral-8x7b" / "config.json"
 MIXTRAL = ModelConfig.from_dict(json.loads(EXAMPLE.read_text(encoding="utf-8")))
-NOTHING = Matrices("float32", 0, 0)
 
 
 def told(experts: int, top_k: int, layers: int = 4, row_bytes: int = 100) -> ModelCost:
@@ -50,6 +50,39 @@ def test_the_parts_add_up() -> None:
     assert step.micro_batches == 1, "halves of a batch would take the experts almost as long"
     assert step.trunk_s + step.experts_s + step.carrier_s + step.network_s == pytest.approx(4 * per_layer)
     assert step.tokens_per_s == pytest.approx(4 / step.seconds)
+
+
+def test_layers_without_experts_are_the_trunk_s() -> None:
+    """Nothing of them is sent, waited for or computed by experts, whatever the number of micro-batches."""
+    network = Network(2.0, 1.0)
+    trunk, replica = ToldRates(0, 0, 1000, Overhead(100, 10, 1)), ToldRates(2000, 50)
+    machines, spread = fleet(trunk, replica, 8, host=1, network=network), each_its_own(8)
+    for micro in (1, 2):
+        all_of_experts = decode_step(told(8, 8), machines, spread, 4, 100, micro_batches=micro)
+        with_two_more = replace(told(8, 8, layers=6), dense_layers=2)
+        step = decode_step(with_two_more, machines, spread, 4, 100, micro_batches=micro)
+        assert step.seconds - all_of_experts.seconds == pytest.approx(2 * micro * 1e-3)
+        assert step.trunk_s - all_of_experts.trunk_s == pytest.approx(2 * micro * 1e-3)
+        for part in ("experts_s", "carrier_s", "network_s"):
+            assert getattr(step, part) == getattr(all_of_experts, part)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "dense", "inner"), [("DeepSeek-V2-Lite", 27, 1, 10944), ("DeepSeek-V3", 61, 3, 18432)]
+)
+def test_a_model_whose_first_layers_have_no_experts(name: str, layers: int, dense: int, inner: int) -> None:
+    model = ModelConfig.from_dict(CONFIGS[name])
+    cost = ModelCost.of(model, "bfloat16", WeightsHeld.all_in("bfloat16"))
+    assert (cost.layers, cost.dense_layers, cost.mixture_layers) == (layers, dense, layers - dense)
+    shared = 3 * model.hidden_size * (model.shared_intermediate_size or 0)
+    assert shared > 0
+    attention = cost.attention.weights - shared
+    assert cost.dense.weights == attention + 3 * inner * model.hidden_size
+    whole = cost.trunk_bytes + cost.num_experts * cost.expert_bytes
+    assert whole == make_plan(model, "bfloat16").total_bytes
+    of_layers = cost.mixture_layers * (cost.attention.nbytes + cost.router.nbytes)
+    of_layers += cost.dense_layers * cost.dense.nbytes
+    assert cost.trunk_bytes == pytest.approx(of_layers + 2 * cost.head.nbytes, rel=1e-3), "norms are the rest"
 
 
 def test_a_trunk_waits_for_a_round_trip_and_writes_the_calls_itself() -> None:

@@ -11,8 +11,10 @@ from backends import open_backend
 
 from moe_ray.core import ExpertCall, SamplingParams
 from moe_ray.errors import ConfigError, OverBudget
+from moe_ray.experts import local
+from moe_ray.experts.planning.offload import BUFFERS
 from moe_ray.experts.server.expert_memory import NO_LIMITS, ExpertMemory
-from moe_ray.experts.server.offload import Offload
+from moe_ray.experts.server.offload import CardBuffers, Offload
 from moe_ray.experts.server.weight_loader import WeightLoader
 from moe_ray.llm import LLM
 from moe_ray.model.checkpoint import Checkpoint
@@ -21,6 +23,7 @@ from moe_ray.model.compute.compute import Compute
 from moe_ray.model.compute.resolve import Backend
 from moe_ray.model.compute.torch.streamed import StreamedFFN
 from moe_ray.model.expert_reader import ExpertReader
+from moe_ray.model.moe import group
 from moe_ray.transport.base import LinkOptions
 
 KEYS = [(layer, 2) for layer in range(4)]
@@ -117,4 +120,27 @@ def test_greedy_tokens_with_an_offload(readable_model: Path) -> None:
         )
         return [output.token_ids for output in llm.generate(prompts, sampling)]
 
-    assert tokens(2.5 * LAYER / 2**30) == tokens(0)
+    assert tokens(2.5 * LAYER / 2**30) == tokens(LAYER / 2**30) == tokens(0)
+
+
+def test_experts_of_one_process_share_two_buffers(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps one layer of four in the host's memory: for buffers of its own that would be too few."""
+    found: list[CardBuffers] = []
+
+    class Noted(CardBuffers):
+        def __init__(self, compute: Compute, sharers: int) -> None:
+            super().__init__(compute, sharers)
+            found.append(self)
+
+    monkeypatch.setattr(local, "CardBuffers", Noted)
+    checkpoint = Checkpoint.open(random_model)
+    pools = [local.local_experts(checkpoint, TORCH, offload_bytes=lambda _, n=n: n) for n in (0, LAYER)]
+    assert found[1].streams.buffer_bytes == BUFFERS * LAYER
+    generator = torch.Generator().manual_seed(5)
+    for tokens in (1, 3, 1, 40):
+        for layer in (*range(4), 2):
+            x = torch.randn(tokens, 64, generator=generator)
+            chosen = torch.stack([torch.randperm(8, generator=generator)[:2].sort().values for _ in range(tokens)])
+            routed = group(x, chosen, torch.full((tokens, 2), 0.5), 8)
+            plain, shared = (pool.gather(pool.submit(layer, routed)).rows for pool in pools)
+            assert torch.equal(plain, shared)

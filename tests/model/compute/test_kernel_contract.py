@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from chunks import ONE, SHAPES, TWO, WHOLE, Chunks
 
 from moe_ray.model.compute.base import FFN
 from moe_ray.model.compute.compute import Compute
+from moe_ray.model.compute.torch.device_calls import DeviceCalls
 from moe_ray.model.compute.torch.hosted import tensor_entry
 from moe_ray.model.formats import GroupedCodes
 from moe_ray.model.formats.held import grouping, nbytes
@@ -155,7 +157,9 @@ def test_what_a_host_calls_is_forward(expert: Expert, compute: Compute, count: i
 
     native = expert.ffn.entry()
     assert (native is not None) == (compute.kernels is not None)
-    entry: HostEntry = native or tensor_entry(expert.ffn.forward, compute.torch_dtype)
+    entry: HostEntry = native or tensor_entry(
+        partial(DeviceCalls(compute, expert.hidden).fill, expert.ffn), compute.torch_dtype
+    )
     x, weights = expert.rows(count)
     out, why = torch.full_like(x, 7.0), ctypes.create_string_buffer(512)
     assert entry.function is not None

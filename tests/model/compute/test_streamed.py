@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ray.core import AdapterRows
-from moe_ray.errors import ConfigError, EngineError
+from moe_ray.errors import EngineError
 from moe_ray.model.compute.torch.copy_engine import CudaCopies, ThreadCopies, copies_to
 from moe_ray.model.compute.torch.expert import TorchFFN
-from moe_ray.model.compute.torch.streamed import LayerStream, Movable, StreamedFFN
+from moe_ray.model.compute.torch.streamed import LayerStream, LayerStreams, Movable, StreamedFFN
 from moe_ray.model.lora.parts import ExpertPart, LowRank
 
 WIDTH, INNER, SOON_S = 16, 24, 20.0
@@ -39,7 +39,7 @@ class Streamed:
 
     def __init__(self, engine: ThreadCopies, biases: bool = False) -> None:
         self.plain = {key: network(key[0], biases=biases) for key in ORDER}
-        self.stream = LayerStream(engine, ORDER, network(0, biases=biases).tensors())
+        self.stream = LayerStream(engine, network(0, biases=biases).tensors())
         self.ffns = {key: StreamedFFN(key, network(key[0], biases=biases), self.stream) for key in ORDER}
 
     def check(self, key: tuple[int, int]) -> None:
@@ -180,7 +180,7 @@ def test_a_copy_that_fails_fails_the_call_that_needs_it() -> None:
 
 
 def test_a_layer_that_is_still_being_loaded_is_not_fetched() -> None:
-    stream = LayerStream(ThreadCopies(), ORDER, network(0).tensors())
+    stream = LayerStream(ThreadCopies(), network(0).tensors())
     first = StreamedFFN(ORDER[0], network(ORDER[0][0]), stream)
     assert torch.equal(first.forward(ROWS, WEIGHTS), network(ORDER[0][0]).forward(ROWS, WEIGHTS))
     assert stream.copies == 1
@@ -220,9 +220,103 @@ def test_the_bytes_that_a_peer_gets_are_those_of_the_layer(streamed: Streamed) -
         assert streamed.ffns[key].nbytes == streamed.plain[key].nbytes
 
 
-def test_layers_of_unlike_shapes_are_refused(streamed: Streamed) -> None:
-    with pytest.raises(ConfigError, match=r"layer 3 of expert 0 is not held as the others are"):
-        streamed.stream.take((3, 0), network(0, inner=8).tensors())
+TOLD = [(layer, expert) for layer in (1, 3, 4) for expert in (0, 1, 2)]
+
+
+class Shared:
+    """The layers of three experts that go through the same two buffers."""
+
+    def __init__(self, engine: ThreadCopies) -> None:
+        self.plain = {key: network(10 * key[0] + key[1]) for key in TOLD}
+        self.streams = LayerStreams(engine)
+        made = {key: network(10 * key[0] + key[1]) for key in TOLD}
+        self.stream = self.streams.of(network(0).tensors())
+        self.ffns = {key: StreamedFFN(key, each, self.streams.of(each.tensors())) for key, each in made.items()}
+
+    def check(self, key: tuple[int, int]) -> None:
+        assert torch.equal(self.ffns[key].forward(ROWS, WEIGHTS), self.plain[key].forward(ROWS, WEIGHTS)), key
+
+    def held(self) -> list[tuple[int, int]]:
+        """Which layer's bytes each buffer has by now."""
+        return [
+            next(key for key in TOLD if all(map(torch.equal, buffer, self.plain[key].tensors())))
+            for buffer in self.stream.buffers
+        ]
+
+
+@given(st.lists(st.lists(st.sampled_from(TOLD), max_size=5, unique=True), max_size=6), st.data())
+def test_experts_that_share_buffers_give_the_bits_of_layers_in_place(
+    told: list[list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    """Some calls are told of and given up, some come untold, and those of two steps in turns."""
+    made = Shared(ThreadCopies())
+    for calls in told:
+        for key in calls:
+            made.streams.expect(key)
+        for key in data.draw(st.lists(st.sampled_from(calls or TOLD), max_size=6)):
+            made.check(key)
+    made.streams.close()
+    assert made.streams.buffer_bytes == 2 * sum(each.nbytes for each in network(0).tensors())
+
+
+def test_calls_that_are_told_of_are_copied_once_and_nothing_else_is() -> None:
+    """Two experts a layer, as a step of one sequence has them: the second is copied while the first is computed."""
+    made = Shared(ThreadCopies())
+    steps = [[(1, 0), (1, 2)], [(3, 1), (3, 2)], [(4, 1), (4, 2)], [(1, 1), (1, 2)]]
+    for number, calls in enumerate(steps):
+        for key in calls:
+            made.streams.expect(key)
+        made.check(calls[0])
+        assert made.stream.copies == 2 * number + 2
+        made.check(calls[1])
+        assert made.stream.copies == 2 * number + 2, "it was there, and no layer is guessed"
+    made.streams.close()
+
+
+def test_a_step_that_calls_all_copies_the_next_layer_ahead() -> None:
+    made = Shared(ThreadCopies())
+    for _ in range(2):
+        for layer in (1, 3, 4):
+            for expert in (0, 1, 2):
+                made.streams.expect((layer, expert))
+            for expert in (0, 1, 2):
+                made.check((layer, expert))
+    assert made.stream.copies == 2 * len(TOLD) + 1, "each once in its order, and the one that comes next"
+    made.streams.close()
+
+
+def test_a_shared_buffer_that_another_expert_reads_is_not_copied_over() -> None:
+    engine = Late()
+    made = Shared(engine)
+    engine.late = True
+    first, second, third = (1, 0), (1, 1), (3, 2)
+    for key in (first, second, third):
+        made.streams.expect(key)
+    made.check(first)
+    made.check(second)  # and the third, of another expert, is to be copied to where the first is
+    buffer = next(each for each in made.stream._buffers if each.key == third)
+    assert sorted(made.held()) == [first, second]
+    engine.running[1].set_result(None)
+    assert not buffer.copied.done(), "the first is still being read"
+    engine.running[0].set_result(None)
+    buffer.copied.result(SOON_S)
+    assert sorted(made.held()) == [second, third]
+    made.check(third)
+    for mark in engine.running[2:]:
+        mark.set_result(None)
+    made.streams.close()
+
+
+def test_layers_of_unlike_shapes_have_buffers_of_their_own() -> None:
+    streams = LayerStreams(ThreadCopies())
+    wide, narrow = network(1), network(2, inner=8)
+    ffns = [StreamedFFN((layer, 0), each, streams.of(each.tensors())) for layer, each in enumerate((wide, narrow))]
+    assert streams.buffer_bytes == 2 * sum(t.nbytes for each in (wide, narrow) for t in each.tensors())
+    for ffn, plain in zip(ffns, (network(1), network(2, inner=8)), strict=True):
+        assert torch.equal(ffn.forward(ROWS, WEIGHTS), plain.forward(ROWS, WEIGHTS))
+    streams.close()
+    with pytest.raises(EngineError, match="this replica is ending"):
+        ffns[0].forward(ROWS, WEIGHTS)
 
 
 def test_what_can_be_moved() -> None:
@@ -236,7 +330,7 @@ def test_a_card_gives_the_bits_of_layers_in_place() -> None:
     card = torch.device("cuda")
     plain = {key: network(key[0]) for key in ORDER}
     on_card = {key: plain[key].over([each.to(card) for each in plain[key].tensors()]) for key in ORDER}
-    stream = LayerStream(CudaCopies(card), ORDER, on_card[ORDER[0]].tensors())
+    stream = LayerStream(CudaCopies(card), on_card[ORDER[0]].tensors())
     ffns = {key: StreamedFFN(key, on_card[key], stream) for key in ORDER}
     rows, weights = ROWS.to(card), WEIGHTS.to(card)
     for key in [*ORDER * 5, ORDER[2], ORDER[0], ORDER[0], ORDER[3]]:

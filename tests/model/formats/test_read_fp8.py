@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import quantised
 import torch
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from fp8_weights import ROW, TENSOR, Block, theirs
 
-TENSOR, ROW = (None, None), (1, None)
+from moe_ray.errors import CheckpointError
+from moe_ray.model.checkpoint import Checkpoint
+from moe_ray.model.formats import Grouping
+from moe_ray.model.formats.grouped import Float8
+from moe_ray.model.weights import matrices_of_expert
 
 
-def theirs(values: torch.Tensor, block: tuple[int | None, int | None], name: str, dtype: torch.dtype) -> quantised.Made:
-    """Quantised here; `Fp8Dequantize` reads any even grid of scales."""
-    n, k = values.shape
-    high, wide = block[0] or n, block[1] or k
-    blocks = values.reshape(n // high, high, k // wide, wide)
-    scale = (blocks.abs().amax((1, 3), keepdim=True) / 448).clamp(min=1e-6)
-    if dtype == torch.float8_e8m0fnu:
-        scale = torch.exp2(torch.log2(scale).ceil())
-    scale = scale.to(dtype)
-    weight = (blocks / scale.float()).reshape(n, k).to(torch.float8_e4m3fn)
-    grid = scale.reshape(n // high, k // wide)
-    values = Fp8Dequantize(SimpleNamespace())._dequantize_one(weight, grid, torch.float32)
-    return {"weight": weight, name: grid.reshape(()) if block == TENSOR else grid}, values
+def grouped(block: Block, kind: Float8 = "e4m3") -> Callable[[tuple[int, ...]], Grouping]:
+    """What weights are grouped as, by their shape."""
+    return lambda shape: Grouping(8, block[1] or shape[1], float8=kind)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +37,7 @@ def theirs(values: torch.Tensor, block: tuple[int | None, int | None], name: str
     ids=str,
 )
 def test_scales(
-    block: tuple[int | None, int | None],
+    block: Block,
     name: str,
     dtype: torch.dtype,
     config: dict[str, Any],
@@ -55,7 +49,34 @@ def test_scales(
         return {**tensors, "input_scale": torch.ones(())}, read
 
     written = quantised.write(tmp_path, packed, config)
-    quantised.read_equals(written, caplog, "fp8", lambda shape: None)
+    quantised.read_equals(written, caplog, "fp8", grouped(block))
+
+
+@pytest.mark.parametrize("block", [(64, 64), ROW])
+def test_e5m2(block: Block, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def packed(values: torch.Tensor) -> quantised.Made:
+        return theirs(values, block, "weight_scale_inv", torch.float32, torch.float8_e5m2)
+
+    written = quantised.write(tmp_path, packed, {"quant_method": "fp8", "weight_block_size": [64, 64]})
+    quantised.read_equals(written, caplog, "fp8", grouped(block, "e5m2"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(torch.float8_e4m3fn, 0x7F), (torch.float8_e4m3fn, 0xFF), (torch.float8_e5m2, 0xFC)]
+)
+def test_what_is_no_number_is_no_code(kind: torch.dtype, bits: int, tmp_path: Path) -> None:
+    """Kernels that take codes apart know no such values."""
+
+    def packed(values: torch.Tensor) -> quantised.Made:
+        tensors, read = theirs(values, TENSOR, "weight_scale", torch.float32, kind)
+        tensors["weight"].view(torch.uint8)[-1, 3] = bits
+        return tensors, read
+
+    quantised.write(tmp_path, packed, {"quant_method": "fp8"})
+    checkpoint = Checkpoint.open(tmp_path)
+    matrix = checkpoint.matrix(matrices_of_expert(checkpoint.config, 0, 0)[0])
+    with pytest.raises(CheckpointError, match=r"w1\.weight: not all of its weights are finite numbers"):
+        matrix.codes()
 
 
 def test_compressed_tensors_agrees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -85,16 +106,14 @@ def test_compressed_tensors_agrees(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("name", ["scale_inv", "weight_scale"])
 @pytest.mark.parametrize("block", [(64, 64), ROW])
-def test_stacked(
-    block: tuple[int | None, int | None], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_stacked(block: Block, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Experts as transformers 5 stacks them; what has tensors of its own is in floats."""
     plain = (*quantised.PLAIN, "q", "k", "v", "out")
     config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
     written = quantised.write(
         tmp_path, lambda values: theirs(values, block, name, torch.float32), config, plain, layout=1
     )
-    quantised.read_equals(written, caplog, "fp8", lambda shape: None)
+    quantised.read_equals(written, caplog, "fp8", grouped(block))
 
 
 @pytest.mark.parametrize(

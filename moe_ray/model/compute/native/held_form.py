@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +42,8 @@ class HeldForm:
         converted = f" (converted from {self.converted})" if self.converted else ""
         if self.grouping is None:
             return f"{self.dtype}{converted}"
+        if self.grouping.float8 is not None:
+            return f"fp8 {self.grouping.float8} in groups of {self.grouping.group}"
         table = " by table" if self.grouping.levels else ""
         offsets = " with offsets" if self.grouping.offsets else ""
         return f"int{self.grouping.bits}{table} in groups of {self.grouping.group}{offsets}{converted}"
@@ -53,15 +55,22 @@ class HeldForm:
         return block_shape(self.grouping, *shape, count, self.wide_inputs)
 
 
-def form_of(matrices: Sequence[Matrix], dtype: str, quantize: str | None = None, wide_inputs: bool = False) -> HeldForm:
+def form_of(
+    matrices: Sequence[Matrix],
+    dtype: str,
+    quantize: str | None = None,
+    wide_inputs: bool = False,
+    lacking: Callable[[Grouping], str] = lacks,
+) -> HeldForm:
     """How matrices of one block are held: quantised to `quantize`, or as stored where kernels compute on that.
 
     Weights that are stored in no more bits than `quantize` stay as they are. What no kernel computes on is converted:
-    to 8 bits if it is stored in few, else to floats of `dtype`.
+    to 8 bits if it is stored in few, else to floats of `dtype`. `lacking`: why kernels cannot compute on codes; empty
+    where they can.
     """
     stored = {matrix.grouping for matrix in matrices}
     common = next(iter(stored)) if len(stored) == 1 else None
-    usable = common is not None and not lacks(common)
+    usable = common is not None and not lacking(common)
     inputs = matrices[0].shape[1]
     wanted = None if quantize is None else grouping(quantize, inputs)
     if common is not None and usable and (wanted is None or common.bits <= wanted.bits):

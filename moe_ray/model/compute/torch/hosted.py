@@ -15,11 +15,12 @@ _MAX_VIEWS: Final = 64
 product."""
 
 
-def tensor_entry(forward: Callable[..., torch.Tensor], dtype: torch.dtype) -> HostEntry:
-    """An entry that calls `forward(rows [T, D], weights [T])` on the host's own buffers, in the host's memory.
+Fill = Callable[[torch.Tensor, torch.Tensor, tuple[AdapterRows, ...], torch.Tensor], None]
+"""Computes rows [T, D] and weights [T] with the runs of their adapters (as `ExpertCall.adapters`) into the last one."""
 
-    Where rows have adapters, it is given their runs as well, as `ExpertCall.adapters`. Its result may be on a card.
-    """
+
+def tensor_entry(fill: Fill, dtype: torch.dtype) -> HostEntry:
+    """An entry that calls `fill` on the host's own buffers, in the host's memory."""
     known: dict[Buffers, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def compute(buffers: Buffers, runs: Runs) -> None:
@@ -29,12 +30,7 @@ def tensor_entry(forward: Callable[..., torch.Tensor], dtype: torch.dtype) -> Ho
                 known.clear()
             views = known[buffers] = _views(buffers, dtype)
         rows, weights, out = views
-        adapters = (tuple(AdapterRows(*run) for run in runs),) if runs else ()
-        computed = forward(rows, weights, *adapters)
-        if computed.shape != rows.shape or computed.dtype != dtype:
-            became = f"{list(computed.shape)} of {computed.dtype}"
-            raise ValueError(f"rows {list(rows.shape)} of {dtype} became {became}")
-        out.copy_(computed)
+        fill(rows, weights, tuple(AdapterRows(*run) for run in runs), out)
 
     return interpreted(compute)
 
@@ -46,3 +42,10 @@ def _views(buffers: Buffers, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
         torch.frombuffer(memory_at(address, size), dtype=dtype).view(shape) for address in (buffers.rows, buffers.out)
     )
     return rows, torch.frombuffer(memory_at(buffers.weights, 4 * buffers.count), dtype=torch.float32), out
+
+
+def check_like(computed: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raise `ValueError` unless `computed` has the shape and dtype of `rows`."""
+    if computed.shape != rows.shape or computed.dtype != rows.dtype:
+        became = f"{list(computed.shape)} of {computed.dtype}"
+        raise ValueError(f"rows {list(rows.shape)} of {rows.dtype} became {became}")

@@ -135,11 +135,11 @@ class StepRecording:
         again()  # what it needs is compiled and loaded now, which cannot be recorded
         return self._memory.record(again)
 
-    def take_answers(self, rows: torch.Tensor, count: int, device: torch.device) -> None:
-        """Put what experts made, rows [T * K, D], where the next part reads `count` of them."""
+    def take_answers(self, routed: moe.Routed, rows: torch.Tensor, count: int) -> None:
+        """Put what experts made of `routed`, rows [T * K, D], where the next part reads `count` of them."""
         if self.answers is None:
-            self.answers = self._memory.answers(count, rows, device)
-        self.answers[: len(rows)].copy_(rows, non_blocking=True)
+            self.answers = self._memory.answers(count, rows, routed.rows.device)
+        routed.brought(rows, into=self.answers[: len(rows)])
 
     def add_answers(self) -> None:
         """Add what the experts made of what was routed last; a part's first launches."""
@@ -185,7 +185,7 @@ class RecordedPass:
             self._recording.part(f"shared {layer}", run)
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
-        self._recording.take_answers(rows, self._routed_rows, routed.rows.device)
+        self._recording.take_answers(routed, rows, self._routed_rows)
         self._answered = True
 
     def logits(self, rows: list[int]) -> torch.Tensor:

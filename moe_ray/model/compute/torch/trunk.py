@@ -232,8 +232,7 @@ class TorchPass:
 
     def combine(self, routed: moe.Routed, rows: torch.Tensor) -> None:
         """Add what the experts made of `routed`."""
-        here = rows.to(self._hidden.device, non_blocking=True)
-        self._hidden = self._trunk.ops.combine(self._hidden, here, routed.row_of, self._step.real)
+        self._hidden = self._trunk.ops.combine(self._hidden, routed.brought(rows), routed.row_of, self._step.real)
 
     def combine_all(self, rows: torch.Tensor) -> None:
         """Add what they made of what `route_all` returned last: rows [P * K, D], of which the first T * K count."""

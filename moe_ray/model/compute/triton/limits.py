@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal
 
+from moe_ray.model.formats.grouped import Grouping
 from moe_ray.model.model_config import ModelConfig
+from moe_ray.native.codes import GROUPS, lacks
 
 TrunkPart = Literal["attention", "norm", "router", "shared"]
 """What a trunk computes with torch where there is no kernel for the model."""
@@ -32,6 +34,15 @@ def trunk_by_torch(model: ModelConfig) -> Mapping[TrunkPart, str]:
     if (model.shared_intermediate_size or model.dense_intermediate_size) and experts_lack(model):
         found["shared"] = f"experts that all tokens go to, whose activation is {model.hidden_act}"
     return found
+
+
+def codes_lack(grouping: Grouping) -> str:
+    """Why kernels cannot compute on codes that are grouped so; empty where they can."""
+    if grouping.float8 is None:
+        return lacks(grouping)
+    if grouping.group % GROUPS[0]:
+        return f"groups of {grouping.group} inputs, which is not a multiple of {GROUPS[0]}"
+    return ""
 
 
 def experts_lack(model: ModelConfig) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from moe_ray.model.compute.triton import products
 from moe_ray.model.compute.triton.attention import TritonStep
 from moe_ray.model.compute.triton.expert import TritonFFN
 from moe_ray.model.compute.triton.launch import INTERPRETED, Constant, Launch
-from moe_ray.model.compute.triton.limits import trunk_by_torch
+from moe_ray.model.compute.triton.limits import codes_lack, trunk_by_torch
 from moe_ray.model.compute.triton.linear_kernels import added_kernel, linear_kernel
 from moe_ray.model.compute.triton.norm_kernels import add_norm_kernel, head_norm_kernel
 from moe_ray.model.compute.triton.reading import hold_tiled, read_expert
@@ -82,7 +82,7 @@ class TritonOps:
         return TritonFFN(read_expert(forms, (gate, up, down), (), self._device))
 
     def _form(self, matrices: Sequence[Matrix], weights: TrunkWeights) -> HeldForm:
-        form = form_of(matrices, str(weights.dtype).removeprefix("torch."), self._quantize)
+        form = form_of(matrices, str(weights.dtype).removeprefix("torch."), self._quantize, lacking=codes_lack)
         self.held[str(form)] = None
         return form
 

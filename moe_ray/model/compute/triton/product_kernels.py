@@ -8,7 +8,8 @@ says, the parts added from first to last. Every program computes `ROWS` rows, mo
 are not there are 0. So a row has the same bits alone and in any company.
 
 Codes are multiplied as whole numbers (exact in 16 bits) and each sum over a group is multiplied by its scale in
-float32: weights are what their codes say, but for scales of 11 bits.
+float32: weights are what their codes say, but for scales of 11 bits. Floats of 8 bits are exact in 16 bits as well,
+and their scales have 24.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ def _held(codes: tl.tensor, tile: tl.tensor, block: tl.tensor, TILE: tl.constexp
 
 
 @triton.jit
+def _float8(bits: tl.tensor, MANTISSA: tl.constexpr) -> tl.tensor:
+    """float16 of floats of 8 bits given as uint8, exact, by operations that every card has: see `tiles.WIDENED`."""
+    wide = bits.to(tl.uint16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << (10 - MANTISSA))).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def _add(
     total: tl.tensor,  # [TILE, ROWS]
     held: tl.tensor,  # [TILE, STEP]
@@ -46,6 +54,7 @@ def _add(
     group: tl.tensor,
     HALF: tl.constexpr,
     BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
     TILE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> tl.tensor:
@@ -60,6 +69,8 @@ def _add(
             factor = tl.load(levels + code.to(tl.int32)).to(x.dtype) + (code >> 4).to(x.dtype)
         else:
             factor = (code.to(tl.int8) - 8).to(x.dtype)
+    elif MANTISSA > 0:
+        factor = _float8(held, MANTISSA).to(x.dtype)
     else:
         factor = held.to(x.dtype)
     if scales is None:
@@ -93,6 +104,7 @@ def gate_up_kernel(
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     HALVES: tl.constexpr,
+    MANTISSA: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -118,8 +130,8 @@ def gate_up_kernel(
             group = 2 * tile * GROUPS
             if GROUPS > 1:
                 group += tl.minimum(start // GROUP, GROUPS - 1)  # behind the last input all inputs are 0
-            gate = _add(gate, of_gate, part, scales, offsets, levels, group, half, BITS, TILE, WIDEN)
-            up = _add(up, of_up, part, scales, offsets, levels, group + GROUPS, half, BITS, TILE, WIDEN)
+            gate = _add(gate, of_gate, part, scales, offsets, levels, group, half, BITS, MANTISSA, TILE, WIDEN)
+            up = _add(up, of_up, part, scales, offsets, levels, group + GROUPS, half, BITS, MANTISSA, TILE, WIDEN)
     if multiplier is not None:
         gate *= tl.load(multiplier)
         up *= tl.load(multiplier + 1)
@@ -161,6 +173,7 @@ def product_kernel(
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     HALVES: tl.constexpr,
+    MANTISSA: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -180,7 +193,7 @@ def product_kernel(
             group = tile * GROUPS
             if GROUPS > 1:
                 group += tl.minimum(start // GROUP, GROUPS - 1)
-            total = _add(total, held, inputs, scales, offsets, levels, group, half, BITS, TILE, WIDEN)
+            total = _add(total, held, inputs, scales, offsets, levels, group, half, BITS, MANTISSA, TILE, WIDEN)
     if multiplier is not None:
         total *= tl.load(multiplier)
     n = tile * TILE + tl.arange(0, TILE)

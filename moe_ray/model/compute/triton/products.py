@@ -9,7 +9,7 @@ import torch
 
 from moe_ray.model.compute.triton.launch import INTERPRETED, Constant, Launch
 from moe_ray.model.compute.triton.product_kernels import finish_kernel, gate_up_kernel, product_kernel
-from moe_ray.model.compute.triton.tiles import TiledWeight
+from moe_ray.model.compute.triton.tiles import MANTISSA, TiledWeight
 from moe_ray.model.families import ClampedSwiGLU
 
 ROWS: Final = 16
@@ -126,6 +126,7 @@ def _constants(weight: TiledWeight) -> dict[str, Constant]:
         "GROUPS": how.groups,
         "BITS": how.bits,
         "HALVES": how.halves,
+        "MANTISSA": 0 if how.grouping is None or how.grouping.float8 is None else MANTISSA[how.grouping.float8],
         "TILE": how.tile,
         "STEP": how.step,
         "ROWS": ROWS,

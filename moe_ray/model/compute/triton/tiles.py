@@ -6,6 +6,9 @@ KiB, whatever the format: rows of 4-bit codes would be 32 bytes here and 32 ther
 
 Four-bit codes: a byte holds two inputs that are a whole step apart, not neighbours. Then the low halves of a tile's
 bytes are one factor of a product and the high halves another, and no code moves between registers.
+
+Floats of 8 bits are held as they are stored. Kernels move their bits to where float16 has its own, which leaves e4m3
+2**8 times too small, for its exponents count from 7 and float16's from 15: scales make up for it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ from typing import Final
 
 import torch
 
-from moe_ray.model.formats.grouped import MIDDLE, Grouping
+from moe_ray.model.formats.grouped import MIDDLE, Float8, Grouping
 
 TILE: Final = 64
 """Outputs of a program: what one tensor-core instruction of Hopper takes, and four of Ampere."""
 NARROW_TILE: Final = 16
 """For matrices of few outputs, such as those of adapters: the least that tensor cores take."""
+MANTISSA: Final[dict[Float8, int]] = {"e4m3": 3, "e5m2": 2}
+"""Bits of it."""
+WIDENED: Final[dict[Float8, float]] = {"e4m3": 2.0**8, "e5m2": 1.0}
+"""A float of 8 bits as a multiple of the float16 that its bits give."""
 LARGEST: Final = 2.0**14
 """Of a scale in memory: float16's largest power of two but one. What is smaller keeps 11 bits down to 2**-14."""
 
@@ -78,8 +85,8 @@ class TiledWeight:
     """`Tiling` with its tensors; R tiles of outputs of all matrices, B blocks of inputs, G groups."""
 
     how: Tiling
-    codes: torch.Tensor  # [R, B, tile, step] of floats, int8 (code - 128), or uint8 with two codes of 4 bits
-    scales: torch.Tensor | None = None  # float16 [R, G, tile], parts of `multiplier`
+    codes: torch.Tensor  # [R, B, tile, step] of floats, int8 (code - 128), or uint8: float8, or two codes of 4 bits
+    scales: torch.Tensor | None = None  # float16 [R, G, tile], parts of `multiplier`; of float8 float32, times WIDENED
     offsets: torch.Tensor | None = None  # float16 [R, G, tile], parts of `multiplier`
     multiplier: torch.Tensor | None = None  # float32 [count]: powers of two
     order: torch.Tensor | None = None  # int32 [k]: the input of each column
@@ -99,10 +106,10 @@ class TiledWeight:
 
         return TiledWeight(
             how,
-            empty(tiles, torch.int8 if grouping.bits == 8 else torch.uint8),
-            empty(of_groups, torch.float16),
+            empty(tiles, torch.int8 if grouping.bits == 8 and grouping.float8 is None else torch.uint8),
+            empty(of_groups, torch.float16 if grouping.float8 is None else torch.float32),
             empty(of_groups, torch.float16) if grouping.offsets else None,
-            empty((how.count,), torch.float32),
+            empty((how.count,), torch.float32) if grouping.float8 is None else None,
             empty((how.k,), torch.int32) if grouping.reordered else None,
             torch.tensor(grouping.levels, dtype=how.dtype, device=device) if grouping.levels else None,
         )
@@ -158,10 +165,13 @@ def tiled_codes(matrices: Sequence[CodeTensors], grouping: Grouping, dtype: torc
     how = Tiling(n, k, len(matrices), dtype, grouping)
     weight = TiledWeight.blank(how, matrices[0].codes.device)
     assert weight.scales is not None
-    assert weight.multiplier is not None
     for index, matrix in enumerate(matrices):
         part = slice(index, None, len(matrices))
         weight.codes[part] = _tiles(_bytes_of_codes(matrix.codes, how), how)
+        if grouping.float8 is not None:
+            weight.scales[part] = _of_groups(matrix.scales * WIDENED[grouping.float8], how)
+            continue
+        assert weight.multiplier is not None
         parts = [matrix.scales] if matrix.offsets is None else [matrix.scales, matrix.offsets]
         largest = torch.stack([each.abs().amax() for each in parts]).amax().double()
         # Of a weight that is 0 throughout, any.
@@ -177,6 +187,8 @@ def tiled_codes(matrices: Sequence[CodeTensors], grouping: Grouping, dtype: torc
 
 def _bytes_of_codes(codes: torch.Tensor, how: Tiling) -> torch.Tensor:
     """uint8 codes [n, k] as bytes [n, B * step]."""
+    if how.grouping is not None and how.grouping.float8 is not None:
+        return codes
     if how.bits == 8:
         return (codes.to(torch.int16) - MIDDLE[8]).to(torch.int8)
     width = how.blocks * how.halves * how.step
