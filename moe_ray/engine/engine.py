@@ -14,19 +14,18 @@ from moe_ray.engine import prompt_logprobs
 from moe_ray.engine import routed_experts as routing
 from moe_ray.engine.adapter_shelf import AdapterShelf
 from moe_ray.engine.admission import check_request
-from moe_ray.engine.batches import sampled_sequences, split_batch
+from moe_ray.engine.batches import split_batch
 from moe_ray.engine.blocks import BlockAllocator
 from moe_ray.engine.draft_model import DraftModel
 from moe_ray.engine.drafting import Drafting
 from moe_ray.engine.drafts import StepCosts
 from moe_ray.engine.engine_options import EngineOptions
 from moe_ray.engine.grammar.grammars import Grammars
-from moe_ray.engine.grammar.state import grammar_masks
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.engine.overlap import Overlap
-from moe_ray.engine.sampler import sample
 from moe_ray.engine.scheduler import Scheduler
 from moe_ray.engine.step_times import StepTimes
+from moe_ray.engine.step_tokens import step_tokens
 from moe_ray.engine.tiers.kv_tiers import open_tiers
 from moe_ray.engine.token_events import token_event
 from moe_ray.engine.torch_threads import torch_threads
@@ -203,11 +202,7 @@ class Engine:
                 self.abort(seq.request.request_id)
             return [*refused, *(TokenEvent(seq.request.request_id, error=error) for seq in batch.sequences)]
         forwarded = time.perf_counter()
-        scored = prompt_logprobs.take(batch, logits)
-        sequences, drafts = sampled_sequences(batch)
-        masks = grammar_masks(batch, self._trunk.config.vocab_size)
-        rows = prompt_logprobs.sampled_rows(batch, logits)
-        sampled = sample(rows, sequences, self.options.eos_token_ids, drafts, masks)
+        sampled, scored = step_tokens(batch, logits, self.options.eos_token_ids)
         decoded = time.perf_counter()
         self._steps += 1
         # A sequence with output computes its newest token for the first time: that one is no prompt, nor recomputed.

@@ -1,35 +1,26 @@
-"""Which tokens a sequence may not choose next: masks over logits, whatever the model thinks of them."""
+"""Which tokens a sequence may not choose next, whatever the model thinks of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from moe_ray.core import SamplingParams
 
 
-def restricts(params: SamplingParams) -> bool:
-    """Whether a sequence has masks of this file."""
-    return bool(params.allowed_token_ids or params.bad_words_ids)
+def forbidden(params: SamplingParams, output: Sequence[int]) -> set[int]:
+    """Tokens that would complete a forbidden word behind `output`; none where nothing allowed would be left."""
+    words = params.bad_words_ids
+    found = {word[-1] for word in words if len(word) == 1 or tuple(output[1 - len(word) :]) == word[:-1]}
+    return set() if _leaves_nothing(params, found) else found
 
 
-def mask_tokens(row: torch.Tensor, params: SamplingParams, output: Sequence[int]) -> None:
-    """Mask, in place, what may not follow `output` in one row of logits [V].
-
-    Forbidden words that would leave nothing of the allowed tokens are not masked.
-    """
-    if params.allowed_token_ids:
-        kept = torch.tensor(params.allowed_token_ids, dtype=torch.long, device=row.device)
-        values = row[kept]
-        row.fill_(-torch.inf)
-        row[kept] = values
-    forbidden = _forbidden(params.bad_words_ids, output)
-    if params.allowed_token_ids and forbidden.issuperset(params.allowed_token_ids):
-        return
-    row[torch.tensor(list(forbidden), dtype=torch.long, device=row.device)] = -torch.inf
+def too_early(params: SamplingParams, output: Sequence[int], eos_token_ids: frozenset[int]) -> set[int]:
+    """Tokens that end the sequence, while it is shorter than it must be; none where nothing would be left."""
+    if len(output) >= params.min_tokens:
+        return set()
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    return set() if _leaves_nothing(params, stops) else stops
 
 
-def _forbidden(words: Sequence[tuple[int, ...]], output: Sequence[int]) -> set[int]:
-    """The last token of each word whose other tokens end `output`."""
-    return {word[-1] for word in words if len(word) == 1 or tuple(output[1 - len(word) :]) == word[:-1]}
+def _leaves_nothing(params: SamplingParams, masked: set[int]) -> bool:
+    return bool(params.allowed_token_ids) and masked.issuperset(params.allowed_token_ids)

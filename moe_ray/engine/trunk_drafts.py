@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from moe_ray.core import Batch, Sequence
+from moe_ray.engine.adjustments import GrammarMasks
 from moe_ray.engine.draft_model import DraftPass
 from moe_ray.engine.kv_cache import KVCache
-from moe_ray.engine.sampler import GrammarMasks, choose
+from moe_ray.engine.sampler import sample
 from moe_ray.engine.torch_threads import torch_threads
 from moe_ray.model.trunk import Trunk, interleave
 
@@ -121,7 +122,7 @@ class TrunkDrafts:
         owners = [sequences[i] for i in rows]
         before = [drafts[i] for i in rows]
         masks = _masks(owners, before, logits.shape[-1])
-        chosen = choose(logits, owners, self._ends, before, masks) if rows else []
+        chosen = sample(logits, owners, self._ends, before, masks, logprobs=False).token_ids if rows else []
         self.passes.append(DraftPass(batch.num_tokens, time.perf_counter() - started))
         going_on = []
         for i, token in zip(rows, chosen, strict=True):

@@ -20,7 +20,10 @@ from transformers.generation.logits_process import (
 
 from moe_ray.core import Request, SamplingParams, Sequence
 from moe_ray.engine import sampler
-from moe_ray.engine.sampler import TOP_CANDIDATES, sample, uniform
+from moe_ray.engine.adjustments import Row, adjustments
+from moe_ray.engine.draws import TOP_CANDIDATES
+from moe_ray.engine.host_copies import Upload
+from moe_ray.engine.sampler import sample, uniform
 
 VOCAB = 200
 torch.set_num_threads(1)  # a second thread only waits for the first on work this small
@@ -51,6 +54,22 @@ def hf_probabilities(logits: torch.Tensor, params: SamplingParams, tokens: list[
     if params.typical_p < 1.0:
         scores = TypicalLogitsWarper(params.typical_p)(ids, scores)
     return scores.softmax(-1)[0]
+
+
+def adjusted(
+    logits: torch.Tensor,
+    group: list[Sequence],
+    drafts: list[list[int]] | None = None,
+    eos: frozenset[int] = frozenset(),
+) -> torch.Tensor:
+    """Logits as tokens are chosen of them."""
+    upload, changed = Upload(), logits.clone()
+    rows = [Row(seq, draft) for seq, draft in zip(group, drafts or [[]] * len(group), strict=True)]
+    made = adjustments(rows, eos, logits.shape[-1], upload)
+    upload.send(logits.device)
+    for each in made:
+        each.apply(changed)
+    return changed
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, count: int, first_seed: int = 0) -> np.ndarray:
@@ -150,7 +169,7 @@ def test_a_row_behind_drafts_is_the_row_of_a_sequence_that_has_them() -> None:
     ahead = [output[cut:] for output, cut in zip(outputs, cuts, strict=True)]
     none: list[list[int]] = [[]] * rows
     changed = [
-        sampler._adjust(logits, group, drafts, kinds, frozenset({2}))
+        adjusted(logits, group, drafts, frozenset({2}))
         for group, drafts in ((whole, none), (parts, ahead), (parts, none))
     ]
     assert torch.equal(changed[0], changed[1])
@@ -293,16 +312,13 @@ def test_logit_bias_forces_and_forbids() -> None:
     assert set(draw(logits[0], SamplingParams(logit_bias={8: 100.0}), 200).tolist()) == {8}
 
 
-def adjusted(logits: torch.Tensor, params: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
-    return sampler._adjust(logits, [sequence(params, prompt, output)], [()], [params], frozenset())
-
-
 def test_repetition_penalty_is_that_of_transformers() -> None:
     logits = spiky(1, VOCAB, 6)
     prompt, output = [1, 5, 5, 9], [7, 9]
     for penalty in (0.7, 1.3, 2.0):
         wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), logits.clone())
-        assert torch.equal(adjusted(logits, SamplingParams(repetition_penalty=penalty), prompt, output), wanted)
+        group = [sequence(SamplingParams(repetition_penalty=penalty), prompt, output)]
+        assert torch.equal(adjusted(logits, group), wanted)
 
 
 def test_presence_and_frequency_penalties_are_those_of_openai() -> None:
@@ -313,14 +329,14 @@ def test_presence_and_frequency_penalties_are_those_of_openai() -> None:
     for token in set(output):
         wanted[0, token] -= 0.4 * output.count(token) + 0.9
     params = SamplingParams(presence_penalty=0.9, frequency_penalty=0.4)
-    torch.testing.assert_close(adjusted(logits, params, prompt, output), wanted)
+    torch.testing.assert_close(adjusted(logits, [sequence(params, prompt, output)]), wanted)
 
 
 def test_penalties_touch_no_other_row() -> None:
     logits = spiky(3, VOCAB, 6)
     params = [SamplingParams(), SamplingParams(frequency_penalty=1.0), SamplingParams()]
     group = [sequence(p, output=[4, 5]) for p in params]
-    changed = (sampler._adjust(logits, group, [()] * 3, params, frozenset()) != logits).nonzero().tolist()
+    changed = (adjusted(logits, group) != logits).nonzero().tolist()
     assert changed == [[1, 4], [1, 5]]
 
 
@@ -329,7 +345,7 @@ def test_min_tokens_masks_what_would_end_the_sequence(ignore_eos: bool, masked: 
     params = SamplingParams(min_tokens=3, stop_token_ids=(5, 6), ignore_eos=ignore_eos)
     logits = spiky(1, VOCAB, 8)
     for output, gone in (([], masked), ([9, 9], masked), ([9, 9, 9], set())):
-        out = sampler._adjust(logits, [sequence(params, output=output)], [()], [params], frozenset({2}))
+        out = adjusted(logits, [sequence(params, output=output)], eos=frozenset({2}))
         assert set((out[0] == -torch.inf).nonzero()[:, 0].tolist()) == gone
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from moe_ray.core import Batch, Sequence
-from moe_ray.engine.sampler import GrammarMasks
+from moe_ray.engine.adjustments import GrammarMasks
 from moe_ray.errors import InvalidRequest, MoeRayError
 
 if TYPE_CHECKING:
