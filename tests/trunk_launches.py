@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from backends import RandomWeights
 from step_batch import step_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_ray.engine.kv_cache import KVCache, cache_dtype
 from moe_ray.model.compute.torch.trunk import TorchTrunk
 from moe_ray.model.compute.triton.launch import Launch
+from moe_ray.model.compute.triton.model_launches import BlankTrunkWeights
 from moe_ray.model.compute.triton.ops import TritonOps
 from moe_ray.model.compute.triton.warm_up import warm_up
 from moe_ray.model.model_config import ModelConfig
@@ -48,7 +48,7 @@ def launches(name: str) -> list[Launch]:
     config, made = ModelConfig.from_dict(MODELS[model]), list[Launch]()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         ops = TritonOps(config, torch.device("cpu"), made.append)
-        trunk = TorchTrunk(RandomWeights(config, getattr(torch, dtype)), 4096, True, ops)  # type: ignore[arg-type]
+        trunk = TorchTrunk(BlankTrunkWeights(config, getattr(torch, dtype)), 4096, True, ops)
         held = cache_dtype(cache, getattr(torch, dtype))
         kv = KVCache(config, 64 * 40, 16, held, torch.device("cpu"))
         if chunks == "warming":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ahead_cases import SMALL
 from cluster_files import BIN, CLUSTER, ROOT, module, shell, tool
 
 from moe_ray.bench.free_port import free_port
@@ -209,6 +211,46 @@ def test_the_entrypoint_fills_the_cache_and_becomes_the_command(tmp_path: Path) 
     }
     environment["XDG_CACHE_HOME"] = "/proc/no-such"  # nowhere to write: it goes on all the same
     assert shell(entrypoint, "true", env=environment).returncode == 0
+
+
+def test_the_cuda_image_has_kernels_for_the_cards_that_are_asked_for() -> None:
+    steps = stages()["build"]
+    (compiled,) = [rest for keyword, rest in steps if keyword == "RUN" and "prebuild_triton" in rest]
+    assert compiled == (
+        'if [ "${VARIANT}" = cuda ]; then /opt/moe-ray/bin/python /tmp/prebuild_triton.py /opt/moe-ray/triton '
+        '"${CUDA_CAPABILITIES}"; fi'
+    )
+    assert ("ARG", "VARIANT=cpu") in steps, "an argument before the first FROM is known to no stage"
+    assert arguments()["CUDA_CAPABILITIES"] == '"80 86 89 90 100 120"'
+
+
+@pytest.mark.parametrize("words", ["75", "8.6", "90 sm_86"])
+def test_a_capability_without_kernels_is_refused(words: str, tmp_path: Path) -> None:
+    ran = shell(sys.executable, CLUSTER / "docker" / "prebuild_triton.py", tmp_path / "triton", words)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: not a compute capability from 80 on: ")
+    assert not (tmp_path / "triton").exists()
+
+
+@pytest.mark.slow
+def test_kernels_of_the_image_are_found_where_the_entrypoint_puts_them(tmp_path: Path) -> None:
+    """By the very path that launches them, with a driver that says which card there is."""
+    prebuilt, cache, config = tmp_path / "prebuilt", tmp_path / "cache" / "triton", tmp_path / "config.json"
+    config.write_text(json.dumps({**SMALL, "model_type": "mixtral"}))
+    script = CLUSTER / "docker" / "prebuild_triton.py"
+    built = shell(sys.executable, script, prebuilt, "86", "--config", config, timeout=600)
+    assert built.returncode == 0, built.stderr
+    assert re.fullmatch(r"compute capability 8\.6: \d+ kernels compiled, \d+ were there\n", built.stdout)
+    environment = {**os.environ, "MOE_RAY_PREBUILT_TRITON": str(prebuilt), "TRITON_CACHE_DIR": str(cache)}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("TRITON_INTERPRET", None)
+    entrypoint = CLUSTER / "docker" / "entrypoint.sh"
+    for case in ({}, {"quantize": "int4", "cache": "int8"}):
+        launch = f"import ahead_of_start; ahead_of_start.launch_all({case}, 86)"
+        ran = shell(entrypoint, sys.executable, "-c", launch, env=environment, timeout=600)
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(ran.stdout)["made"] == 0
+        assert json.loads(ran.stdout)["found"] > 10
 
 
 @contextmanager

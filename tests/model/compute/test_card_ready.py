@@ -129,6 +129,15 @@ def test_there_are_few_numbers_of_tokens() -> None:
     assert max(padded / n for n, padded in enumerate(numbers, 1) if n > 64) < 1.25
 
 
+def test_what_a_step_brings_to_a_card_is_aligned() -> None:
+    """Triton compiles a kernel once more for what is not."""
+    for contexts in ((3,), (20, 20, 20), (5, 9, 11, 100)):
+        for static in (False, True):
+            tensors = [each for each in plan(*contexts, static=static).tensors() if each.dtype == torch.int64]
+            assert len(tensors) >= 6
+            assert all(each.data_ptr() % 16 == 0 for each in tensors)
+
+
 def test_padding_is_written_to_a_slot_that_no_block_has() -> None:
     made, kv = plan(20, 20, 20), cache()
     assert made.slot_mapping.tolist()[3:] == [kv.spare_slot]

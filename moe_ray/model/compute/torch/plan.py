@@ -180,12 +180,17 @@ def _slots(block_tables: Sequence[list[int]], tokens: int, block_size: int) -> n
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """int64 tensors of these values on `device`, brought there by one copy that nothing waits for."""
-    packed = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+    """int64 tensors of these values on `device`, brought there by one copy that nothing waits for.
+
+    Each begins at a multiple of 16 bytes, as what is allocated does: kernels are compiled for it.
+    """
+    filler = np.zeros(1, np.int64)
+    flat = [each for array in arrays for each in (array.reshape(-1), filler[: array.size % 2])]
+    packed = torch.from_numpy(np.concatenate(flat))
     if device.type == "cuda":
         packed = packed.pin_memory()
-    parts = torch.split(packed.to(device, non_blocking=True), [array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    parts = torch.split(packed.to(device, non_blocking=True), [array.size + array.size % 2 for array in arrays])
+    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def _decode_group(rows: torch.Tensor, slots: torch.Tensor, contexts: torch.Tensor, window: int | None) -> DecodeGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -128,7 +131,10 @@ class _CudaGraph:
 
     def release(self) -> None:
         # Free for torch's allocator, which uses it for later captures of the pool alone: its graphs are alive.
-        self.outputs = tuple(map(unowned, self.outputs))
+        try:
+            self.outputs = tuple(map(unowned, self.outputs))
+        except (RuntimeError, TypeError) as error:  # then they keep it, and recordings take more
+            logger.warning("recorded steps do not share the memory of their outputs (%s)", error)
 
 
 class _Memory:
