@@ -25,7 +25,7 @@ from moe_ray.transport import connect
 from moe_ray.transport.base import MAILBOX_ADDRESS, Link, LinkOptions
 from moe_ray.transport.mailbox.expert_end import MailboxExpertServer
 from moe_ray.transport.mailbox.memory import FlagPage
-from moe_ray.transport.mailbox.ring import SLOT_ROWS, SLOTS, Layout, Ring
+from moe_ray.transport.mailbox.ring import SLOT_ROWS, SLOTS, Ring, SlotLayout
 from moe_ray.transport.mailbox.trunk_end import INLINE, TICKET, CardMailboxes, MailboxLink
 from moe_ray.transport.mailbox.watchdog import Wait, Watchdog
 from moe_ray.transport.socket import SocketExpertServer, SocketLink
@@ -412,7 +412,7 @@ def test_a_wrong_token_gets_no_mailbox(trunk: Trunk, expert: ReplicaInfo) -> Non
 
 
 def test_a_layout_has_room_for_what_it_says() -> None:
-    layout = Layout.of(8, 2)
+    layout = SlotLayout.of(8, 2)
     memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
     assert layout.fits_call(SLOT_ROWS * 16, SLOT_ROWS)
     assert not layout.fits_call(2 * SLOT_ROWS * 16, 2 * SLOT_ROWS)

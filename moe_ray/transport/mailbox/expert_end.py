@@ -20,7 +20,7 @@ from moe_ray.transport.handshake import is_over
 from moe_ray.transport.listener import Listener
 from moe_ray.transport.mailbox.memory import DeviceMemory, FlagPage, Region
 from moe_ray.transport.mailbox.offer import MAILBOXES, answer_offer, read_offer
-from moe_ray.transport.mailbox.ring import Layout
+from moe_ray.transport.mailbox.ring import SlotLayout
 from moe_ray.transport.mailbox.trunk_end import INLINE, TICKET
 from moe_ray.transport.mailbox.watchdog import Wait, Watchdog
 from moe_ray.transport.messages import parse
@@ -40,7 +40,7 @@ class _Opened:
 
     sock: socket.socket
     stream: FrameStream
-    layout: Layout
+    layout: SlotLayout
     region: Region
     page: FlagPage
 
@@ -85,7 +85,7 @@ class MailboxExpertServer:
             region.close()
             page.say_closed()
 
-    def _open(self, card: str, handle: bytes, layout: Layout, page: FlagPage) -> Region:
+    def _open(self, card: str, handle: bytes, layout: SlotLayout, page: FlagPage) -> Region:
         if card != self._memory.card:
             raise MailboxRefused(f"its card is {self._memory.card}, the trunk's is {card}")
         region = self._memory.open(handle, layout.nbytes)

@@ -12,22 +12,22 @@ from moe_ray.errors import MailboxRefused, ProtocolError
 from moe_ray.transport.frames import LENGTH
 from moe_ray.transport.handshake import PortKind
 from moe_ray.transport.mailbox.memory import FlagPage
-from moe_ray.transport.mailbox.ring import Layout
+from moe_ray.transport.mailbox.ring import SlotLayout
 
 MAILBOXES: Final = PortKind(b"moe-ray-mailbox", b"trunk", b"expert")
 _MOST_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class MailboxOffer:
     """A trunk's memory, for a replica to open."""
 
     card: str
     handle: bytes
-    layout: Layout
+    layout: SlotLayout
 
 
-def make_offer(sock: socket.socket, offer: Offer, flags: int) -> None:
+def make_offer(sock: socket.socket, offer: MailboxOffer, flags: int) -> None:
     """Offer a mailbox with the flags' file descriptor. Raises `MailboxRefused` with the replica's reason, `OSError`."""
     told = {
         "card": offer.card,
@@ -42,7 +42,7 @@ def make_offer(sock: socket.socket, offer: Offer, flags: int) -> None:
         raise MailboxRefused(f"the replica refuses: {refused}")
 
 
-def read_offer(sock: socket.socket) -> tuple[Offer, FlagPage]:
+def read_offer(sock: socket.socket) -> tuple[MailboxOffer, FlagPage]:
     """What a trunk offers, and its flags. Raises `ProtocolError`, `EOFError`, `OSError`."""
     first, descriptors, _, _ = socket.recv_fds(sock, _MOST_BYTES, 1)
     try:
@@ -50,8 +50,8 @@ def read_offer(sock: socket.socket) -> tuple[Offer, FlagPage]:
         if len(descriptors) != 1:
             raise ProtocolError("an offer of a mailbox without flags")
         try:
-            layout = Layout(int(told["slots"]), int(told["slot_bytes"]))
-            offer = Offer(str(told["card"]), bytes.fromhex(told["handle"]), layout)
+            layout = SlotLayout(int(told["slots"]), int(told["slot_bytes"]))
+            offer = MailboxOffer(str(told["card"]), bytes.fromhex(told["handle"]), layout)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"an offer of a mailbox that cannot be read: {error}") from None
         layout.check()

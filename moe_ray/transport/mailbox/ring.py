@@ -21,16 +21,16 @@ _MOST_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SlotLayout:
     """Where slots lie in a region: those for calls, then those for replies."""
 
     slots: int
     slot_bytes: int
 
     @staticmethod
-    def of(hidden_size: int, item_bytes: int) -> Layout:
+    def of(hidden_size: int, item_bytes: int) -> SlotLayout:
         """Slots for `SLOT_ROWS` rows of this width, with their weights."""
-        return Layout(SLOTS, _aligned(SLOT_ROWS * hidden_size * item_bytes) + _aligned(4 * SLOT_ROWS))
+        return SlotLayout(SLOTS, _aligned(SLOT_ROWS * hidden_size * item_bytes) + _aligned(4 * SLOT_ROWS))
 
     def check(self) -> None:
         """Raise `ProtocolError` unless a peer may ask for this."""
@@ -63,7 +63,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SlotPlace:
     """A slot as one call has it."""
 
     slot: int
@@ -79,18 +79,18 @@ class Ring:
     def __init__(self, slots: int) -> None:
         self._free = deque(range(slots))
         self._generations = [0] * slots
-        self._taken: dict[int, Place] = {}
+        self._taken: dict[int, SlotPlace] = {}
 
-    def take(self, call_id: int) -> Place | None:
+    def take(self, call_id: int) -> SlotPlace | None:
         """A slot for a call, in a generation of its own; None: all are taken."""
         if not self._free:
             return None
         slot = self._free.popleft()
         self._generations[slot] = (self._generations[slot] + 1) & 0xFFFF_FFFF
-        place = self._taken[call_id] = Place(slot, self._generations[slot])
+        place = self._taken[call_id] = SlotPlace(slot, self._generations[slot])
         return place
 
-    def give(self, call_id: int) -> Place | None:
+    def give(self, call_id: int) -> SlotPlace | None:
         """The slot that a call had, free from now on; None: it had none."""
         place = self._taken.pop(call_id, None)
         if place is not None:

@@ -23,8 +23,8 @@ from moe_ray.transport.checks import check_reply
 from moe_ray.transport.frames import STALL_S
 from moe_ray.transport.handshake import connect
 from moe_ray.transport.mailbox.memory import DeviceMemory, FlagPage, Region
-from moe_ray.transport.mailbox.offer import MAILBOXES, Offer, make_offer
-from moe_ray.transport.mailbox.ring import Layout, Place, Ring
+from moe_ray.transport.mailbox.offer import MAILBOXES, MailboxOffer, make_offer
+from moe_ray.transport.mailbox.ring import Ring, SlotLayout, SlotPlace
 from moe_ray.transport.pending import address_of
 from moe_ray.transport.socket import SocketLink
 
@@ -44,7 +44,7 @@ _CREDENTIALS: Final = struct.Struct("3i")
 class Box:
     """The memory of one link."""
 
-    layout: Layout
+    layout: SlotLayout
     region: Region
     page: FlagPage
 
@@ -58,8 +58,8 @@ class MailboxLink(SocketLink):
     def __init__(self, info: ReplicaInfo, options: LinkOptions, memory: DeviceMemory, boxes: CardMailboxes) -> None:
         """Connect, prove the token and offer the memory. Raises `LinkBroken`, `MailboxRefused`."""
         self._memory, self._boxes, self._offered = memory, boxes, False
-        self._box = boxes.make(Layout.of(info.hidden_size, 4 if info.dtype == "float32" else 2))
-        self._ring, self._places = Ring(self._box.layout.slots), dict[int, Place]()
+        self._box = boxes.make(SlotLayout.of(info.hidden_size, 4 if info.dtype == "float32" else 2))
+        self._ring, self._places = Ring(self._box.layout.slots), dict[int, SlotPlace]()
         self._peer_pid = 0
         try:
             super().__init__(info, options)
@@ -81,7 +81,7 @@ class MailboxLink(SocketLink):
             told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             self._peer_pid = _CREDENTIALS.unpack(told)[0]
             self._offered = True
-            offer = Offer(self._memory.card, self._box.region.handle, self._box.layout)
+            offer = MailboxOffer(self._memory.card, self._box.region.handle, self._box.layout)
             make_offer(sock, offer, self._boxes.descriptor_of(self._box))
         except BaseException as error:
             sock.close()
@@ -170,7 +170,7 @@ class CardMailboxes:
                 logger.info("%s: rows go over its socket, not through the card: %s", info.replica_id, reason)
             return None
 
-    def make(self, layout: Layout) -> Box:
+    def make(self, layout: SlotLayout) -> Box:
         """The memory of a new link. Raises `MailboxRefused`."""
         region = self._memory.allocate(layout.nbytes)
         page, descriptor = FlagPage.create()
