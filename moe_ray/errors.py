@@ -124,6 +124,10 @@ class LinkBroken(TransportError):
     """The connection to a replica is gone or never came up; calls in flight on it are lost and may be sent again."""
 
 
+class MailboxRefused(TransportError):
+    """Rows cannot go through a card's memory on a link (another card or machine, no bindings); they take its socket."""
+
+
 class LinkTimeout(TransportError):
     """A replica did not answer a call in time; the call may be sent again elsewhere."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from shared_device import SharedDevice
 
 from moe_ray.config import load_config
 from moe_ray.core import ReplicaInfo
@@ -24,7 +27,9 @@ from moe_ray.model.expert_reader import read_experts
 from moe_ray.model.lora.adapter_file import read_adapter
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.transport import connect
-from moe_ray.transport.base import ExpertHandler, ExpertServer, LinkOptions
+from moe_ray.transport.base import MAILBOX_ADDRESS, ExpertHandler, ExpertServer, LinkOptions
+from moe_ray.transport.mailbox.expert_end import MailboxExpertServer
+from moe_ray.transport.mailbox.trunk_end import CardMailboxes
 
 WAIT_S = 30
 
@@ -39,6 +44,8 @@ class Placement:
     """Of each expert, in turn, which replicas hold it."""
     native: bool = True
     """Whether the two ends of a socket are the native ones."""
+    card: bool = False
+    """Whether trunk and replicas are on one card, and rows over sockets go through its memory."""
 
     def replicas(self, experts: int) -> dict[int, list[int]]:
         """Replica → the experts that it holds."""
@@ -56,7 +63,9 @@ class Spread:
         """`settings`: of the configuration, `experts.quantize` among them."""
         self._config = load_config({**settings, "model": {"path": str(directory), **settings["model"]}})
         self._placement = placement
-        self._servers: dict[str, ExpertServer] = {}
+        self._servers: dict[str, list[ExpertServer]] = {}
+        self.devices = [SharedDevice(late_s=0.0002)] if placement.card else []
+        """The card, as the trunk and each replica see it."""
         self._workers: dict[str, ExpertWorker] = {}
         self._infos: dict[str, ReplicaInfo] = {}
         self._faults: dict[int, str] = {}
@@ -70,12 +79,13 @@ class Spread:
         """Close one replica, and every connection with it, whatever it computes."""
         name = f"replica-{number}"
         self._infos.pop(name)
-        self._servers.pop(name).close()
+        for server in self._servers.pop(name):
+            server.close()
 
     def close(self) -> None:
         self.engine.close()
         self._dispatcher.close()
-        for server in self._servers.values():
+        for server in itertools.chain.from_iterable(self._servers.values()):
             server.close()
 
     def want(self, wanted: Mapping[int, str]) -> None:
@@ -99,6 +109,8 @@ class Spread:
         for number, experts in self._placement.replicas(self._model.num_local_experts).items():
             self._start(f"replica-{number}", checkpoint, experts, quantize)
         links = self._links()
+        if self._placement.card:
+            links = replace(links, mailboxes=CardMailboxes(self.devices[0]))
         table = ReplicaTable(
             lambda: list(self._infos.values()),
             lambda info: connect(self._placement.carrier or "", info, links),
@@ -106,7 +118,9 @@ class Spread:
             refresh_s=0.05,
         )
         table.start()
-        self._dispatcher = ExpertDispatcher(table, DispatchOptions(deadline_s=WAIT_S), self)
+        self._dispatcher = ExpertDispatcher(
+            table, DispatchOptions(deadline_s=WAIT_S, card_rows=self._placement.card), self
+        )
         deadline = time.monotonic() + WAIT_S
         while self._dispatcher.missing() and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -122,8 +136,13 @@ class Spread:
         ffn, links = read_experts(checkpoint, keys, compute, quantize=quantize), self._links()
         worker = ExpertWorker(ffn, self._model.hidden_size, compute, native_dir=links.native_dir)
         server = _serve(self._placement.carrier or "", worker, links)
-        self._workers[name], self._servers[name] = worker, server
+        self._workers[name], self._servers[name] = worker, [server]
         addresses = {self._placement.carrier or "": server.address}
+        if self._placement.card:
+            self.devices.append(SharedDevice(late_s=0.0002))
+            by_card = MailboxExpertServer(worker.forward, self.devices[-1], links)
+            self._servers[name].append(by_card)
+            addresses[MAILBOX_ADDRESS] = by_card.address
         self._infos[name] = ReplicaInfo(name, "here", 1, keys, self._model.hidden_size, compute.dtype, addresses)
 
 

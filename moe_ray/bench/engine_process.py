@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from moe_ray.hub import open_draft
 from moe_ray.model.checkpoint import Checkpoint
 from moe_ray.model.compute.compute import Compute, limit_torch_threads
 from moe_ray.transport import connect
-from moe_ray.transport.base import LinkOptions
+from moe_ray.transport.base import MAILBOX_ADDRESS, LinkOptions
 
 LINK_S = 30.0
 RAY_LOAD_S = 300.0
@@ -112,7 +113,7 @@ class EngineHost:
                 bars = partial(self._expert_bar, name)
                 of = settings.experts
                 return local_experts(checkpoint, compute, bars, of.quantize_of, offload_bytes=of.offload_bytes_of)
-            return self._linked(settings, infos, model.expert_keys, carrier, token)
+            return self._linked(settings, compute, infos, model.expert_keys, carrier, token)
 
         draft = open_draft(settings, checkpoint.directory)
         self._engine = build_engine(settings, checkpoint, pool, self._bar(f"{name} Trunk"), draft=draft)
@@ -148,13 +149,21 @@ class EngineHost:
         return lambda done, total: self._parent.progress(what, done, total)
 
     def _linked(
-        self, config: Config, infos: list[ReplicaInfo], keys: frozenset[tuple[int, int]], carrier: str, token: str
+        self,
+        config: Config,
+        compute: Compute,
+        infos: list[ReplicaInfo],
+        keys: frozenset[tuple[int, int]],
+        carrier: str,
+        token: str,
     ) -> ExpertDispatcher:
         native = None if config.model.kernels == "torch" else config.cache_dir
-        options = LinkOptions(token=token, native_dir=native)
-        table = ReplicaTable(
-            lambda: infos, lambda info: connect(carrier, info, options), keys, config.experts.refresh_s
-        )
+        options, way = LinkOptions(token=token, native_dir=native), carrier
+        if carrier == MAILBOX_ADDRESS:
+            from moe_ray.transport.mailbox.open_card import card_mailboxes
+
+            options, way = replace(options, mailboxes=card_mailboxes(compute.device)), "socket"
+        table = ReplicaTable(lambda: infos, lambda info: connect(way, info, options), keys, config.experts.refresh_s)
         self._closing.callback(table.close)
         table.start()
         deadline = time.monotonic() + LINK_S
@@ -162,9 +171,17 @@ class EngineHost:
             if time.monotonic() > deadline:
                 raise ChildFailed(f"no {carrier} link to experts {missing} within {LINK_S:g} s")
             table.wait_change(table.version, 0.1)
+        if carrier == MAILBOX_ADDRESS and compute.device == "cuda":
+            replicas = {replica for key in keys for replica in table.replicas_of(*key)}
+            if not all(replica.link.on_card for replica in replicas):
+                raise ChildFailed("rows do not go through the card on every link: the log says why")
         return ExpertDispatcher(
             table,
-            DispatchOptions(deadline_s=config.experts.deadline_s, call_timeout_s=config.experts.call_timeout_s),
+            DispatchOptions(
+                deadline_s=config.experts.deadline_s,
+                call_timeout_s=config.experts.call_timeout_s,
+                card_rows=options.mailboxes is not None,
+            ),
         )
 
     def _start_actors(self, config: dict[str, Any], directory: str, count: int) -> list[ReplicaInfo]:

@@ -17,7 +17,7 @@ from moe_ray.model.checkpoint import Checkpoint, Progress
 from moe_ray.model.compute.compute import limit_torch_threads, open_compute
 from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.expert_reader import read_experts
-from moe_ray.transport.base import ExpertServer, LinkOptions
+from moe_ray.transport.base import MAILBOX_ADDRESS, ExpertServer, LinkOptions
 
 
 class ExpertHost:
@@ -43,7 +43,15 @@ class ExpertHost:
         """Open the carriers' servers, on loopback, and say where."""
         options = LinkOptions(token=token)
         for carrier in carriers:
-            self._servers[carrier] = self._server(carrier, options)
+            if carrier == MAILBOX_ADDRESS:
+                from moe_ray.transport.mailbox.open_card import mailbox_server
+
+                self._servers["socket"] = self._server("socket", options)
+                by_card = mailbox_server(self._worker.forward, self._worker.compute.device, options)
+                if by_card is not None:
+                    self._servers[carrier] = by_card
+            else:
+                self._servers[carrier] = self._server(carrier, options)
         return ReplicaInfo(
             replica_id=self._name,
             node_id="local",

@@ -10,8 +10,9 @@ from moe_ray.bench.gpu_shapes import WEIGHTS
 from moe_ray.bench.offline import LOCAL
 from moe_ray.config import load_config
 from moe_ray.errors import ConfigError
+from moe_ray.transport.base import MAILBOX_ADDRESS
 
-CARRIERS: Final = (LOCAL, "socket", "grpc")
+CARRIERS: Final = (LOCAL, "socket", "grpc", MAILBOX_ADDRESS)
 PARTS: Final = ("kernels", "engine")
 
 
@@ -23,7 +24,8 @@ class GpuBenchOptions:
     weights: tuple[str, ...] = ("int4",)
     parts: tuple[str, ...] = PARTS
     carriers: tuple[str, ...] = (LOCAL, "socket")
-    """`local`: all in one process; the others: trunk and experts in a process each."""
+    """`local`: all in one process; the others: trunk and experts in a process each. `ipc`: over sockets, with the
+    rows in the card's memory."""
     concurrency: tuple[int, ...] = (1, 8, 32, 128)
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128)
     """Of the kernel table."""

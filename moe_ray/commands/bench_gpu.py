@@ -23,7 +23,10 @@ def gpu(
     weights: Annotated[str, typer.Option(help="Formats, one after the other: bfloat16, float16, int8, int4.")] = "int4",
     parts: Annotated[str, typer.Option(help="Which of kernels, engine.")] = "kernels,engine",
     carriers: Annotated[
-        str, typer.Option(help="local: in one process; socket, grpc: a process for the trunk and each expert.")
+        str,
+        typer.Option(
+            help="local: in one process; socket, grpc, ipc (mailboxes): a process for the trunk and each expert."
+        ),
     ] = "local,socket",
     concurrency: Concurrency = "1,8,32,128",
     rows: Annotated[str, typer.Option(help="Of the kernels' table: a list of numbers.")] = "1,2,4,8,16,32,128",

@@ -102,6 +102,9 @@ class ExpertsSection(ExpertOptions):
     renormalise: the token goes on with its other experts, and the response says so."""
     call_timeout_s: float = Field(default=30.0, gt=0)
     """Seconds that a replica has to answer a call; then it is sent again, to another replica if there is one."""
+    card_mailboxes: bool = False
+    """Rows between a trunk and experts on the same card go through its memory where CUDA allows it and calls go over
+    sockets; elsewhere they go through the host's memory as ever. Not measured yet."""
     handover_s: float = Field(default=120.0, ge=0)
     """Most seconds that a replica which is being replaced goes on serving while its successor loads."""
     refresh_s: float = Field(default=5.0, gt=0)

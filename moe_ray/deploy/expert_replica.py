@@ -35,7 +35,7 @@ from moe_ray.model.compute.card_memory import limit_card_memory
 from moe_ray.model.compute.compute import limit_torch_threads, open_compute
 from moe_ray.model.compute.resolve import Wanted
 from moe_ray.model.expert_reader import ExpertReader
-from moe_ray.transport.base import ExpertServer
+from moe_ray.transport.base import MAILBOX_ADDRESS, ExpertServer
 from moe_ray.transport.weight_transfer import WeightsServer
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,12 @@ class ExpertReplica:
             servers["socket"] = SocketExpertServer(
                 self._worker.forward, host, options=options, native=self._worker.native
             )
+            if config.experts.card_mailboxes:
+                from moe_ray.transport.mailbox.open_card import mailbox_server
+
+                by_card = mailbox_server(self._worker.forward, self._worker.compute.device, options)
+                if by_card is not None:
+                    servers[MAILBOX_ADDRESS] = by_card
         if config.transport in ("auto", "grpc"):
             from moe_ray.transport.grpc import GrpcExpertServer
 

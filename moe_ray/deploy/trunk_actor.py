@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,7 @@ class TrunkActor:
             computes.append(compute)
             _keep_to_budget(config, checkpoint, compute, deployment)
             if experts:
-                made.append(_remote_experts(config, checkpoint.config, experts, numbers))
+                made.append(_remote_experts(config, compute, checkpoint.config, experts, numbers))
             else:
                 made.append(
                     local_experts(
@@ -157,9 +158,17 @@ def _keep_to_budget(config: Config, checkpoint: Checkpoint, compute: Compute, de
 
 
 def _remote_experts(
-    config: Config, model: ModelConfig, handles: Sequence[DeploymentHandle], numbers: ExpertNumbers | None
+    config: Config,
+    compute: Compute,
+    model: ModelConfig,
+    handles: Sequence[DeploymentHandle],
+    numbers: ExpertNumbers | None,
 ) -> ExpertDispatcher:
     options = link_options(config)
+    if config.experts.card_mailboxes:
+        from moe_ray.transport.mailbox.open_card import card_mailboxes
+
+        options = replace(options, mailboxes=card_mailboxes(compute.device))
     carriers = CARRIERS if config.transport == "auto" else (config.transport,)
     discovery = ExpertDiscovery(handles)
     table = ReplicaTable(
@@ -176,6 +185,7 @@ def _remote_experts(
             deadline_s=config.experts.deadline_s,
             call_timeout_s=config.experts.call_timeout_s,
             on_loss=config.experts.on_expert_loss,
+            card_rows=options.mailboxes is not None,
             numbers=numbers,
             node_id=ray.get_runtime_context().get_node_id(),
         ),

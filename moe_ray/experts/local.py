@@ -53,7 +53,7 @@ def local_experts(
         offload = Offload(f"Expert{expert}", reader.keys, memory, compute, buffers)
         ffn = ExpertFFN({key: offload.settle(key, reader.read(key)) for key in reader.keys})
         replica_id = f"Expert{expert}#local"
-        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, compute)
+        workers[replica_id] = ExpertWorker(ffn, config.hidden_size, compute, waits=False)
         infos.append(
             ReplicaInfo(
                 replica_id=replica_id,

@@ -57,7 +57,7 @@ class Routed:
     def counts(self) -> list[int]:
         """Rows of each expert, [E]. On a card the first read waits for all that was queued there: see `on_host`."""
         if isinstance(self._counts, torch.Tensor):
-            self._counts = self._counts.tolist()
+            self._counts = self._counts.tolist() if self._on_host is None else self._on_host.counts
         return self._counts
 
     @property

@@ -150,7 +150,7 @@ class Trunk:
                 ended = time.perf_counter()
                 self.waited_s += ended - started
                 if batch.layer_times is not None:
-                    rows = tuple(routed.on_host().counts)
+                    rows = tuple(routed.counts)
                     batch.layer_times.append(LayerTimes(layer, rows, begun, sent, started, ended))
                 work.combine(routed, gathered.rows)
                 if gathered.degraded is not None:

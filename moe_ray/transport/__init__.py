@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from moe_ray.errors import ConfigError
-from moe_ray.transport.base import LinkOptions
+from moe_ray.transport.base import MAILBOX_ADDRESS, LinkOptions
 from moe_ray.transport.checks import check_carrier
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ def _local(info: ReplicaInfo, options: LinkOptions) -> Link:
 
 
 def _socket(info: ReplicaInfo, options: LinkOptions) -> Link:
+    if options.mailboxes is not None and MAILBOX_ADDRESS in info.addresses:
+        by_card = options.mailboxes.link_to(info, options)
+        if by_card is not None:
+            return by_card
     if options.native_dir is not None and options.tls is None:
         from moe_ray.transport.native_socket import NativeSocketLink, links_library
 

@@ -25,6 +25,9 @@ from moe_ray.errors import LinkBroken, LinkTimeout, TransportError
 if TYPE_CHECKING:
     import torch
 
+MAILBOX_ADDRESS: Final = "ipc"
+"""Beside a replica's address for `socket`: where it takes rows in memory of the card that it computes on."""
+
 ExpertHandler = Callable[[ExpertCall], ExpertReply]
 """Computes a call on the calling thread. Thread-safe.
 
@@ -54,6 +57,16 @@ class LinkOptions:
     """A peer silent for this long is pinged; without an answer in half of it the link is broken."""
     native_dir: Path | None = None
     """Where native code is built and kept; None: carriers do without."""
+    mailboxes: Mailboxes | None = None
+    """Memory of this trunk's card for rows of experts on the same card; None: rows go over sockets."""
+
+
+class Mailboxes(Protocol):
+    """`mailbox.trunk_end.CardMailboxes`."""
+
+    def link_to(self, info: ReplicaInfo, options: LinkOptions) -> Link | None:
+        """A link whose rows go through the card's memory; None: it was refused, and that has been said."""
+        ...
 
 
 class PendingReply(Protocol):
@@ -145,6 +158,8 @@ class Link(Protocol):
     """One live connection from a trunk to one expert replica."""
 
     info: ReplicaInfo
+    on_card: bool
+    """Whether rows that are on this process's card are sent, and answered, without going through the host's memory."""
 
     @property
     def group(self) -> GroupSender:

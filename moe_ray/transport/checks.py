@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from moe_ray.core import ExpertCall, ExpertReply
 from moe_ray.errors import ConfigError, WrongAnswer
 
+if TYPE_CHECKING:
+    import torch
 
-def check_reply(call: ExpertCall, reply: ExpertReply) -> ExpertReply:
-    """Return `reply` if it fits `call` in shape, dtype and finiteness; else raise `WrongAnswer`."""
+
+def check_reply(call: ExpertCall, reply: ExpertReply, total: float | None = None) -> ExpertReply:
+    """Return `reply` if it fits `call` in shape, dtype and finiteness; else raise `WrongAnswer`.
+
+    `total`: the sum of its rows, where it is known already.
+    """
     if reply.rows.shape != call.rows.shape or reply.rows.dtype != call.rows.dtype:
         raise WrongAnswer(
             f"reply to layer {call.layer} expert {call.expert} is {reply.rows.dtype} {list(reply.rows.shape)}, "
@@ -17,15 +24,16 @@ def check_reply(call: ExpertCall, reply: ExpertReply) -> ExpertReply:
         )
     # One reduction instead of isfinite().all(): a sum is NaN or infinite if any element is. Summing in
     # float32 cannot overflow for values a float16 or bfloat16 network can produce.
-    if not math.isfinite(float(reply.rows.detach().sum(dtype=_sum_dtype(call)))):
+    if not math.isfinite(float(sum_of(reply.rows)) if total is None else total):
         raise WrongAnswer(f"reply to layer {call.layer} expert {call.expert} is not finite (NaN or Inf)")
     return reply
 
 
-def _sum_dtype(call: ExpertCall):  # type: ignore[no-untyped-def]
+def sum_of(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of rows, a scalar where they are: finite if and only if all of them are."""
     import torch
 
-    return torch.float64 if call.rows.dtype == torch.float32 else torch.float32
+    return rows.detach().sum(dtype=torch.float64 if rows.dtype == torch.float32 else torch.float32)
 
 
 def check_carrier(name: str, allowed: tuple[str, ...]) -> str:

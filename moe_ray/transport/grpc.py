@@ -42,6 +42,7 @@ class GrpcLink:
     """`base.Link` over one gRPC stream. Threads: one reader here, and those of grpc; `close` ends them all."""
 
     group = ONE_BY_ONE
+    on_card = False
     silent = False  # its own keepalive ends it
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:

@@ -49,6 +49,7 @@ class LocalLink:
     """`base.Link` to a handler in this process."""
 
     group = ONE_BY_ONE
+    on_card = False
     silent = False
 
     def __init__(self, info: ReplicaInfo, handler: ExpertHandler) -> None:

@@ -48,6 +48,8 @@ def _loaded(cache_dir: Path) -> Links | None:
 class NativeSocketLink:
     """`base.Link` over one connection; the thread that waits receives."""
 
+    on_card = False
+
     def __init__(self, info: ReplicaInfo, options: LinkOptions, library: Links) -> None:
         """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""
         self.info, self.peer = info, peer_name(info, "socket")

@@ -90,6 +90,7 @@ class RayLink:
     """`base.Link` by actor calls. It learns that the actor died from a call: `broken` is not set before one fails."""
 
     group = ONE_BY_ONE
+    on_card = False
     silent = False  # Ray tells when the actor is gone
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:

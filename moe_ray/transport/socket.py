@@ -18,11 +18,12 @@ import ssl
 import threading
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
 from moe_ray.core import ExpertCall, ExpertReply, ReplicaInfo
-from moe_ray.errors import CallCancelled, LinkBroken, LinkTimeout, ProtocolError, TransportError
+from moe_ray.errors import CallCancelled, LinkBroken, LinkTimeout, ProtocolError, TransportError, WrongAnswer
 from moe_ray.native.host import Host
 from moe_ray.pb import moe_ray_pb2 as pb
 from moe_ray.transport import wire
@@ -35,6 +36,9 @@ from moe_ray.transport.listener import Listener
 from moe_ray.transport.messages import parse, say
 from moe_ray.transport.pending import address_of, peer_name
 from moe_ray.transport.serving import ANSWERED_ERRORS, answer
+
+if TYPE_CHECKING:
+    import torch
 
 
 class SocketPending:
@@ -61,7 +65,7 @@ class SocketPending:
         try:
             if isinstance(outcome, TransportError):
                 raise outcome
-            return check_reply(call, outcome)
+            return link.checked(call, outcome)
         except LinkBroken:
             raise
         except TransportError as error:
@@ -77,20 +81,25 @@ class SocketLink:
     """`base.Link` over one connection, without a thread: its user's thread sends and receives."""
 
     group = ONE_BY_ONE
+    on_card = False
+    carrier = "socket"
 
     def __init__(self, info: ReplicaInfo, options: LinkOptions | None = None) -> None:
         """Connect and prove the token, `connect_timeout_s` at most. Raises `LinkBroken`."""
         options = options or LinkOptions()
-        self.info, self.peer = info, peer_name(info, "socket")
+        self.info, self.peer = info, peer_name(info, self.carrier)
         self.reason: str | None = None
         self._ids = itertools.count(1)
         self._pending: dict[int, SocketPending] = {}
         self._using = threading.Lock()
         try:
-            sock = connect(address_of(info, "socket"), options)
+            sock = self._connect(options)
         except (OSError, EOFError, ProtocolError) as error:
             raise LinkBroken(f"{self.peer}: {say(error)}") from None
         self._sock, self._stream = sock, FrameStream(sock)
+
+    def _connect(self, options: LinkOptions) -> socket.socket:
+        return connect(address_of(self.info, "socket"), options)
 
     @property
     def broken(self) -> bool:
@@ -118,9 +127,9 @@ class SocketLink:
                 raise LinkBroken(self.reason)
             call.call_id = next(self._ids)
             pending = self._pending[call.call_id] = SocketPending(self, call)
-            rows, weights = wire.sendable(call.rows), wire.sendable(call.weights)
-            body = [wire.buffer(rows), wire.buffer(weights)]
             try:
+                held = self._body(call)
+                body = [memoryview(each) if isinstance(each, bytes) else wire.buffer(each) for each in held]
                 self._stream.write_frame(wire.call_header(call), body, STALL_S, self._read_reply)
             except (OSError, EOFError, ProtocolError) as error:
                 raise self._broke(say(error)) from None
@@ -148,6 +157,20 @@ class SocketLink:
         """End the link; a thread that waits on it is woken. Idempotent, from any thread."""
         self._broke("link closed")
 
+    def checked(self, call: ExpertCall, reply: ExpertReply) -> ExpertReply:
+        """Return a reply that was received. Raises `WrongAnswer`."""
+        return check_reply(call, reply)
+
+    def _body(self, call: ExpertCall) -> list[torch.Tensor | bytes]:
+        """What follows the header of a call."""
+        return [wire.sendable(call.rows), wire.sendable(call.weights)]
+
+    def _read_rows(self, call: ExpertCall, header: pb.ExpertReplyHeader) -> torch.Tensor:
+        """Read what follows the header of a reply that is no error. Raises `WrongAnswer`."""
+        rows = wire.empty_rows(header)
+        self._stream.read_into(wire.buffer(rows), STALL_S)
+        return rows
+
     def _withdraw(self, call_id: int) -> None:
         if self.reason is not None or not self._stream.writable():
             return
@@ -164,10 +187,16 @@ class SocketLink:
             raise ProtocolError(f"the replica answered call {header.call_id}, which is not in flight")
         if header.status != pb.OK:
             pending.outcome = wire.error_of(header.status, header.error)
-            return
-        rows = wire.empty_rows(header)
-        self._stream.read_into(wire.buffer(rows), STALL_S)
-        pending.outcome = ExpertReply(header.call_id, rows, wire.load_of(header))
+        else:
+            try:
+                rows = self._read_rows(pending.call, header)
+                pending.outcome = ExpertReply(header.call_id, rows, wire.load_of(header))
+            except WrongAnswer as error:
+                pending.outcome = error
+        self._settled(header.call_id)
+
+    def _settled(self, call_id: int) -> None:
+        """A call has its reply, whatever it says."""
 
     def _broke(self, reason: str) -> LinkBroken:
         if self.reason is None:
@@ -217,9 +246,9 @@ class SocketExpertServer:
         stream.read_into(wire.buffer(weights), STALL_S)
         body: list[memoryview] = []
         try:
-            taken_back = partial(_taken_back, stream, header.call_id)
+            withdrawn = partial(taken_back, stream, header.call_id)
             runs = runs_of(header)
-            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id, taken_back, runs)
+            call = ExpertCall(header.layer, header.expert, rows, weights, header.call_id, withdrawn, runs)
             reply = answer(self._handler, call)
             head, rows = wire.reply_header(reply), wire.sendable(reply.rows)
             body = [wire.buffer(rows)]
@@ -230,7 +259,7 @@ class SocketExpertServer:
         stream.write_frame(head, body, None, None)
 
 
-def _taken_back(stream: FrameStream, call_id: int) -> bool:
+def taken_back(stream: FrameStream, call_id: int) -> bool:
     """Whether the frame behind a call, if one has come, takes it back, or the trunk is gone."""
     try:
         header = stream.peek_header()

@@ -256,6 +256,12 @@ def empty_rows(header: pb.ExpertCallHeader | pb.ExpertReplyHeader) -> torch.Tens
     """The tensor [T, D] that a header announces, for its bytes to be received into."""
     import torch
 
+    shape, dtype = form_of(header)
+    return torch.empty(shape, dtype=dtype)
+
+
+def form_of(header: pb.ExpertCallHeader | pb.ExpertReplyHeader) -> tuple[tuple[int, int], torch.dtype]:
+    """The shape [T, D] and dtype of the rows that a header announces. Raises `ProtocolError`."""
     dtype, num_rows, hidden_size = header.dtype, header.num_rows, header.hidden_size
     if dtype not in _NAMES:
         raise ProtocolError(f"header.dtype is {dtype}, not one of {', '.join(_CODES)}")
@@ -269,7 +275,7 @@ def empty_rows(header: pb.ExpertCallHeader | pb.ExpertReplyHeader) -> torch.Tens
             f"header.num_rows x header.hidden_size is {num_rows} x {hidden_size}: {size} bytes, "
             f"more than {MAX_TENSOR_BYTES}"
         )
-    return torch.empty((num_rows, hidden_size), dtype=_torch_dtype(_NAMES[dtype]))
+    return (num_rows, hidden_size), _torch_dtype(_NAMES[dtype])
 
 
 def empty_weights(num_rows: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ def nothing(what: str, done: int, total: int) -> None:
     ("wrong", "says"),
     [
         ({"parts": ("kernels", "speed")}, "--parts: kernels, speed; allowed: kernels, engine"),
-        ({"carriers": ()}, "--carriers: none; allowed: local, socket, grpc"),
+        ({"carriers": ()}, "--carriers: none; allowed: local, socket, grpc, ipc"),
         ({"weights": ("int5",)}, "--weights: int5; allowed: bfloat16, float16, int8, int4"),
         ({"concurrency": (0,)}, "--concurrency: must be numbers of at least 1"),
         ({"output_tokens": 1}, "--output-tokens: must be at least 2"),

@@ -230,6 +230,7 @@ def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
     assert config.engine.enable_prefix_caching is True
     assert config.trunk.resources == {"rack": 0.1}
     assert config.experts.on_expert_loss == "renormalise"
+    assert config.experts.card_mailboxes is True
     assert config.experts.autoscale.max_total_replicas == 24
     assert (config.trunk.gpu_memory_gib, config.experts.gpu_memory_gib, config.trunk.device) == (36.5, 7.25, "cuda")
     assert config.experts.of(5).num_gpus == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import echo_expert
 import pytest
 
 from moe_ray.core import ReplicaInfo
+from moe_ray.transport.base import MAILBOX_ADDRESS
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +22,16 @@ def expert_process() -> Iterator[Callable[..., tuple[ReplicaInfo, int]]]:
     def start(carrier: str, token: str | None = None) -> tuple[ReplicaInfo, int]:
         process = subprocess.Popen(
             [sys.executable, echo_expert.__file__, carrier, *([token] if token else [])],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         processes.append(process)
         assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        return echo_expert.info({carrier: address}), process.pid
+        addresses = process.stdout.readline().split()
+        names = ("socket", MAILBOX_ADDRESS) if carrier in ("card", "cuda") else (carrier,)
+        return echo_expert.info(dict(zip(names, addresses, strict=True))), process.pid
 
     yield start
     for process in processes:

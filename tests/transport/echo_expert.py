@@ -1,7 +1,7 @@
 """An expert for the transport tests: `rows * weights`, or the fault that the call's expert number asks for.
 
-Runs in a thread, in a Ray actor or Serve replica, and as a process: `python echo_expert.py grpc|socket [token]` prints
-its address and ends with its stdin.
+Runs in a thread, in a Ray actor or Serve replica, and as a process: `echo_expert.py grpc|socket|card|cuda [token]`
+prints its address (card, cuda: those of its socket and of its mailboxes) and ends with its stdin.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from moe_ray.transport.base import ExpertServer, LinkOptions
 
 ECHO, SLOW, FAILS, REFUSES, BUG, WRONG_SHAPE, NAN, WRONG_DTYPE, WRONG_ID, NO_TENSOR, ADAPTERS = range(11)
 TOKEN = "the-cluster-token"
+WAIT = "ECHO_WAIT_S"
+"""The environment variable that says how long the card's stream waits for the rows of a call."""
 
 
 def weighted(call: ExpertCall) -> torch.Tensor:
@@ -81,12 +83,25 @@ class EchoActor:
 
 
 if __name__ == "__main__":
+    from shared_device import SharedDevice
+
     from moe_ray.transport.grpc import GrpcExpertServer
+    from moe_ray.transport.mailbox.expert_end import MailboxExpertServer
     from moe_ray.transport.socket import SocketExpertServer
 
     torch.set_num_threads(1)
     carrier, *token = sys.argv[1:]
-    kind = {"grpc": GrpcExpertServer, "socket": SocketExpertServer}[carrier]
-    server: ExpertServer = kind(behave, options=LinkOptions(token=token[0] if token else None))
-    print(server.address, flush=True)
+    options = LinkOptions(token=token[0] if token else None)
+    servers: list[ExpertServer] = []
+    if carrier == "grpc":
+        servers.append(GrpcExpertServer(behave, options=options))
+    else:
+        servers.append(SocketExpertServer(behave, options=options))
+    if carrier == "card":
+        servers.append(MailboxExpertServer(behave, SharedDevice(), options, wait_s=float(os.environ.get(WAIT, "1"))))
+    if carrier == "cuda":
+        from moe_ray.transport.mailbox.cuda_memory import CudaMemory
+
+        servers.append(MailboxExpertServer(behave, CudaMemory(), options))
+    print(*(server.address for server in servers), flush=True)
     sys.stdin.read()

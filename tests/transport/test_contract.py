@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import echo_expert as echo
 import pytest
 import torch
+from shared_device import SharedDevice
 
 from moe_ray.config import load_config
 from moe_ray.core import AdapterRows, ExpertCall, ReplicaInfo, ReplicaLoad
@@ -33,11 +34,14 @@ from moe_ray.errors import (
 )
 from moe_ray.transport import CARRIERS, best_carrier, connect
 from moe_ray.transport.base import Link, LinkOptions
+from moe_ray.transport.mailbox.trunk_end import CardMailboxes
 from moe_ray.transport.native_socket import links_library
 
 OPTIONS = LinkOptions(token=echo.TOKEN, connect_timeout_s=10.0)
 NATIVE = replace(OPTIONS, native_dir=load_config().cache_dir)
-WAYS = {**dict.fromkeys(CARRIERS, OPTIONS), "native socket": NATIVE}  # every carrier, and socket's two clients
+BY_CARD = replace(OPTIONS, mailboxes=CardMailboxes(SharedDevice()))
+WAYS = {**dict.fromkeys(CARRIERS, OPTIONS), "native socket": NATIVE, "card socket": BY_CARD}
+"""Every carrier, and socket's three clients."""
 ON_RAY = pytest.param("ray", marks=pytest.mark.slow)
 WAIT_S = 20.0  # far above what any passing test waits
 
@@ -55,7 +59,7 @@ class Replica:
 
 def start_replica(way: str, request: pytest.FixtureRequest) -> Replica:
     """A fresh replica; `kill` ends it the hard way."""
-    carrier, options = way.removeprefix("native "), WAYS[way]
+    carrier, options = way.rpartition(" ")[2], WAYS[way]
     if options.native_dir is not None and links_library(options.native_dir) is None:
         pytest.skip("the native library cannot be built here")
     if carrier == "local":
@@ -64,7 +68,7 @@ def start_replica(way: str, request: pytest.FixtureRequest) -> Replica:
         server = LocalExpertServer(echo.behave)
         return Replica(carrier, echo.info({"local": server.address}), server.close, options)
     if carrier in ("grpc", "socket"):
-        info, pid = request.getfixturevalue("expert_process")(carrier, echo.TOKEN)
+        info, pid = request.getfixturevalue("expert_process")("card" if options is BY_CARD else carrier, echo.TOKEN)
     else:
         request.getfixturevalue("ray_cluster")
         import ray
@@ -87,6 +91,7 @@ def replica(request: pytest.FixtureRequest) -> Replica:
 @pytest.fixture
 def link(replica: Replica) -> Iterator[Link]:
     link = replica.connect()
+    assert link.on_card == (replica.options is BY_CARD)
     yield link
     link.close()
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from moe_ray.experts.client.call import Call
+from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.sharing import ExpertNumbers
 from moe_ray.model.moe import Gathered, Routed, renormalise
-from moe_ray.transport.base import CallBatch, Replies
+from moe_ray.transport.base import CallBatch, Link, Replies
 
 
 def batch_of(
@@ -32,6 +33,12 @@ def batch_of(
     return CallBatch(layer, experts, counts, torch.cat(rows), torch.cat(weights), adapters)
 
 
+def where_sent(routed: Routed, links: Sequence[Link], options: DispatchOptions) -> Routed:
+    """The rows as these links take them: where they are, or in the host's memory."""
+    stay = options.in_process or not options.card_rows or all(link.on_card for link in links)
+    return routed if stay else routed.on_host()
+
+
 def assemble(calls: Sequence[Call], routed: Routed, first: Replies | None) -> Gathered:
     """The rows of a layer whose calls are done or lost, [R, D] in row order; lost ones are renormalised away.
 
@@ -47,5 +54,5 @@ def assemble(calls: Sequence[Call], routed: Routed, first: Replies | None) -> Ga
         else:
             rows.append(torch.zeros_like(routed.rows[call.row_range]))
             lost.append(call.row_range)
-    whole = torch.cat(rows)
+    whole = torch.cat([each.to(routed.rows.device) for each in rows])
     return renormalise(whole, routed, lost) if lost else Gathered(whole)

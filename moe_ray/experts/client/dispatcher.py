@@ -8,19 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from moe_ray.core import AdapterRef, ReplicaLoad
-from moe_ray.errors import (
-    AdapterNotHeld,
-    ExpertUnavailable,
-    LinkBroken,
-    LinkTimeout,
-    ReplicaBusy,
-    TransportError,
-)
+from moe_ray.errors import AdapterNotHeld, ExpertUnavailable, LinkBroken, LinkTimeout, ReplicaBusy, TransportError
 from moe_ray.experts.client.accounting import Accounting, Counters
 from moe_ray.experts.client.adapter_table import AdapterAsker, AdapterTable
 from moe_ray.experts.client.assignment import Assigner
 from moe_ray.experts.client.call import ENDED, Attempt, Call, CallEvent, CallState, ids_of
-from moe_ray.experts.client.call_rows import assemble, batch_of
+from moe_ray.experts.client.call_rows import assemble, batch_of, where_sent
 from moe_ray.experts.client.hedging import HedgePolicy
 from moe_ray.experts.client.in_flight import InFlightLayer
 from moe_ray.experts.client.options import DispatchOptions
@@ -78,7 +71,7 @@ class ExpertDispatcher:
 
     def submit(self, layer: int, routed: Routed) -> InFlightLayer:
         """Send the rows of one layer, without waiting. Raises `InvalidCall` for rows that no carrier could carry."""
-        if not self.options.in_process:
+        if not (self.options.in_process or self.options.card_rows):
             routed = routed.on_host()
         adapters = () if routed.token_adapters is None else routed.adapters
         assigned = self._assigner.assign(layer, routed.counts, adapters)
@@ -140,8 +133,9 @@ class ExpertDispatcher:
         self, flight: InFlightLayer, assigned: Sequence[tuple[Call, Replica]], event: CallEvent, whole: bool = False
     ) -> Replies:
         """Send each call to its replica, in one step. `whole`: they are all calls of the layer."""
-        batch = batch_of([call for call, _ in assigned], flight.routed, whole, self.options.numbers)
-        replies = scatter([replica.link for _, replica in assigned], batch)
+        links = [replica.link for _, replica in assigned]
+        routed = where_sent(flight.routed, links, self.options)
+        replies = scatter(links, batch_of([call for call, _ in assigned], routed, whole, self.options.numbers))
         now = time.monotonic()
         for index, (call, replica) in enumerate(assigned):
             self._accounting.sent(replica, call.count)
@@ -248,7 +242,7 @@ class ExpertDispatcher:
             self._end(call, f"no answer within {self.options.deadline_s:g} s: {error}")
 
     def _wait_for_replicas(self, open_calls: Sequence[Call], version: int, now: float) -> None:
-        """Nothing is in flight: wait until the table changes from `version`, or a call has to be looked at again."""
+        """Nothing is in flight: wait until the table changes from `version`, or a call's time has come."""
         until = min(call.retry_at if call.retry_at > now else call.deadline or now for call in open_calls)
         self.table.wait_change(version, max(0.0, until - now))
 

@@ -32,6 +32,9 @@ class DispatchOptions:
     """Share large batches among an expert's replicas, where that pays."""
     in_process: bool = False
     """All experts are in this process: rows are handed over on the device where they are."""
+    card_rows: bool = False
+    """Links may take rows from this process's card (`Link.on_card`): they go through the host's memory where they must,
+    not in any case."""
     numbers: ExpertNumbers | None = None
     """By which replicas know the model's experts; None: by its own."""
     node_id: str | None = None

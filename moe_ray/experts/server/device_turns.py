@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class DeviceTurns:
     """`DeviceCalls` for many threads. torch is loaded by the first call: native kernels never need it."""
 
-    def __init__(self, compute: Compute, hidden_size: int) -> None:
-        self._compute, self._hidden_size = compute, hidden_size
+    def __init__(self, compute: Compute, hidden_size: int, waits: bool = True) -> None:
+        """`waits`: also for results that stay on the card, so that what a call took is known when it returns."""
+        self._compute, self._hidden_size, self._waits = compute, hidden_size, waits
         self.turn = threading.Lock()
         """Held while one computes."""
         self._calls: DeviceCalls | None = None
@@ -29,7 +30,10 @@ class DeviceTurns:
     ) -> torch.Tensor:
         """`DeviceCalls.forward`."""
         with self.turn:
-            return self._opened().forward(ffn, rows, weights, adapters)
+            computed = self._opened().forward(ffn, rows, weights, adapters)
+            if self._waits and self._compute.staging is not None and computed.device.type != "cpu":
+                self._compute.staging.drain()
+            return computed
 
     def fill(
         self,

@@ -71,8 +71,9 @@ class ExpertWorker:
         max_batched_rows: int = MAX_BATCHED_ROWS,
         max_queued_rows: int = MAX_QUEUED_ROWS,
         native_dir: Path | None = None,
+        waits: bool = True,
     ) -> None:
-        """Serve what `ffn` holds; `to_come` are the keys that will be added.
+        """Serve what `ffn` holds; `to_come` are the keys that will be added. `waits`: as `DeviceTurns` has it.
 
         `native_dir`: where the library of the native host is built and kept; None: sockets are answered through the
         interpreter.
@@ -80,7 +81,7 @@ class ExpertWorker:
         self._ffn, self._hidden_size = ffn, hidden_size
         self.compute, self._max_batched_rows, self._max_queued_rows = compute, max_batched_rows, max_queued_rows
         self._state = threading.Lock()
-        self._device = DeviceTurns(compute, hidden_size)
+        self._device = DeviceTurns(compute, hidden_size, waits)
         self._computing = False
         self._waiting: list[_Waiting] = []
         self._queued_rows = self._batches = self._cancelled = 0
@@ -206,6 +207,7 @@ class ExpertWorker:
             batch, rows = [first], first.call.rows.shape[0]
             for other in self._waiting:
                 same = (other.call.layer, other.call.expert) == (first.call.layer, first.call.expert)
+                same = same and other.call.rows.device == first.call.rows.device
                 if other is not first and same and rows + other.call.rows.shape[0] <= self._max_batched_rows:
                     batch.append(other)
                     rows += other.call.rows.shape[0]

@@ -125,6 +125,10 @@ class Staging:
         """`Transfers.wait`."""
         self._transfers.wait(mark)
 
+    def drain(self) -> None:
+        """Return once the device has done all that this thread has begun until now."""
+        self._transfers.wait(self._transfers.mark())
+
 
 def aligned(nbytes: int) -> int:
     """`nbytes`, and what is left free behind them in a buffer that several tensors share."""
