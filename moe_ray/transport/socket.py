@@ -98,6 +98,10 @@ class SocketLink:
             raise LinkBroken(f"{self.peer}: {say(error)}") from None
         self._sock, self._stream = sock, FrameStream(sock)
 
+    def __del__(self) -> None:
+        if hasattr(self, "_sock"):
+            self._sock.close()  # by now no thread uses its number
+
     def _connect(self, options: LinkOptions) -> socket.socket:
         return connect(address_of(self.info, "socket"), options)
 
