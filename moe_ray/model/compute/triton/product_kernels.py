@@ -105,7 +105,7 @@ def _add(
         if offset is not None:
             sums = tl.sum(inputs[b].to(tl.float32), 0)[None, :]
             total = tl.fma(sums.broadcast_to(total.shape), offset.broadcast_to(total.shape), total)
-        more += (total,)
+        more += (total,)  # type: ignore[assignment]
     return more
 
 
@@ -114,7 +114,7 @@ def _zeros(TILE: tl.constexpr, ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr) -> 
     """Sums of each block of rows, before anything is added."""
     totals = ()
     for _ in tl.static_range(ROW_BLOCKS):
-        totals += (tl.zeros((TILE, ROWS), tl.float32),)
+        totals += (tl.zeros((TILE, ROWS), tl.float32),)  # type: ignore[assignment]
     return totals
 
 
@@ -166,7 +166,7 @@ def gate_up_kernel(
                 group += tl.minimum(start // GROUP, GROUPS - 1)  # behind the last input all inputs are 0
             parts = ()
             for b in tl.static_range(ROW_BLOCKS):
-                parts += (_rows_of(x, order, first + b * ROWS, count, start + tl.arange(0, STEP), K, WIDEN),)
+                parts += (_rows_of(x, order, first + b * ROWS, count, start + tl.arange(0, STEP), K, WIDEN),)  # type: ignore[assignment]
             gates = _add(
                 gates,
                 _factor(held_gate, levels, half, BITS, MANTISSA, dtype),
@@ -250,7 +250,7 @@ def product_kernel(
                 group += tl.minimum(start // GROUP, GROUPS - 1)
             inputs = ()
             for b in tl.static_range(ROW_BLOCKS):
-                inputs += (_rows_of(x, order, first + b * ROWS, count, start + tl.arange(0, STEP), K, WIDEN),)
+                inputs += (_rows_of(x, order, first + b * ROWS, count, start + tl.arange(0, STEP), K, WIDEN),)  # type: ignore[assignment]
             totals = _add(
                 totals,
                 _factor(held, levels, half, BITS, MANTISSA, dtype),
