@@ -10,7 +10,7 @@ from typing import Final, Protocol
 import torch
 
 from moe_ray.bench.card import card_of_this_process, device_read_gb_s, median_s
-from moe_ray.bench.gpu_libraries import LIBRARIES, Library, LibraryExpert, LibraryLacks
+from moe_ray.bench.gpu_libraries import LIBRARIES, LibraryExpert, LibraryLacks, ProductLibrary
 from moe_ray.bench.report import Row
 from moe_ray.core import ExpertKey
 from moe_ray.errors import ConfigError
@@ -89,7 +89,7 @@ class KernelTable:
 
     def _beside(
         self,
-        library: Library,
+        library: ProductLibrary,
         ours: Timed,
         keys: Sequence[ExpertKey],
         checkpoint: Checkpoint,

@@ -36,7 +36,7 @@ class Product:
     nbytes: int
 
 
-class Library(Protocol):
+class ProductLibrary(Protocol):
     """One library that multiplies by 4-bit weights."""
 
     @property
@@ -103,13 +103,13 @@ class Gemlite:
         return Product(run, sum(each.nbytes for each in (linear.W_q, linear.scales, linear.zeros)))
 
 
-LIBRARIES: Final[tuple[Library, ...]] = (TorchInt4(), Gemlite())
+LIBRARIES: Final[tuple[ProductLibrary, ...]] = (TorchInt4(), Gemlite())
 
 
 class LibraryExpert:
     """An expert of a checkpoint by a library's products: `base.FFN.forward` alone."""
 
-    def __init__(self, library: Library, checkpoint: Checkpoint, key: ExpertKey, device: torch.device) -> None:
+    def __init__(self, library: ProductLibrary, checkpoint: Checkpoint, key: ExpertKey, device: torch.device) -> None:
         """Raises `LibraryLacks` with the library's own words where it refuses."""
         weights = [checkpoint.matrix(each).codes() for each in matrices_of_expert(checkpoint.config, *key)]
         self._library = library.name
