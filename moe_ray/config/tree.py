@@ -121,11 +121,18 @@ class Config(BaseSettings):
             "max_model_len": variant.max_model_len,
             "hf_overrides": {},
         }
-        trunks = {} if variant.num_trunks is None else {"num_replicas": variant.num_trunks}
+        trunks = {
+            "num_replicas": variant.num_trunks,
+            "num_gpus": variant.num_gpus,
+            "gpu_memory_gib": variant.gpu_memory_gib,
+        }
+        told = {key: value for key, value in trunks.items() if value is not None}
+        cache = {} if variant.kv_cache_gib is None else {"kv_cache_gib": variant.kv_cache_gib}
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update=model),
-                "trunk": self.trunk.model_copy(update=trunks),
+                "trunk": self.trunk.model_copy(update=told),
+                "engine": self.engine.model_copy(update=cache),
                 "adapters": AdaptersSection(),
                 "variants": (),
             }

@@ -25,3 +25,10 @@ class VariantOptions(Section):
     """As `model.max_model_len`. Default: this model's own, cut to what its KV cache holds."""
     num_trunks: int | None = Field(default=None, ge=1)
     """Trunks of this model. Default: as `trunk.num_replicas`."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs, or the share of one, that Ray reserves for each of its trunks. Default: as `trunk.num_gpus`. Where no
+    actor's is set, `moe-ray serve` plans them from the cluster's cards."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """As `trunk.gpu_memory_gib`, which is the default."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """As `engine.kv_cache_gib`, which is the default."""

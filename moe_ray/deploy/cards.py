@@ -15,11 +15,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from moe_ray.config import Config
 from moe_ray.config.actors import ActorOptions
 from moe_ray.config.experts import ExpertsSection
+from moe_ray.deploy.variants import TRUNK_OF
 from moe_ray.errors import CardDriverUnavailable
 from moe_ray.experts.planning.card_placement import CardPlacement, PlacedPart
 from moe_ray.experts.planning.card_table import has_bfloat16, sheet_of
 from moe_ray.experts.planning.cards import GIB, MEMORY_LABEL, Card, Part, memory_of
-from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS, Plan
+from moe_ray.experts.planning.footprint import LEAST_CACHE_TOKENS, ActorPlan, Plan
 from moe_ray.experts.planning.placement import experts_in
 from moe_ray.model.compute.card_driver import memory_of_cards
 
@@ -65,6 +66,7 @@ def by_hand(config: Config) -> bool:
     return (
         all((device or config.model.device) == "cpu" for device in devices)
         or any(actor.num_gpus is not None for actor in actors)
+        or any(variant.num_gpus is not None for variant in config.variants)
         or any(override.get("num_gpus") is not None for override in experts.overrides.values())
     )
 
@@ -75,11 +77,7 @@ def parts_of(config: Config, plan: Plan) -> list[Part]:
     Those that compute on CPUs are left out.
     """
     trunk, *rest = plan.actors
-    if config.engine.kv_cache_gib is not None:
-        cache = int(config.engine.kv_cache_gib * GIB)
-    else:
-        longest = config.model.max_model_len or plan.context
-        cache = min(LEAST_CACHE_TOKENS, longest) * plan.kv_bytes_per_token
+    cache = _least_cache(config, plan, trunk)
     if config.transport == "local":
         whole = trunk.weight_bytes + plan.draft_bytes + sum(actor.card_bytes for actor in rest if not actor.spare)
         return [Part(trunk.name, whole, config.trunk.num_replicas, cache)]
@@ -88,12 +86,20 @@ def parts_of(config: Config, plan: Plan) -> list[Part]:
     found.append((config.trunk, Part(trunk.name, trunk_bytes, config.trunk.num_replicas, cache)))
     for own in config.for_variants:
         variant = rest.pop(0)
-        found.append((own.trunk, Part(variant.name, variant.weight_bytes, own.trunk.num_replicas, cache)))
+        nbytes = variant.weight_bytes + plan.draft_bytes
+        found.append((own.trunk, Part(variant.name, nbytes, own.trunk.num_replicas, _least_cache(own, plan, variant))))
     spares = iter(config.experts.spares)
     for actor in rest:
         options = next(spares) if actor.spare else config.experts.of(experts_in(actor.name)[0])
         found.append((options, Part(actor.name, actor.card_bytes, options.num_replicas)))
     return [part for options, part in found if (options.device or config.model.device) != "cpu"]
+
+
+def _least_cache(config: Config, plan: Plan, trunk: ActorPlan) -> int:
+    """Bytes of KV cache that a trunk needs at least, or has as it is configured."""
+    if config.engine.kv_cache_gib is not None:
+        return int(config.engine.kv_cache_gib * GIB)
+    return min(LEAST_CACHE_TOKENS, config.model.max_model_len or plan.context) * trunk.kv_bytes_per_token
 
 
 def on_cards(config: Config, plan: Plan, placement: CardPlacement, cards: Sequence[Card]) -> Config:
@@ -108,6 +114,12 @@ def on_cards(config: Config, plan: Plan, placement: CardPlacement, cards: Sequen
         if trunk.cache_bytes is not None:
             gib = int(1000 * trunk.cache_bytes / GIB) / 1000
             changes["engine"] = config.engine.model_copy(update={"kv_cache_gib": gib})
+    variants = []
+    for variant, own in zip(config.variants, config.for_variants, strict=True):
+        placed = placement.of(TRUNK_OF.format(variant.name))
+        variants.append(variant if placed is None else variant.model_copy(update=_asked_of_variant(placed, own.trunk)))
+    if variants:
+        changes["variants"] = tuple(variants)
     if config.transport != "local":
         changes["experts"] = _experts_on_cards(config.experts, plan, placement)
     dtype = dtype_for(config, plan, placement, cards)
@@ -178,6 +190,15 @@ def _asked(placed: PlacedPart, section: ActorOptions) -> dict[str, Any]:
     if budget is None and placed.budget_bytes is not None:
         budget = int(1000 * placed.budget_bytes / GIB) / 1000
     return {"num_gpus": placed.num_gpus, "labels": {**labels, **section.labels}, "gpu_memory_gib": budget}
+
+
+def _asked_of_variant(placed: PlacedPart, trunk: ActorOptions) -> dict[str, Any]:
+    """The keys of a variant that put its trunks on cards; labels are those of all trunks."""
+    asked = _asked(placed, trunk)
+    told = {"num_gpus": asked["num_gpus"], "gpu_memory_gib": asked["gpu_memory_gib"]}
+    if placed.cache_bytes is not None:
+        told["kv_cache_gib"] = int(1000 * placed.cache_bytes / GIB) / 1000
+    return told
 
 
 def hide_cards_of_others(device: str) -> None:

@@ -68,6 +68,7 @@ def test_cards_that_ray_reports() -> None:
         {"experts": {"num_gpus": 0.5}},
         {"experts": {"overrides": {3: {"num_gpus": 1}}}},
         {"experts": {"spares": [{"experts": {3: "all"}, "num_gpus": 1}]}},
+        {"variants": [{"name": "tuned", "path": "/m", "num_gpus": 0.5}]},
     ],
 )
 def test_what_the_configuration_says_by_hand_wins(flags: dict[str, Any]) -> None:
@@ -124,6 +125,31 @@ def test_a_trunk_that_shares_a_card_has_a_budget_and_a_cache(random_model: Path)
     assert placed.experts.gpu_memory_gib is not None
     assert placed.trunk.gpu_memory_gib > placed.engine.kv_cache_gib
     assert placed.trunk.gpu_memory_gib + 8 * placed.experts.gpu_memory_gib + 9 * 0.5 <= 24
+
+
+def test_trunks_of_several_models_have_shares_by_their_bytes(random_model: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    tuned.symlink_to(random_model)
+    variants = [{"name": "tuned", "path": str(tuned)}, {"name": "two", "path": str(tuned), "num_trunks": 2}]
+    config = load_config({"model": {"path": str(random_model)}, "variants": variants, "cache_dir": str(tmp_path)})
+    plan = planned(config, random_model, cards=True).plan
+    assert [part.name for part in parts_of(config, plan)[:4]] == ["Trunk", "Trunk-tuned", "Trunk-two", "Expert0"]
+    placed = put(config, plan, [Card("n", "small", 3 * GIB)] * 4)
+    gpus = graph_gpus(placed)
+    assert gpus.pop("Gateway") == 0
+    assert gpus["Trunk"] == gpus["Trunk-tuned"] == gpus["Trunk-two"] > gpus["Expert0"] > 0
+    assert sum(gpus.values()) + gpus["Trunk-two"] <= 4
+    made = graph(placed)
+    for name, own in zip(("Trunk-tuned", "Trunk-two"), placed.for_variants, strict=True):
+        given = made[name].init_args[0]
+        assert (given.trunk, given.engine, given.model.path) == (own.trunk, own.engine, str(tuned))
+        assert own.trunk.num_gpus == gpus[name]
+        assert own.engine.kv_cache_gib is not None
+        assert own.trunk.gpu_memory_gib is not None
+        assert own.trunk.gpu_memory_gib > own.engine.kv_cache_gib
+    by_hand_too = load_config({"variants": [{"name": "a", "path": "/m", "gpu_memory_gib": 2, "kv_cache_gib": 1}]})
+    (own,) = by_hand_too.for_variants
+    assert (own.trunk.gpu_memory_gib, own.engine.kv_cache_gib, own.trunk.num_gpus) == (2, 1, None)
 
 
 def test_small_cards_are_avoided_by_label(random_model: Path) -> None:

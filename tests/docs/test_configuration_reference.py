@@ -57,8 +57,7 @@ def test_every_key_is_there_and_has_a_meaning(generator: ModuleType) -> None:
     ],
 )
 def test_type_default_and_bounds(generator: ModuleType, key: str, row: tuple[str, str, str]) -> None:
-    (found,) = [each[1:4] for each in rows(generator) if each[0] == key]
-    assert found == row
+    assert {each[1:4] for each in rows(generator) if each[0] == key} == {row}
 
 
 def test_every_variable_is_read(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

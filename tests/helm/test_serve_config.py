@@ -217,6 +217,7 @@ def test_every_key_reaches_moe_ray(everything: Rendered) -> None:
     assert (config.adapters.max_loaded, config.adapters.max_rank, config.adapters.runtime_loading) == (4, 64, True)
     tuned, merged = config.variants
     assert (tuned.name, tuned.path, tuned.max_model_len) == ("tuned", "/models/tuned", 8192)
+    assert (tuned.num_gpus, tuned.gpu_memory_gib, tuned.kv_cache_gib) == (0.25, 5.5, 1.5)
     assert (merged.name, merged.path, merged.revision) == ("merged", "example/merged", "main")
     assert config.tracing.otlp_endpoint == "http://collector.monitoring:4317"
     assert everything.application["args"]["tracing"].keys() == TracingSection.model_fields.keys()

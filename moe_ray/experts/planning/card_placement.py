@@ -12,15 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Final
 
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.balance import GOOD_ENOUGH, MOST_EXTRA, Rows, imbalance, replicate
-from moe_ray.experts.planning.cards import GIB, RESERVE, SHARE_UNITS, Card, Part, fullest, need_of, share_cards
+from moe_ray.experts.planning.byte_shares import WORK_BYTES, shares_of_pool
+from moe_ray.experts.planning.cards import RESERVE, SHARE_UNITS, Card, Part, fullest, need_of, share_cards
 from moe_ray.experts.planning.placement import experts_in
-
-WORK_BYTES: Final = GIB // 2
-"""Wanted in a budget beside weights and cache: what is computed with, and a layer as it is read, before it is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,7 @@ class PlacedPart:
     card: Card
     """One of those that they may be on; they are all alike, unless no memory is known."""
     per_card: int
-    """Actors on one card, at most."""
+    """Actors of its kind on one card, at most."""
     nodes: tuple[str, ...] = ()
     """The nodes that they may be on; (): any with a card."""
     kinds: tuple[str, ...] = ()
@@ -40,11 +37,13 @@ class PlacedPart:
     """What each actor may take of its card, its CUDA context not counted; None: it has the card to itself."""
     cache_bytes: int | None = None
     """Of a trunk: what of that its KV cache may take; None: what its weights leave, or what is configured."""
+    share: int | None = None
+    """Of a card, by its bytes, in Ray's units; None: as `per_card` says."""
 
     @property
     def num_gpus(self) -> float:
         """What each actor asks Ray for."""
-        return (SHARE_UNITS // self.per_card) / SHARE_UNITS
+        return (self.share or SHARE_UNITS // self.per_card) / SHARE_UNITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +96,13 @@ def place(cards: Sequence[Card], parts: Sequence[Part], cache_is_fixed: bool = F
 
     A trunk has a card to itself where no other card has more actors for it; else what the others leave is its cache's.
     Where the cards do not differ and each actor has one, and where Ray knows no memory, all get equal shares: see
-    `share_cards`, which also decides where there are several trunks' deployments. `cache_is_fixed`: the cache is as
-    large as its `Part` says. Raises `ConfigError` naming what is missing.
+    `share_cards`. Where there are several trunks' deployments and not a card for each actor, each gets a share by its
+    bytes: see `byte_shares`. `cache_is_fixed`: the cache is as large as its `Part` says. Raises `ConfigError` naming
+    what is missing.
     """
+    several = sum(part.cache_bytes > 0 for part in parts) > 1
+    if several and (shared := _by_bytes(cards, parts, cache_is_fixed)) is not None:
+        return shared
     found = _unlike(cards, parts, cache_is_fixed)
     actors = sum(part.replicas for part in parts)
     if found is not None and (len(set(map(_kind, cards))) > 1 or actors > len(cards)):
@@ -173,6 +176,23 @@ def _unlike(cards: Sequence[Card], parts: Sequence[Part], cache_is_fixed: bool) 
         if not trunks:
             break
     return None
+
+
+def _by_bytes(cards: Sequence[Card], parts: Sequence[Part], cache_is_fixed: bool) -> CardPlacement | None:
+    """Shares by bytes; None: there are none to be had, or none are wanted, because each actor has a card."""
+    if sum(part.replicas for part in parts) <= len(cards):
+        return None
+    if (found := shares_of_pool(cards, parts, cache_is_fixed)) is None:
+        return None
+    placed = tuple(
+        PlacedPart(
+            *(each.part, found.smallest, SHARE_UNITS // each.share, (), found.kinds),
+            *(each.budget_bytes, each.cache_bytes, each.share),
+        )
+        for each in found.shares
+    )
+    by_bandwidth = all(card.read_gb_s is not None for card in cards)
+    return CardPlacement(placed, found.busiest_bytes / (found.smallest.read_gb_s or 1.0 if by_bandwidth else 1.0))
 
 
 def _kind(card: Card) -> tuple[str | None, int | None, float | None]:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from moe_ray.errors import ConfigError
 from moe_ray.experts.planning.balance import imbalance
+from moe_ray.experts.planning.byte_shares import always_room
 from moe_ray.experts.planning.card_placement import CardPlacement, PlacedPart, place, with_hot_experts
-from moe_ray.experts.planning.cards import GIB, PROCESS_BYTES, RESERVE, Card, Part, memory_of
+from moe_ray.experts.planning.cards import GIB, PROCESS_BYTES, RESERVE, Card, Part, memory_of, share_cards
 
 
 def mixtral(expert_gib: float, trunk_gib: float = 3.0, replicas: int = 1) -> list[Part]:
@@ -190,6 +191,81 @@ def test_no_card_is_over_its_memory_whatever_the_order(cards: list[Card], parts:
     for each in actors:
         fleet.put(each)
     fleet.check()
+
+
+@st.composite
+def several_models(draw: st.DrawFn) -> list[Part]:
+    """Trunks of two to four models, and the experts that they share."""
+    first, *experts = draw(models())
+    sizes = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3))
+    more = [Part(f"Trunk-{n}", size * GIB // 2, draw(st.integers(1, 2)), GIB // 4) for n, size in enumerate(sizes)]
+    return [first, *more, *experts]
+
+
+@given(fleets(), several_models(), st.booleans(), st.integers(0, 2**16))
+def test_trunks_of_several_models_find_room_whatever_the_order(
+    cards: list[Card], parts: list[Part], fixed: bool, seed: int
+) -> None:
+    try:
+        found = place(cards, parts, fixed)
+    except ConfigError:
+        return
+    fleet = Fleet(cards, seed)
+    actors = [each for each in found.placed for _ in range(each.part.replicas)]
+    fleet.random.shuffle(actors)
+    for each in actors:
+        fleet.put(each)
+    fleet.check()
+    for card, on in zip(cards, fleet.on, strict=True):
+        caches = sum((each.cache_bytes or each.part.cache_bytes) - each.part.cache_bytes for each in on)
+        needs = sum(each.part.weight_bytes + each.part.cache_bytes + PROCESS_BYTES for each in on)
+        assert needs + caches <= (card.memory or 0) * (1 - RESERVE) + len(on), "with what caches take beyond the least"
+
+
+def test_each_trunk_has_a_share_by_its_bytes() -> None:
+    """Of three models on four cards: by equal shares two experts may meet, which no card holds."""
+    experts = [Part(f"Expert{e}", 11 * GIB) for e in range(4)]
+    trunks = [Part("Trunk", 3 * GIB, cache_bytes=GIB // 4), Part("Trunk-a", GIB, cache_bytes=GIB // 4)]
+    parts = [*trunks, Part("Trunk-b", 2 * GIB, cache_bytes=GIB // 4), *experts]
+    cards = [card for i in range(4) for card in node(str(i), 1, "L4")]
+    found = place(cards, parts)
+    by_name = shares(found)
+    assert by_name["Trunk-a"] < by_name["Trunk-b"] < by_name["Trunk"] < by_name["Expert0"]
+    for each in found.placed:
+        need = each.part.weight_bytes + each.part.cache_bytes + PROCESS_BYTES
+        assert each.num_gpus >= need / (24 * GIB * (1 - RESERVE))
+        assert each.budget_bytes is not None
+        assert (each.cache_bytes or 0) >= each.part.cache_bytes
+    with pytest.raises(ConfigError):
+        share_cards(cards, parts)
+    assert {each.num_gpus for each in place([*cards, *node("x", 3, "L4")], parts).placed} == {1}, "a card for each"
+    (fixed,) = {each.cache_bytes for each in place(cards, parts, cache_is_fixed=True).placed}
+    assert fixed is None
+
+
+def test_larger_cards_alone_are_told_by_their_kind() -> None:
+    experts = [Part(f"Expert{e}", 5 * GIB) for e in range(8)]
+    parts = [*(Part(name, 20 * GIB, cache_bytes=GIB) for name in ("Trunk", "Trunk-a")), *experts]
+    found = place([*node("a", 2, "A100-80G"), *node("b", 1, "T4")], parts)
+    assert {each.kinds for each in found.placed} == {("A100-80G",)}
+    unknown = [Card("a", None, None)] * 3
+    with pytest.raises(ConfigError, match="whose memory Ray does not know"):
+        place(unknown, parts)
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 2**16))
+def test_shares_that_always_find_room(shares: list[int], count: int, seed: int) -> None:
+    """Against an adversary that fills the cards as badly as chance finds."""
+    if not always_room(shares, count):
+        return
+    draw = random.Random(seed)
+    for _ in range(20):
+        draw.shuffle(shares)
+        free = [10_000] * count
+        for share in shares:
+            able = [card for card in range(count) if free[card] >= share]
+            assert able
+            free[draw.choice(able)] -= share
 
 
 @given(fleets(), models())
