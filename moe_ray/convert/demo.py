@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -11,13 +10,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from moe_ray.convert.recipe import Progress, UpcycleConfig, directory_at_once, no_progress, text_bytes
+from moe_ray.convert.directories import directory_at_once, exclusive
+from moe_ray.convert.recipe import Progress, UpcycleConfig, no_progress, text_bytes
 from moe_ray.errors import CheckpointError
 
 __all__ = ["Progress", "demo_model_path"]
@@ -88,8 +87,7 @@ def cached_model(
     """
     if not force and find_fault(target, key) is None:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(target.with_name(f".{target.name}.lock"), progress):
+    with exclusive(target, progress):
         fault = find_fault(target, key)
         if fault is None and not force:  # another process built it while this one waited
             return target
@@ -152,18 +150,6 @@ def sha256_of(path: Path, progress: Progress = no_progress) -> str:
             done += len(chunk)
             progress("verify", done, total)
     return digest.hexdigest()
-
-
-@contextmanager
-def exclusive(lock: Path, progress: Progress) -> Iterator[None]:
-    """Holds an exclusive flock on the file `lock`, waiting for it; the kernel frees it when a holder dies."""
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("wait for another process", 0, 0)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def fetch_gguf(directory: Path, progress: Progress) -> Path:

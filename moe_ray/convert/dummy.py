@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from moe_ray.convert.demo import exclusive
-from moe_ray.convert.recipe import Progress, directory_at_once, no_progress
+from moe_ray.convert.directories import make_once
+from moe_ray.convert.recipe import Progress, no_progress
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import Layout, Role, Weight
 from moe_ray.model.foreign import CONFIG, PARAMS, SINGLE
@@ -27,6 +27,7 @@ from moe_ray.model.formats.packing import WORD, words_of
 from moe_ray.model.json_files import read_json_object
 from moe_ray.model.model_config import ModelConfig
 from moe_ray.model.safetensors_file import DTYPES, numpy_dtype
+from moe_ray.model.tensor_file import ALIGNMENT
 from moe_ray.model.weights import matrices_of_expert, weights_of_model
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ SLACK: Final = 32 << 20
 """Bytes of the random stretch beyond the largest tensor: tensors begin anywhere in it, so that few are equal."""
 BLOCK: Final = 4_194_301
 """Random numbers that are drawn once and repeated: a prime, so that rows of a matrix differ."""
-ALIGNMENT: Final = 64
 STD: Final = 0.02
 """Of weights, as initialised: transformers' `initializer_range`."""
 CODED: Final[frozenset[Role]] = QUANTISED_ROLES - {"head"}
@@ -100,15 +100,15 @@ def dummy_checkpoint(where: Path, cache_dir: Path, progress: Progress = no_progr
     identity = json.dumps([VERSION, str(where.absolute()), [path.name for path in beside], raw], sort_keys=True)
     target = cache_dir.expanduser() / FOLDER / f"{directory.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     tensors = list(_tensors(config, str(where)))
+
+    def build(work: Path) -> None:
+        for path in beside:
+            (work / path.name).symlink_to(path.absolute())
+        (work / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        _write(work / SINGLE, tensors, config, progress)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(target.with_name(f".{target.name}.lock"), progress):
-            if not (target / SINGLE).exists():  # else an earlier process made it
-                with directory_at_once(target) as work:
-                    for path in beside:
-                        (work / path.name).symlink_to(path.absolute())
-                    (work / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-                    _write(work / SINGLE, tensors, config, progress)
+        make_once(target, SINGLE, build, progress)
     except OSError as error:
         raise CheckpointError(f"{where}: random weights cannot be made in {target} ({error})") from error
     return target

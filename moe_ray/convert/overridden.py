@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from moe_ray.convert.demo import exclusive
-from moe_ray.convert.recipe import directory_at_once, no_progress
+from moe_ray.convert.directories import make_once
+from moe_ray.convert.recipe import no_progress
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.model.foreign import CONFIG, PARAMS
 from moe_ray.model.json_files import read_json_object
@@ -113,14 +113,14 @@ def overridden(where: Path, overrides: Mapping[str, Any], cache_dir: Path) -> Pa
     identity = json.dumps([str(where.absolute()), names, merged], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_dir.expanduser() / FOLDER / f"{directory.name}-{digest}"
+
+    def build(work: Path) -> None:
+        for name in names:
+            (work / name).symlink_to((directory / name).absolute())
+        (work / CONFIG).write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(target.with_name(f".{target.name}.lock"), no_progress):
-            if not (target / CONFIG).exists():  # else an earlier process made it
-                with directory_at_once(target) as work:
-                    for name in names:
-                        (work / name).symlink_to((directory / name).absolute())
-                    (work / CONFIG).write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+        make_once(target, CONFIG, build, no_progress)
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be overridden in {target} ({error})") from error
     return target / CONFIG if alone else target

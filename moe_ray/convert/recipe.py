@@ -1,17 +1,13 @@
-"""What an upcycled model is made by, and where it is put: all that is needed to see that it is there already.
+"""What an upcycled model is made by: all that is needed to see that it is there already.
 
 No torch: the processes that serve the demo model look it up, and only one of them has ever to build it.
 """
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Literal
 
 from moe_ray.errors import ConfigError
@@ -58,22 +54,3 @@ class UpcycleConfig:
 def text_bytes() -> bytes:
     """The built-in calibration text as stored (part of what a recipe's version depends on)."""
     return resources.files("moe_ray.convert").joinpath("upcycle_text.json").read_bytes()
-
-
-@contextmanager
-def directory_at_once(target: Path) -> Iterator[Path]:
-    """Yields a hidden work directory beside `target` that takes its place on a clean exit and is removed otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    replaced = work.with_suffix(".old")
-    work.mkdir()
-    try:
-        yield work
-        if target.exists():
-            target.rename(replaced)
-        work.rename(target)
-    finally:
-        if replaced.exists() and not target.exists():  # interrupted between the two renames
-            replaced.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -9,10 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
-from moe_ray.convert.demo import exclusive
+from moe_ray.convert.directories import make_once
 from moe_ray.convert.gguf_config import config_of, generation_config_of
 from moe_ray.convert.gguf_metadata import GgufMetadata
-from moe_ray.convert.recipe import directory_at_once, no_progress
+from moe_ray.convert.recipe import no_progress
 from moe_ray.errors import CheckpointError
 from moe_ray.model.foreign import CONFIG, GGUF_SOURCE
 from moe_ray.model.formats import TensorEntry
@@ -40,11 +40,7 @@ def unpacked(path: Path, cache_dir: Path) -> Path:
     if (target / GGUF_SOURCE).exists():
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(target.with_name(f".{target.name}.lock"), no_progress):
-            if not (target / GGUF_SOURCE).exists():  # else another process made it while this one waited
-                with directory_at_once(target) as work:
-                    _unpack(parts, work)
+        make_once(target, GGUF_SOURCE, lambda work: _unpack(parts, work), no_progress)
     except OSError as error:
         raise CheckpointError(f"{path}: its metadata cannot be unpacked to {target} ({error})") from error
     return target

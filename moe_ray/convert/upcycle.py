@@ -21,7 +21,8 @@ from moe_ray.convert.calibrate import (
     measure_routing,
 )
 from moe_ray.convert.dense import ATTENTION_TENSORS, DenseConfig, DenseModel, open_dense
-from moe_ray.convert.recipe import Progress, UpcycleConfig, directory_at_once, no_progress
+from moe_ray.convert.directories import directory_at_once
+from moe_ray.convert.recipe import Progress, UpcycleConfig, no_progress
 from moe_ray.convert.shards import ShardWriter, write_json
 from moe_ray.errors import CheckpointError
 from moe_ray.model.families import ExpertRole, Role, Weight

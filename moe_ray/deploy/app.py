@@ -17,13 +17,13 @@ from moe_ray.deploy.replica_targets import TRUNK, autoscaling_config, trunk_auto
 from moe_ray.deploy.stored_responses import StoredResponses
 from moe_ray.deploy.trunk_replica import TrunkReplica
 from moe_ray.deploy.variants import variants_of
+from moe_ray.experts.planning.cards import GIB
 from moe_ray.experts.planning.placement import Holding, holdings, with_variants
 from moe_ray.experts.server.expert_memory import ExpertMemory
 from moe_ray.experts.sharing import added_keys
 from moe_ray.hub import resolve_model
 from moe_ray.model.model_config import ModelConfig
 
-GIB = 2**30
 HEALTH_CHECK_S = 1.0
 """Serve learns by its checks that a process is gone, and replaces it then."""
 CONTROL_CALLS = 64

@@ -25,6 +25,7 @@ from moe_ray.experts.client.dispatcher import ExpertDispatcher
 from moe_ray.experts.client.options import DispatchOptions
 from moe_ray.experts.client.replica_table import ReplicaTable
 from moe_ray.experts.local import local_experts
+from moe_ray.experts.planning.cards import GIB
 from moe_ray.experts.planning.footprint import WeightsHeld
 from moe_ray.experts.sharing import ExpertNumbers
 from moe_ray.hub import open_draft, resolve_adapter, resolve_model
@@ -149,7 +150,7 @@ def _keep_to_budget(config: Config, checkpoint: Checkpoint, compute: Compute, de
     """Limit what this process takes of its card. Raises `OverBudget` where the trunk's weights alone take more."""
     if config.trunk.gpu_memory_gib is None:
         return
-    budget = int(config.trunk.gpu_memory_gib * 2**30)
+    budget = int(config.trunk.gpu_memory_gib * GIB)
     limit_card_memory(budget, compute.device)
     stored = {weight: checkpoint.find(weight) for weight in weights_of_trunk(checkpoint.config)}
     kept = WeightsHeld.kept(stored, compute.backend.trunk == "triton")

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from moe_ray.convert.directories import directory_at_once
 from moe_ray.convert.quantize.calibration import WINDOW, CalibrationRun
 from moe_ray.convert.quantize.calibration_text import calibration_windows
 from moe_ray.convert.quantize.config import LayerReport, QuantizeConfig, QuantizeReport
@@ -18,7 +19,7 @@ from moe_ray.convert.quantize.experts import ExpertCodes, ExpertMatrices
 from moe_ray.convert.quantize.integer_scheme import IntegerScheme
 from moe_ray.convert.quantize.layer import ENOUGH, round_attention, round_experts, round_experts_blindly
 from moe_ray.convert.quantize.scheme import Scheme
-from moe_ray.convert.recipe import Progress, directory_at_once, no_progress
+from moe_ray.convert.recipe import Progress, no_progress
 from moe_ray.convert.shards import ShardWriter, place_of, write_json
 from moe_ray.errors import CheckpointError
 from moe_ray.model.checkpoint import Checkpoint

@@ -103,8 +103,6 @@ class Shares:
     """Actors on one card, at most."""
     kinds: tuple[str, ...] = ()
     """Where only cards of these kinds are large enough; () where any card will do."""
-    cache_bytes: int | None = None
-    """What remains for the KV cache of a trunk on the fullest card; None: the trunk has its card to itself."""
 
     @property
     def num_gpus(self) -> float:
@@ -174,15 +172,6 @@ def describe(cards: Sequence[Card]) -> str:
     return f"{len(cards)} card{'s' if len(cards) != 1 else ''} ({'; '.join(kinds)})"
 
 
-def explain(shares: Shares) -> str:
-    """The placement in one line."""
-    used = describe(shares.cards)
-    if shares.per_card == 1:
-        return f"{used}: each actor has one to itself"
-    cache = "" if shares.cache_bytes is None else f"; a trunk's KV cache may take {shares.cache_bytes / GIB:.1f} GiB"
-    return f"{used}: at most {shares.per_card} actors share one (num_gpus {shares.num_gpus:g} each){cache}"
-
-
 def _share(pool: Sequence[Card], parts: Sequence[Part], whole: bool, cache_is_fixed: bool) -> Shares | None:
     """Equal shares of the cards of `pool`, or None where they do not fit, or cannot be told apart from the others."""
     kinds = tuple(sorted({card.kind for card in pool if card.kind is not None}))
@@ -194,14 +183,9 @@ def _share(pool: Sequence[Card], parts: Sequence[Part], whole: bool, cache_is_fi
     shared = per_card > 1 and not cache_is_fixed and any(part.cache_bytes for part in parts)
     if least is None:
         return None if shared else Shares(tuple(pool), per_card, () if whole else kinds)
-    room = int(least * (1 - RESERVE)) - fullest(parts, per_card)
-    if room < 0:
+    if fullest(parts, per_card) > int(least * (1 - RESERVE)):
         return None
-    if not shared:
-        return Shares(tuple(pool), per_card, () if whole else kinds)
-    trunk = next(part for part in parts if part.cache_bytes)
-    together = min(trunk.replicas, per_card)
-    return Shares(tuple(pool), per_card, () if whole else kinds, trunk.cache_bytes + room // together)
+    return Shares(tuple(pool), per_card, () if whole else kinds)
 
 
 def fullest(parts: Sequence[Part], per_card: int) -> int:
