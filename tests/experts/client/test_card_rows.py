@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from random_mixtral import save_random_mixtral
+from random_mixtral import SMALL, save_random_mixtral
 from spread import Placement, Spread
 from stepping import events_of
 
 from moe_ray.core import Request, SamplingParams
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 PROMPTS = [[5, 7, 11], [(3 + 5 * i) % 90 + 3 for i in range(200)], [(1 + 7 * i) % 90 + 3 for i in range(13)]]
 """One chunk of the second has more rows for an expert than a slot."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_mixtral(tmp_path_factory.mktemp("card") / "model", seed=3, **SHAPE)
+    return save_random_mixtral(tmp_path_factory.mktemp("card") / "model", seed=3, **SMALL)
 
 
 def engine_of(directory: Path, placement: Placement, micro_batches: int = 1) -> Spread:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from backends import random
 from delayed_transfers import DelayedTransfers
-from random_mixtral import save_random_mixtral
+from random_mixtral import SMALL, save_random_mixtral
 from spread import Placement, Spread
 from stepping import events_of
 
@@ -156,26 +156,12 @@ def test_a_worker_computes_through_it() -> None:
 
 # ---- whole engines
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 PROMPTS = [[5, 7, 11], [(3 + 5 * i) % 90 + 3 for i in range(30)], [(1 + 7 * i) % 90 + 3 for i in range(13)]]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_mixtral(tmp_path_factory.mktemp("staged") / "model", seed=3, **SHAPE)
+    return save_random_mixtral(tmp_path_factory.mktemp("staged") / "model", seed=3, **SMALL)
 
 
 def answers(directory: Path, placement: Placement, micro_batches: int) -> dict[str, list[int]]:
