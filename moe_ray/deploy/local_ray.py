@@ -22,12 +22,14 @@ from moe_ray.deploy.ray_internals import (
     AUTH_TOKEN,
     AUTH_TOKEN_PATH,
     DEFAULT_TOKEN_FILE,
+    LATE_START,
     LOCAL_SETTINGS,
     TEMP_DIR,
     USE_TLS,
     keep_loopback_addresses,
     local_clusters,
     plasma_directory,
+    ray_children,
     show_own_token,
     start_on_loopback,
 )
@@ -36,8 +38,6 @@ from moe_ray.errors import ConfigError, NotReady
 CONNECT_TIMEOUT_S: Final = 5.0
 RAY_ADDRESS: Final = "RAY_ADDRESS"
 SHARED_MEMORY: Final = Path("/dev/shm")
-_LATE: Final = "timed out during startup"
-"""What Ray says where its processes were not up within half a minute: the machine was kept from starting them."""
 logger = logging.getLogger(__name__)
 _FAULT: Final = re.compile(r"(\w+\.)*\w*(Error|Exception): .")
 _CLIENT_SCHEME: Final = "ray://"
@@ -74,7 +74,7 @@ def start(**options: Any) -> Any:
         try:
             return _start(options)
         except Exception as error:
-            if _LATE not in str(error):
+            if LATE_START not in str(error):
                 raise
             logger.warning("Ray was not up in time: this machine is busy. It is started once more")
             return _start(options)
@@ -84,25 +84,12 @@ def start(**options: Any) -> Any:
 
 def _start(options: dict[str, Any]) -> Any:
     """Start Ray; where it fails, what it had started is ended, which Ray itself leaves until this process ends."""
-    earlier = _ray_children()
+    earlier = ray_children()
     try:
         return start_on_loopback(**options)
     except Exception:
-        _end(_ray_children() - earlier)
+        _end(ray_children() - earlier)
         raise
-
-
-def _ray_children() -> set[psutil.Process]:
-    """The processes of Ray that this one has started."""
-    import ray
-
-    home = str(Path(ray.__file__).parent)
-    found = set()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if any(home in argument for argument in child.cmdline()):
-                found.add(child)
-    return found
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:

@@ -5,9 +5,13 @@ tests/deploy/test_ray_internals.py uses each of them and fails with what Ray cha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import psutil
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -23,6 +27,8 @@ LOCAL_SETTINGS: Final = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 """Environment of a Ray that we start ourselves: must be set before ray is imported."""
+LATE_START: Final = "timed out during startup"
+"""What Ray says where its processes were not up within half a minute: the machine was kept from starting them."""
 HAPROXY_SETTING: Final = "RAY_SERVE_ENABLE_HA_PROXY"
 AUTH_MODE: Final = "RAY_AUTH_MODE"
 AUTH_TOKEN: Final = "RAY_AUTH_TOKEN"
@@ -42,6 +48,19 @@ def start_on_loopback(**options: Any) -> Any:
     import ray
 
     return ray.init(address="local", _node_ip_address="127.0.0.1", **options)
+
+
+def ray_children() -> set[psutil.Process]:
+    """The processes of Ray that this one has started itself: each runs a file of Ray's package."""
+    import ray
+
+    home = str(Path(ray.__file__).parent)
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(home in argument for argument in child.cmdline()):
+                found.add(child)
+    return found
 
 
 def plasma_directory(directory: str) -> dict[str, str]:

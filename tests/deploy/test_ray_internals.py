@@ -144,6 +144,10 @@ def test_ray_reads_these_settings(name: str) -> None:
     assert any(short in file.read_bytes() for file in files), f"Ray does not read {name} any more"
 
 
+def test_ray_says_that_it_was_late() -> None:
+    assert ray_internals.LATE_START in source("_private", "node.py")
+
+
 def test_sessions_lie_where_we_think() -> None:
     temporary = source("_common", "utils.py")
     assert f'"{ray_internals.TEMP_DIR}" in os.environ' in temporary, "Ray takes its temporary directory from elsewhere"
