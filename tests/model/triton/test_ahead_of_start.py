@@ -32,10 +32,8 @@ def told(script: str, cache: Path, *arguments: object) -> list[dict[str, int]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-FIRST, *OTHERS = CASES
-
-
-@pytest.mark.parametrize("case", [FIRST, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_nothing_is_compiled_when_kernels_are_launched(case: str, tmp_path: Path) -> None:
     (made,) = told("compile_all", tmp_path, CASES[case], 90)
     assert made["made"] > 10

@@ -44,7 +44,7 @@ def saved(directory: Path, block: Block, kind: torch.dtype = torch.float8_e4m3fn
     return quantised.write(directory, packed, settings)
 
 
-@pytest.mark.parametrize("block", GROUPS)
+@pytest.mark.parametrize("block", [(64, 64), *(pytest.param(each, marks=pytest.mark.slow) for each in (ROW, TENSOR))])
 def test_tokens(tmp_path: Path, block: Block) -> None:
     written = saved(tmp_path / "fp8", block)
     floats = tmp_path / "floats"
