@@ -16,9 +16,19 @@ from typing import Any, Final
 SHARED_KIB: Final = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability → most shared memory of a thread block: CUDA C++ Programming Guide, "Technical Specifications per
 Compute Capability"."""
+LIKE_80: Final = (86, 89, 120)
+"""Cards with the tensor-core instructions of 8.0 in Triton, and less shared memory: what is compiled for 8.0 has to fit
+that, and for these a part of it is compiled."""
+HALVES: Final = (75, 80)
+"""Cards for which kernels of float16 are compiled, too: elsewhere those of bfloat16 stand for them."""
 TENSOR_CORES: Final = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b([\w.:]*)")
 ARITHMETIC: Final = re.compile(r"\b(fma|mul|add)(\.rn)?\.f32(x2)?\b")
 STACK: Final = re.compile(r"STACK:(\d+)")
+
+
+def shared_bytes(capability: int) -> int:
+    """How much shared memory a kernel that is compiled for a card may have."""
+    return 1024 * min(SHARED_KIB[each] for each in (capability, *(LIKE_80 if capability == 80 else ())))
 
 
 def compiled(module: str, capability: int, names: Sequence[str]) -> list[dict[str, Any]]:
