@@ -31,7 +31,7 @@ chat: venv  ## chat with the running server in this terminal
 .NOTPARALLEL:
 test: test-fast test-slow  ## the whole test suite, what fails soon first (ARGS="tests/engine" passes arguments to pytest)
 
-test-fast: venv browser  ## all that is proven without Ray: three minutes on two cores
+test-fast: venv browser  ## all that is proven without Ray: 8 to 14 minutes on two cores
 	$(FAST) $(ARGS) $(NONE_IS_FINE)
 
 test-fast-torch: venv  ## the same as on a CPU that moe_ray has no kernels for: torch computes
