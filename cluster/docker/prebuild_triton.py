@@ -14,16 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-}
+from moe_ray.bench.gpu_shapes import SHAPES
+
 FORMS: tuple[dict[str, str], ...] = ({}, {"quantize": "int4", "cache": "int8"}, {"quantize": "int8", "cache": "fp8"})
 """How trunk and experts are held, each with what is computed in bfloat16."""
 OLDEST = 80
@@ -56,7 +48,7 @@ def main() -> None:
     words = given.capabilities.split()
     if wrong := [word for word in words if not word.isdecimal() or int(word) < OLDEST]:
         sys.exit(f"error: not a compute capability from {OLDEST} on: {', '.join(wrong)} (8.6 is 86)")
-    config = MIXTRAL if given.config is None else json.loads(given.config.read_text(encoding="utf-8"))
+    config = SHAPES["mixtral-8x7b"] if given.config is None else json.loads(given.config.read_text(encoding="utf-8"))
     given.directory.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(given.directory.resolve())  # paths in the cache are whole
     os.environ.pop("TRITON_INTERPRET", None)
